@@ -138,7 +138,8 @@ def module_stack(
     "Keep `stack` at the paths of the modules that are running"
     paths = {id(m):n for n,m in model.named_modules()}
     pre = nn_module.register_module_forward_pre_hook(lambda m,_: stack.append(paths.get(id(m), stack[-1] if stack else '')))
-    post = nn_module.register_module_forward_hook(lambda m,i,o: stack.pop() and None, always_call=True)
+    def pop(m, i, o): stack.pop() # returns None: a hook's result would replace the output
+    post = nn_module.register_module_forward_hook(pop, always_call=True)
     try: yield
     finally:
         pre.remove(); post.remove()
