@@ -60,7 +60,7 @@ class Registry(dict):
     def rows(self)->list: # One list of strings a row, the header first
         "The table's cells"
         cell = lambda v: ', '.join(map(str, v)) if isinstance(v, tuple) else str(v)
-        return [[self.kind, *self.columns]] + [[k, *(cell(getattr(v, c, '')) for c in self.columns)] for k,v in self.items()]
+        return [[self.kind, *(c.strip('_') for c in self.columns)]] + [[k, *(cell(getattr(v, c, '')) for c in self.columns)] for k,v in self.items()]
     def __repr__(self):
         rows = self.rows()
         wide = [max(map(len, col)) for col in zip(*rows)]
