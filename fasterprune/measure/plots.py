@@ -250,7 +250,7 @@ def plot_groups(
             ax.add_patch(plt.Rectangle((x-.4, y-.4), .8, .8, color=_keep if role=='write' else _mark))
             ax.text(x, y, dim, ha='center', va='center', fontsize=7.5, color='white', weight='bold')
     ax.set(xlim=(-.6,len(groups)-.4), ylim=(len(params)-.4,-.6))
-    ax.set_xticks(range(len(groups)), groups.keys(), rotation=35, ha='right'); ax.set_yticks(range(len(params)), params)
+    ax.set_xticks(range(len(groups)), groups.keys(), rotation=35, ha='right', rotation_mode='anchor'); ax.set_yticks(range(len(params)), params)
     ax.hlines(np.arange(len(params)-1)+.5, -.6, len(groups)-.4, color='#EEEEEE', lw=.7)
     return _tidy(ax, title)
 
