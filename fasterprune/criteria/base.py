@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import Registry, no_such, wide
 from ..granularity import pools, reduce_units
 
-# %% ../../nbs/criteria/00_base.ipynb #00000005
+# %% ../../nbs/criteria/00_base.ipynb #00000006
 @dataclass(frozen=True)
 class Criterion:
     "How much each unit of a weight matters; high = keep"
@@ -27,8 +27,8 @@ class Criterion:
     pool: str = 'sum' # How a unit's scores combine: 'sum', 'mean' or 'max'
     finish: Callable|None = None # Pooled scores → scores, unit by unit, such as a square root
     layer: Callable|None = None # (1-D scores of all units of a layer, its name) → 1-D scores
-    comparable: bool = False # May the scores of different layers be ranked together as they are?
-    reads: str = 'weight' # 'weight', or 'norm' for the scale of the normalisation layer that follows
+    comparable: bool = False # May scores of different layers be ranked together as they are?
+    reads: str = 'weight' # 'weight', or 'norm': the scale of the normalisation behind the layer
     needs: tuple = () # What it needs beside the weight, such as 'data' or 'gradients'
     family: str = 'own' # Chapter
     source: str = '' # Paper
@@ -41,18 +41,18 @@ class Criterion:
         if self.pool not in pools: raise ValueError(f"criterion {self.name!r}: {no_such('pool', self.pool, pools)}")
         if self.reads not in ('weight', 'norm'): raise ValueError(f"criterion {self.name!r} reads 'weight' or 'norm', not {self.reads!r}")
 
-criteria = Registry('criterion', ('family', 'needs', 'source', 'note'))
+# %% ../../nbs/criteria/00_base.ipynb #00000009
+criteria = Registry('criterion', ('note', 'family', 'needs', 'source'))
 
 def register(
     criterion:Criterion, # To be found under its name from now on
 )->Criterion: # The same
     "Give a criterion a name that users can write"
     if not isinstance(criterion, Criterion): raise TypeError(f"register takes a Criterion, not {criterion!r}")
-    if criterion.name in criteria: raise ValueError(f"there is a criterion {criterion.name!r} already; give the new one another name")
     criteria[criterion.name] = criterion
     return criterion
 
-# %% ../../nbs/criteria/00_base.ipynb #00000006
+# %% ../../nbs/criteria/00_base.ipynb #0000000c
 def as_criterion(
     x:str|Criterion|Callable, # A name, a criterion, or a function `(weight)` → scores of the weight's shape
 )->Criterion:
@@ -64,28 +64,30 @@ def as_criterion(
     if not callable(x) or isinstance(x, type): raise TypeError(f"a criterion is a name, a Criterion or a function (weight) → scores, not {x!r}; the names are {', '.join(criteria)}")
     return Criterion(getattr(x, '__name__', type(x).__name__), x)
 
-# %% ../../nbs/criteria/00_base.ipynb #00000008
+# %% ../../nbs/criteria/00_base.ipynb #0000000f
 def element_scores(
     criterion:Criterion, # Whose `element` is used
     w:Tensor, # A weight; it is never changed
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
     with torch.no_grad(): s = criterion.element(w.detach().clone())
-    if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r}; it must return a tensor of the weight's shape {tuple(w.shape)}")
-    if s.shape != w.shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} for a weight of shape {tuple(w.shape)}; it must return one score a weight")
-    if s.is_complex() or s.isnan().any(): raise ValueError(f"criterion {criterion.name!r} returned {'complex numbers' if s.is_complex() else 'NaN'} for a weight of shape {tuple(w.shape)}; a score is a real number, high = keep")
+    must = f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight"
+    if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r} {must}")
+    if s.shape != w.shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} {must}")
+    if s.is_complex() or s.isnan().any(): raise ValueError(f"criterion {criterion.name!r} returned {'complex numbers' if s.is_complex() else 'NaN'} {must}")
     return wide(s)
 
+# %% ../../nbs/criteria/00_base.ipynb #00000013
 def layer_scores(
     criterion:Criterion, # Whose `layer` is used
     scores:Tensor, # Scores of all units of a layer or group, any shape; -inf = already removed
     key:str='', # Its name
 )->Tensor: # The same shape
-    "Let the units of a layer be seen together, where a criterion asks for it"
+    "Let a criterion see the units of a layer together, where it asks to"
     if criterion.layer is None: return scores
-    res = criterion.layer(scores.flatten(), key).view(scores.shape)
-    return res.masked_fill(scores == -torch.inf, -torch.inf)
+    return criterion.layer(scores.flatten(), key).view(scores.shape).masked_fill(scores == -torch.inf, -torch.inf)
 
+# %% ../../nbs/criteria/00_base.ipynb #00000016
 def unit_scores(
     criterion:Criterion, # By `as_criterion`
     w:Tensor, # A weight; it is never changed
@@ -97,16 +99,17 @@ def unit_scores(
     if criterion.finish is not None: s = criterion.finish(s)
     return layer_scores(criterion, s, key)
 
-# %% ../../nbs/criteria/00_base.ipynb #0000000a
+# %% ../../nbs/criteria/00_base.ipynb #0000001c
 normalizers = Registry('normalizer', ('__doc__',))
 
-def _normalizer(positive=True): # Register a function of the scores that are still in play; -inf stays -inf
+def _normalizer(negative=False): # Register a function of the scores of the units that are still there
     def deco(f):
         @wraps(f)
         def g(s):
             s = wide(s)
             live = s != -torch.inf
-            if positive and (s[live] < 0).any(): raise ValueError(f"normalizer {name!r} needs scores ≥ 0 to keep their order, and found {s[live].min().item():.4g}; use 'zscore' or 'minmax'")
+            if not negative and (s[live] < 0).any():
+                raise ValueError(f"normalizer {name!r} keeps the order only of scores ≥ 0, and found {s[live].min().item():.4g}; use 'zscore' or 'minmax'")
             out = s.clone()
             if live.any(): out[live] = f(s[live])
             return out
@@ -115,18 +118,18 @@ def _normalizer(positive=True): # Register a function of the scores that are sti
         return g
     return deco
 
-def _over(s, d): # s/d without dividing by nothing
-    return s/torch.clamp(d, min=max(1e-12*s.abs().max().item(), torch.finfo(s.dtype).tiny))
+def _over(s, d): # s/d, and 0 where a layer of zeros would give 0/0
+    return s/d.clamp(min=max(1e-12*s.abs().max().item(), torch.finfo(s.dtype).tiny))
 
-# %% ../../nbs/criteria/00_base.ipynb #0000000b
-@_normalizer(False)
+# %% ../../nbs/criteria/00_base.ipynb #0000001e
+@_normalizer(negative=True)
 def none_norm(s:Tensor)->Tensor:
     "As they are"
     return s
 
 @_normalizer()
 def sum_norm(s:Tensor)->Tensor:
-    "Share of the layer's sum; biased against wide layers"
+    "Shares of the layer's sum"
     return _over(s, s.sum())
 
 @_normalizer()
@@ -136,21 +139,20 @@ def mean_norm(s:Tensor)->Tensor:
 
 @_normalizer()
 def max_norm(s:Tensor)->Tensor:
-    "Share of the layer's best, which gets 1"
+    "Shares of the layer's best"
     return _over(s, s.max())
 
-# %% ../../nbs/criteria/00_base.ipynb #0000000c
-@_normalizer(False)
+@_normalizer(negative=True)
 def l2_norm(s:Tensor)->Tensor:
-    "Over the Euclidean norm (arXiv 1611.06440); biased against wide layers"
+    "Shares of the layer's Euclidean norm (arXiv 1611.06440)"
     return _over(s, s.norm())
 
-@_normalizer(False)
+@_normalizer(negative=True)
 def minmax_norm(s:Tensor)->Tensor:
-    "From 0 (the layer's worst) to 1 (its best)"
+    "From 0, the layer's worst, to 1, its best"
     return _over(s-s.min(), s.max()-s.min())
 
-@_normalizer(False)
+@_normalizer(negative=True)
 def zscore_norm(s:Tensor)->Tensor:
     "Standard deviations above the layer's mean"
     return _over(s-s.mean(), s.std(correction=0))
@@ -160,17 +162,18 @@ def median_norm(s:Tensor)->Tensor:
     "Multiples of the layer's median"
     return _over(s, s.sort().values[len(s)//2])
 
-# %% ../../nbs/criteria/00_base.ipynb #0000000d
+# %% ../../nbs/criteria/00_base.ipynb #00000020
 @_normalizer()
 def lamp_norm(s:Tensor)->Tensor:
-    "Share of all that rank at least as high (arXiv 2010.07611); the best gets 1"
+    "Share of all that rank at least as high (arXiv 2010.07611)"
     s, order = s.sort(stable=True)
     rest = s.flip(0).cumsum(0).flip(0)
     return torch.empty_like(s).scatter_(0, order, torch.where(rest > 0, s/rest, 0.))
 
+# %% ../../nbs/criteria/00_base.ipynb #00000021
 def as_normalizer(
-    x:str|Callable, # A name, or a function of 1-D scores
-)->Callable:
+    x:str|Callable, # A name, or a function of the 1-D scores of a layer
+)->Callable: # 1-D scores → 1-D scores
     "Look up a normaliser"
     if isinstance(x, str):
         if x not in normalizers: raise ValueError(no_such('normalizer', x, normalizers))
