@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/measure/plots.html.md"""
 
 # %% auto #0
 __all__ = ['plot_schedule', 'plot_schedules', 'plot_mask', 'plot_granularities', 'plot_scores', 'lowest_counts', 'plot_lowest',
-           'plot_widths', 'plot_plan', 'plot_groups', 'plot_history', 'plot_compare']
+           'plot_widths', 'plot_plan', 'plot_groups', 'plot_history', 'plot_compare', 'plot_curves', 'plot_matrix']
 
 # %% ../../nbs/measure/03_plots.ipynb #00000002
 import numpy as np, torch
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from collections.abc import Callable, Iterable, Mapping
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -309,3 +310,44 @@ def plot_compare(
         _tidy(ax, c)
     if title: fig.suptitle(title, fontsize=10, color=_ink)
     return fig
+
+# %% ../../nbs/measure/03_plots.ipynb #00000041
+def plot_curves(
+    x, # Horizontal positions, shared by all curves
+    curves:Mapping[str,Iterable[float]], # Name → heights
+    *, xlabel:str='', # Below the horizontal axis
+    ylabel:str='', # Beside the vertical axis
+    title:str|None=None, # Above the picture
+    ax:Axes|None=None, # Where to draw; None makes a new figure
+) -> Axes:
+    "Draw several curves over the same axis"
+    if not curves: raise ValueError("no curves to draw; give a dict of name → values")
+    curves = {n: _np(y if isinstance(y, Tensor) else list(y)) for n,y in curves.items()}
+    for n,y in curves.items():
+        if len(y) != len(x): raise ValueError(f"curve {n!r} has {len(y)} values for {len(x)} positions; it needs one for each")
+    ax = _axes(ax, (4.6, 2.8))
+    for i,(name,y) in enumerate(curves.items()):
+        ax.plot(_np(x), y, color=_cycle[i%len(_cycle)], marker='osD^vPX*'[i%8], ms=4, lw=1.5, label=name)
+    if len(curves) > 1: ax.legend(fontsize=7.5, frameon=False)
+    return _tidy(ax, title, xlabel, ylabel, grid='y')
+
+# %% ../../nbs/measure/03_plots.ipynb #00000044
+def plot_matrix(
+    values:Tensor, # Numbers [rows, columns]
+    rows:Iterable[str], # A name for each row
+    columns:Iterable[str]|None=None, # A name for each column; None: those of the rows
+    *, title:str|None=None, # Above the picture
+    ax:Axes|None=None, # Where to draw; None makes a new figure
+) -> Axes:
+    "Draw a table of numbers as coloured cells"
+    v, rows = _np(values), list(rows)
+    columns = rows if columns is None else list(columns)
+    if v.shape != (len(rows), len(columns)): raise ValueError(f"values of shape {v.shape} do not fit {len(rows)} rows and {len(columns)} columns")
+    ax = _axes(ax, (.52*len(columns)+1.2, .36*len(rows)+.9))
+    most = np.nanmax(np.abs(v)) or 1.
+    cmap = LinearSegmentedColormap.from_list('orange to blue', [_mark, 'white', _keep])
+    ax.imshow(v, cmap=cmap, vmin=-most, vmax=most, aspect='auto')
+    for (i,j),x in np.ndenumerate(v): ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=7.5, color='white' if abs(x) > .7*most else _ink)
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha='right', rotation_mode='anchor'); ax.set_yticks(range(len(rows)), rows)
+    ax.spines[:].set_visible(False)
+    return _tidy(ax, title)
