@@ -86,7 +86,7 @@ def tensors_in(
 
 # %% ../../nbs/surgery/00_capture.ipynb #0000000b
 class Recorder(TorchDispatchMode):
-    "Write down each operator that passes; `replace` may change its arguments, `listen` sees its results"
+    "Write down each operator that passes; `replace(index, func, args)` may change its arguments, `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, replace:Callable|None=None):
         super().__init__()
         self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
@@ -107,12 +107,12 @@ class Recorder(TorchDispatchMode):
         as_refs = lambda o: tree_map(lambda t: self.ref(t) if isinstance(t, Tensor) else t, o)
         if func.overloadpacket.__name__=='device' or func in (torch.ops.prim.device.default,): return func(*args, **kwargs)
         ra,rk = as_refs(args),as_refs(kwargs)
-        if self.replace is not None: args = self.replace(len(self.trace.nodes), func, args, ra)
+        if self.replace is not None: args = self.replace(len(self.trace.nodes), func, args)
         out = func(*args, **kwargs)
         node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk),
                     self.stack[-1] if self.stack else '')
         self.trace.nodes.append(node)
-        if self.listen is not None: self.listen(node, args, kwargs, out)
+        if self.listen is not None: self.listen(node, args, out)
         return out
 
 # %% ../../nbs/surgery/00_capture.ipynb #0000000c

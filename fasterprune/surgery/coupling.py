@@ -75,7 +75,9 @@ class Coupler(Labels):
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
     def equal_parts(self, s, parts): self.same(*parts)
     def sums(self, s, ref, i): self.reads.append(Read(s.node.index, ref, i, s.axes(ref)[i], s.axes(ref)[i], None))
-    def mixes(self, s, ref, i): self.mixed.append((s.axes(ref)[i], str(s)))
+    def mixes(self, s, ref, i):
+        self.mixed.append((s.axes(ref)[i], str(s)))
+        return s.axes(ref)[i]
     def broadcast(self, s, refs, shape): return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
 
     def is_param(self, ref): "Does it not depend on the input?"; return ref.id not in self.dep
@@ -251,7 +253,7 @@ def make_groups(
     for cs in cols:
         ids = list(dict.fromkeys(comp[c[0]] for c in cs))
         best = max(ids, key=lambda k: len(units[k]), default=None)
-        for k in ids: fine[k] = fine.get(k, True) and k==best
+        for k in ids: fine[k] = bool(fine.get(k, True) and k==best)
     members,mixed = _members(d, units),_mixed(d, units)
     res,taken = [],set()
     for k,u in units.items():

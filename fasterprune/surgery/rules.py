@@ -74,7 +74,8 @@ def rule_for(
 
 # %% ../../nbs/surgery/02_rules.ipynb #00000009
 @rule('clone', 'alias', 'detach', '_to_copy', 'lift_fresh', 'copy_', 'where', 'masked_fill', 'fill', '_prelu_kernel', 'native_dropout', 'hardtanh',
-      'contiguous', 'clamp', 'lerp', 'addcmul', 'addcdiv', 'view_as_complex_copy', 'nan_to_num', 'bernoulli', 'zero')
+      'clamp', 'lerp', 'addcmul', 'addcdiv', 'nan_to_num', 'zero', 'hardswish', 'hardsigmoid', 'silu', 'mish', 'gelu', 'elu', 'selu', 'celu', 'relu6', 'softplus',
+      'leaky_relu', 'rrelu_with_noise', 'threshold', 'log_sigmoid_forward', 'softshrink', 'hardshrink')
 def pointwise(d, s):
     "Positions that meet are the same"
     refs = [r for r in s.tensors if len(s.trace.shapes[r.id])]
@@ -330,9 +331,10 @@ rule('mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'prod', 'logsumexp', 'a
 
 @rule('_softmax', '_safe_softmax', '_log_softmax', 'softmax', 'log_softmax', 'cumsum', 'sort', 'topk', 'cumprod')
 def along(d, s):
-    x = s.axes('self')
-    d.mixes(s, s['self'], (s['dim'] if s['dim'] is not None else -1)%len(x))
-    if s.node.op in ('topk','sort','cumsum','cumprod'): d.pin_axis(x[s['dim'] if s['dim'] is not None else -1], f"{s} depends on the order of positions")
+    x = list(s.axes('self'))
+    i = (s['dim'] if s['dim'] is not None else -1)%len(x)
+    if s.node.op in ('topk','sort','cumsum','cumprod'): d.pin_axis(x[i], f"{s} depends on the order of positions")
+    x[i] = d.mixes(s, s['self'], i)
     return [[a if a.n==n else fixed(n) for a,n in zip(x, shape)] for shape in s.out_shapes]
 
 # %% ../../nbs/surgery/02_rules.ipynb #00000022
