@@ -107,9 +107,9 @@ def select_layers(
     "Choose layers by name, prefix or type"
     layers = prunable_layers(model)
     if not layers: raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is nothing to prune")
-    only, ignore = None if only is None else _specs(only, 'only', layers), _specs(ignore, 'ignore', layers)
+    take, leave = None if only is None else _specs(only, 'only', layers), _specs(ignore, 'ignore', layers)
     hit = lambda specs, n, m: any(_matches(s, n, m) for s in specs)
-    res = {n:m for n,m in layers.items() if (only is None or hit(only, n, m)) and not hit(ignore, n, m)}
+    res = {n:m for n,m in layers.items() if (take is None or hit(take, n, m)) and not hit(leave, n, m)}
     if not res: raise ValueError(f"only={only!r} and ignore={ignore!r} leave no layer; the layers are {', '.join(map(repr, layers))}")
     return res
 

@@ -70,7 +70,7 @@ def element_scores(
     w:Tensor, # A weight; it is never changed
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
-    with torch.no_grad(): s = criterion.element(w.detach().clone())
+    with torch.no_grad(): s = criterion.element(wide(w.detach()).clone())
     must = f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight"
     if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r} {must}")
     if s.shape != w.shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} {must}")
