@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 
 # %% ../../nbs/measure/03_plots.ipynb #00000005
@@ -150,7 +150,9 @@ def plot_scores(
         k = np.ones(len(s), bool) if keep is None or name not in keep else _np(keep[name]).reshape(-1) != 0
         for part,c in ((there & k, _keep), (there & ~k, _mark)):
             ax.plot(s[part], np.full(part.sum(), y), '|', color=c, ms=9, mew=1.1, alpha=.7)
-    if log: ax.set_xscale('log')
+    if log:
+        ax.set_xscale('log'); ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5))); ax.xaxis.set_major_formatter('{x:g}')
     ax.set_yticks(range(len(scores)), scores.keys()); ax.set_ylim(len(scores)-.5, -.5)
     return _tidy(ax, title, 'score (high stays)', grid='x')
 
@@ -174,14 +176,16 @@ def lowest_counts(
 def _lowest_panel(ax:Axes, counts:dict[str,tuple[int,int]], title:str|None) -> Axes:
     "One panel of `plot_lowest`"
     c, o = np.array(list(counts.values())).T
-    y, expect = np.arange(len(c)), c.sum()*o/o.sum()
-    ax.barh(y, c, height=.62, color=np.where(c > expect, _mark, _keep))
+    y, m, N = np.arange(len(c)), c.sum(), o.sum()
+    expect, spread = m*o/N, 2*np.sqrt(m*o/N*(1-o/N)*(N-m)/max(N-1, 1))
+    ax.barh(y, c, height=.62, color=np.where(c > expect+spread, _mark, _keep))
+    ax.hlines(y, np.maximum(expect-spread, 0), expect+spread, color='black', lw=.8)
     ax.vlines(expect, y-.42, y+.42, color='black', lw=1.4)
-    for yi,ci,oi,e in zip(y, c, o, expect):
+    for yi,ci,oi,e in zip(y, c, o, expect+spread):
         ax.annotate(f'{ci} ({ci/oi:.0%})' if oi else 'none left', (max(ci,e), yi), (4,0), textcoords='offset points', va='center', fontsize=7.5, color=_ink)
     ax.set_yticks(y, counts.keys()); ax.set_ylim(len(c)-.4, -.6); ax.margins(x=.28); ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    return _tidy(ax, title, f'units among the {c.sum()} lowest', grid='x')
+    return _tidy(ax, title, f'units among the {m} lowest', grid='x')
 
 # %% ../../nbs/measure/03_plots.ipynb #00000024
 def plot_lowest(
