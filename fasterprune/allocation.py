@@ -22,8 +22,10 @@ def _flat(scores, name='scores'): # 1-D scores that can be ranked
     return s
 
 def _lowest(s, k): # Bool, the k lowest of `s`, ties by position
-    out = torch.zeros_like(s, dtype=torch.bool)
-    out[s.argsort(stable=True)[:k]] = True
+    if k <= 0 or not len(s): return torch.zeros_like(s, dtype=torch.bool)
+    last = s.kthvalue(min(k, len(s))).values
+    out = s < last
+    out[(s == last).nonzero().flatten()[:k-int(out.sum())]] = True
     return out
 
 def _check_min_keep(m):
@@ -69,12 +71,12 @@ def _costs(costs, s, n): # The cost of each unit of a layer, 1-D
     return c.expand(s.numel())
 
 def _remove(s, can, fraction, cost=None): # Bool: the lowest of those that `can` go, until the fraction is reached
-    order = s.argsort(stable=True)
-    order = order[can[order]]
-    if cost is None: k = n_removed(s.numel(), fraction)
-    else: k = int((cost[order].cumsum(0) <= fraction*cost.sum().item() + 1e-9).sum())
-    gone = s == -torch.inf
-    gone[order[:k]] = True
+    gone, at = s == -torch.inf, can.nonzero().flatten()
+    if cost is None: low = _lowest(s[at], n_removed(len(s), fraction))
+    else:
+        order = s[at].argsort(stable=True)
+        low = order[cost[at][order].cumsum(0) <= fraction*cost.sum().item() + 1e-9]
+    gone[at[low]] = True
     return gone
 
 def _join(d): # The tensors of all layers in a row, on one device
