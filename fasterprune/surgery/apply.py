@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from ..core import module_of
 from .capture import Recorder, fake_trace, record, state_of
 from .coupling import Coupling
-from .plan import Plan
+from .plan import Edit, Plan
 from .rules import Site
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000005
@@ -196,7 +196,7 @@ def apply_(
     for n,m in model.named_modules(): # a bias that was folded in has the rows of its weight
         if any(f.kind=='new' and f.name==n for f in plan.folds):
             rows = [e for e in edits.get(f"{n}.weight", []) if e.dim==(1 if getattr(m, 'transposed', False) else 0)]
-            if rows: edits[f"{n}.bias"] = [type(e)(f"{n}.bias", 0, e.keep) for e in rows]
+            if rows: edits[f"{n}.bias"] = [Edit(f"{n}.bias", 0, e.n, e.keep) for e in rows]
     for n,es in edits.items():
         t = state[n] if n in state else model.get_parameter(n)
         shape,grad = t.shape,t.grad
@@ -210,8 +210,8 @@ def _check(model, plan):
     state = state_of(model)
     for e in plan.edits:
         if e.param not in state: raise ValueError(f"this plan is of another model: it cuts {e.param!r}, which this one does not have")
-        n = state[e.param].shape
-        if e.dim>=len(n) or max(e.keep, default=0)>=n[e.dim]: raise ValueError(f"this plan is of another model, or has been applied before: it keeps position {max(e.keep)} of dimension {e.dim} of {e.param!r}, which has shape {tuple(n)}")
+        n = tuple(state[e.param].shape)
+        if e.dim>=len(n) or n[e.dim]!=e.n: raise ValueError(f"this plan is of another model, or has been applied before: it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000013
 class Snapshot:

@@ -32,7 +32,8 @@ class Edit:
     "What stays of one dimension of one parameter or buffer"
     param:str
     dim:int
-    keep:tuple # Positions
+    n:int # Positions before
+    keep:tuple # Positions that stay
 
 @dataclass(frozen=True)
 class Attr:
@@ -160,7 +161,7 @@ def make_plan(
     for i,name in c.trace.names.items():
         for dim,a in enumerate(l.env[i]):
             keep = l.keeps(a, gone)
-            if not keep.all(): edits.append(Edit(name, dim, tuple(np.flatnonzero(keep).tolist())))
+            if not keep.all(): edits.append(Edit(name, dim, a.n, tuple(np.flatnonzero(keep).tolist())))
     attrs = tuple(Attr(m, k, int(l.keeps(a, gone).sum())) for m,k,a in l.counts if not l.keeps(a, gone).all())
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
     return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, tuple(c.pins()), mixed)
