@@ -25,7 +25,7 @@ from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
 __all__ = ['Ref', 'Node', 'Trace', 'tensors_in', 'Recorder', 'mutated', 'module_stack', 'plain_operators', 'state_of', 'record',
-           'fake_trace', 'capture']
+           'probe', 'record_in', 'fake_trace', 'capture']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -178,6 +178,29 @@ def record(
     return out
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000013
+def probe(
+    x, # What the model is called with
+    dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
+    seed:int=0,
+):
+    "The same nest of tensors with other values: normal for floating point, unchanged for integers"
+    gen = torch.Generator().manual_seed(seed)
+    def one(t):
+        if not isinstance(t, Tensor) or not t.is_floating_point(): return t
+        return torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device, dtype or t.dtype)
+    return tree_map(one, x)
+
+def record_in(
+    model:nn.Module, # Not changed
+    x, # What it is called with; its values are replaced by `probe`
+    rec:Recorder,
+    dtype:torch.dtype|None, # To compute in; None is the model's own
+):
+    "Run a model on a probe, in another precision, under a recorder"
+    cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t
+    return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in state_of(model).items()})
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000015
 def _fakes(mode, state:dict, shapes:dict)->dict:
     "Fake stand-ins for parameters and buffers, in other shapes where `shapes` says so"
     def one(n, t):
@@ -200,7 +223,7 @@ def fake_trace(
     with mode: record(model, tree_map(fake, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000014
+# %% ../../nbs/surgery/00_capture.ipynb #00000016
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments

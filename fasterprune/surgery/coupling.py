@@ -71,7 +71,7 @@ class Coupler(Labels):
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
         self.reads,self.mixed,self.counts,self.starts,self.writes = [],[],[],[],[]
 
-    def free(self, n): return Axis(n) if n>1 else fixed(1)
+    def free(self, n): return Axis(n) if n>1 else fixed(n)
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
     def equal_parts(self, s, parts): self.same(*parts)
     def sums(self, s, ref, i): self.reads.append(Read(s.node.index, ref, i, s.axes(ref)[i], s.axes(ref)[i], None))

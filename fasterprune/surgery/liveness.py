@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .capture import Recorder, Ref, record
+from .capture import Recorder, Ref, record_in
 from .coupling import Coupling, Read, couple
 from .labels import Axis, fixed
 from .rules import Site, aligned, step
@@ -178,6 +178,10 @@ def observe(
     c:Coupling, # Of the same model and input
 )->dict:
     "By index of each `Read` of the coupling: its `Facts`"
+    try: return _observe(model, x, c, torch.float64)
+    except Exception: return _observe(model, x, c, None) # code that insists on its own precision
+
+def _observe(model, x, c, dtype):
     d,facts,reads = Constants(),{},{}
     for i,r in enumerate(c.labels.reads): reads.setdefault(r.node, []).append((i,r))
     def replace(index, func, args): # a product in place forgets its operand
@@ -189,7 +193,7 @@ def observe(
         for i,r in reads.get(node.index, ()): facts[i] = facts_of(s, r, s.axes(r.data)[r.dim])
         _walk(d, s)
     rec = Recorder(listen, replace)
-    record(model, x, rec)
+    record_in(model, x, rec, dtype)
     if [n.op for n in rec.trace.nodes]!=[n.op for n in c.trace.nodes]: raise ValueError('the model ran other operators than it did while it was captured')
     return facts
 
