@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import as_call, no_such, prunable_layers
-from ..surgery.capture import Node, Recorder, Ref, record, tensors_in
+from ..surgery.capture import Node, Recorder, Ref, record, state_of, tensors_in
 from ..surgery.cost import macs_of, n_params
 from ..surgery.plan import labels_of
 from ..surgery.pruner import Pruner
@@ -70,6 +70,7 @@ def _nonzero(t, keeps=()): # Entries that are not zero, at the positions that st
 
 # %% ../../nbs/measure/02_metrics.ipynb #0000000a
 _operands = ('weight','mat2','batch2','mat1','batch1','input','self') # the first two that an operator has are multiplied
+_lookups = ('index','index_select','gather','take_along_dim') # they only take numbers out of a table
 
 class _Tally:
     "Counts the multiply-accumulates of each operator while a model runs"
@@ -80,7 +81,7 @@ class _Tally:
     def run(self, x):
         "Give (layer, MACs, nonzero MACs, effective MACs) for each operator that multiplies"
         self.rec = Recorder(self.listen)
-        record(self.model, x, self.rec)
+        record(self.model, x, self.rec, {n:t.detach() for n,t in state_of(self.model).items()})
         return self.rows
 
     def listen(self, node, args, out):
@@ -90,10 +91,11 @@ class _Tally:
         ids = [r.id for r in s.tensors]
         param = next((self.origin[i] for i in ids if i in self.origin), None)
         new = {r.id for r in (*node.outs, *node.mutates)}
-        if any(i in self.dep for i in ids): self.dep |= new
+        reads = any(i in self.dep for i in ids)
+        if reads: self.dep |= new
         elif param: self.origin |= {i:param for i in new if i not in self.origin}
         if macs_of(node, t): self.rows.append(self.count(s))
-        elif param and rule_for(node) is None: self.uncounted[f"{node.op} in {node.module or 'the model'}"] = True
+        elif reads and param and rule_for(node) is None and node.op not in _lookups: self.uncounted[f"{node.op} in {node.module or 'the model'}"] = True
 
 # %% ../../nbs/measure/02_metrics.ipynb #0000000b
 @patch
@@ -221,6 +223,7 @@ def _repr_html_(self:Evaluation): return _html(self.rows(), self.notes())
 # %% ../../nbs/measure/02_metrics.ipynb #00000012
 def _module(model): # The model itself, also of a compiled one
     if not isinstance(model, nn.Module): raise TypeError(f"a model is an nn.Module, not {model!r}")
+    prunable_layers(model) # refuses layers that have no weight yet
     return getattr(model, '_orig_mod', model)
 
 def evaluate(
