@@ -6,12 +6,14 @@ Docs: https://fasterprune.github.io/fasterprune/measure/plots.html.md"""
 
 # %% auto #0
 __all__ = ['plot_schedule', 'plot_schedules', 'plot_mask', 'plot_granularities', 'plot_scores', 'lowest_counts', 'plot_lowest',
-           'plot_widths', 'plot_plan', 'plot_groups', 'plot_history', 'plot_compare', 'plot_curves', 'plot_matrix']
+           'plot_widths', 'plot_plan', 'plot_groups', 'plot_history', 'plot_compare', 'plot_curves', 'plot_matrix',
+           'to_png']
 
 # %% ../../nbs/measure/03_plots.ipynb #00000002
 import numpy as np, torch
 import matplotlib.pyplot as plt
 from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
@@ -355,3 +357,14 @@ def plot_matrix(
     ax.set_xticks(range(len(columns)), columns, rotation=35, ha='right', rotation_mode='anchor'); ax.set_yticks(range(len(rows)), rows)
     ax.spines[:].set_visible(False)
     return _tidy(ax, title)
+
+# %% ../../nbs/measure/03_plots.ipynb #00000048
+def to_png(
+    picture:Axes|Figure, # What one of the functions above gave back
+    *, dpi:int=144, # Pixels per inch
+) -> bytes: # Of a PNG file
+    "Turn a picture into the bytes of a file, and close it"
+    fig, f = picture.figure, BytesIO()
+    fig.savefig(f, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
+    plt.close(fig)
+    return f.getvalue()
