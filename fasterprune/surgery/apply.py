@@ -106,7 +106,7 @@ def dry_run(
     plan:Plan, # Made from `gone`
 )->tuple|None: # (axes to pin, reason); None if the plan works
     "Run the network as it would be, on fake tensors, and compare every shape"
-    rec = Recorder()
+    rec = Recorder(training=c.trace.training)
     try:
         if c.trace.fake:
             with attributes(new_attributes(model, plan)): fake_trace(model, x, planned_shapes(model, plan), rec)

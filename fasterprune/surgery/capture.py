@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import (FakeTensorMode, DataDependentOutputEx
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
 __all__ = ['Ref', 'Node', 'Trace', 'tensors_in', 'Recorder', 'mutated', 'module_stack', 'plain_operators', 'state_of', 'record',
-           'probe', 'record_in', 'fake_trace', 'capture']
+           'probe', 'record_in', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -60,10 +60,16 @@ class Trace:
     inputs:list = field(default_factory=list) # `Ref`s of the model's inputs
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
     fake:bool = True # Was it captured without arithmetic?
+    training:tuple = () # Modules that ran in training mode
 
     def name_of(self, ref:Ref)->str|None:
         "Parameter or buffer name, or None"
         return self.names.get(ref.id)
+
+    @property
+    def used(self)->set:
+        "Names of the parameters and buffers that an operator met"
+        return {self.names[r.id] for n in self.nodes for r in tree_leaves((n.args, n.kwargs)) if isinstance(r, Ref) and r.id in self.names}
 
     def __repr__(self):
         kind = 'fake' if self.fake else 'real'
@@ -87,8 +93,9 @@ def tensors_in(
 # %% ../../nbs/surgery/00_capture.ipynb #0000000b
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `replace(index, func, args)` may change its arguments, `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, replace:Callable|None=None):
+    def __init__(self, listen:Callable|None=None, replace:Callable|None=None, training:tuple=()):
         super().__init__()
+        self.training = training
         self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
         self.listen,self.replace = listen,replace
 
@@ -147,12 +154,17 @@ def module_stack(
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000010
 @contextlib.contextmanager
-def plain_operators(model:nn.Module):
+def plain_operators(
+    model:nn.Module, # Restored afterwards
+    training:tuple=(), # Modules that are to be in training mode all the same
+):
     "Eval mode, no gradients, and no fused fast paths, restored afterwards"
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH): yield
+        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            for n in training: model.get_submodule(n).training = True
+            yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000011
@@ -171,7 +183,8 @@ def record(
     own = state_of(model)
     for n,t in (own if state is None else state).items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
-    with plain_operators(model), module_stack(model, rec.stack), rec:
+    rec.trace.training = rec.training
+    with plain_operators(model, rec.training), module_stack(model, rec.stack), rec:
         out = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
@@ -227,11 +240,27 @@ def fake_trace(
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
+    *, training:tuple=(), # Names of modules to put in training mode; the others are in eval mode
 )->Trace:
     "The operators of one forward pass of `model`, without running it if that can be done"
-    try: return fake_trace(model, x)
+    try: return fake_trace(model, x, rec=Recorder(training=training))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException): pass
-    rec = Recorder()
+    rec = Recorder(training=training)
     record(model, x, rec)
     rec.trace.fake = False
     return rec.trace
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000020
+def capture_all(
+    model:nn.Module, # Any module; it is not changed
+    x, # What it is called with
+)->Trace:
+    "As `capture`, with the branches that run in training mode only"
+    trace = capture(model, x)
+    idle = {n for n,_ in model.named_parameters()} - trace.used
+    around = lambda path: {path.rpartition('.')[0], *around(path.rpartition('.')[0])} if path else {''}
+    training = tuple(sorted({n for p in idle for n in around(p.rpartition('.')[0])}))
+    if not idle: return trace
+    try: more = capture(model, x, training=training)
+    except Exception: return trace # it cannot run so on this input, as before any surgery
+    return more if more.used>trace.used else trace

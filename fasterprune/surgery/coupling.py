@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .capture import Ref, Trace, capture
+from .capture import Ref, Trace, capture_all
 from .labels import Axis, Labels, fixed
 from .rules import Site, aligned, step
 
@@ -218,7 +218,7 @@ def couple(
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
 )->Coupling:
     "Find out which channels of which layers must go together"
-    return Coupling(model, capture(model, x))
+    return Coupling(model, capture_all(model, x))
 
 # %% ../../nbs/surgery/03_coupling.ipynb #00000010
 def _components(d:Coupler, writes):

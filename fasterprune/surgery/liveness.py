@@ -192,7 +192,7 @@ def _observe(model, x, c, dtype):
         s = _site(d, rec.trace, node, args)
         for i,r in reads.get(node.index, ()): facts[i] = facts_of(s, r, s.axes(r.data)[r.dim])
         _walk(d, s)
-    rec = Recorder(listen, replace)
+    rec = Recorder(listen, replace, c.trace.training)
     record_in(model, x, rec, dtype)
     if [n.op for n in rec.trace.nodes]!=[n.op for n in c.trace.nodes]: raise ValueError('the model ran other operators than it did while it was captured')
     return facts

@@ -19,7 +19,7 @@ from ..core import NoEffectWarning, PruningError, VerificationError, as_call, no
 from ..criteria import norm # registers the criteria
 from ..criteria.base import Criterion, as_criterion, as_normalizer
 from .apply import Snapshot, apply_, dry_run
-from .capture import capture
+from .capture import capture, capture_all
 from .choose import group_scores, sides
 from .cost import n_params, trace_macs
 from .coupling import Coupling, Group
@@ -87,7 +87,7 @@ class Pruner:
 
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
-        self.coupling = Coupling(self.model, capture(self.model, self.x))
+        self.coupling = Coupling(self.model, capture_all(self.model, self.x))
         for g in self.coupling.groups:
             if not self._may(g): self.coupling.labels.pin(g.labels, 'left alone on request')
         self.coupling.refresh()
@@ -225,13 +225,13 @@ def prune(self:Pruner,
 # %% ../../nbs/surgery/10_pruner.ipynb #00000011
 def _reference(self, gone, law):
     "Outputs by the law, in double precision if the model can, else in its own"
-    kw = dict(c=self.coupling, gone=gone) if law=='readers' else {}
+    kw = dict(training=self.coupling.trace.training, **(dict(c=self.coupling, gone=gone) if law=='readers' else {}))
     try: return outputs(self.model, self.x, **kw),torch.float64
     except Exception: return outputs(self.model, self.x, dtype=None, **kw),None
 
 @patch
 def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
-    before = n_params(self.model),trace_macs(self.coupling.trace)
+    before = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else self.coupling.trace)
     if not plan.edits:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '')
@@ -241,7 +241,7 @@ def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
     try:
         apply_(self.model, plan, optimizer)
         if check:
-            error = relative_error(got := outputs(self.model, self.x, dtype=dtype), want)
+            error = relative_error(got := outputs(self.model, self.x, dtype=dtype, training=self.coupling.trace.training), want)
             dtype = dtype or got[0].dtype
             if not error<=_limit(self.model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
         after = n_params(self.model),trace_macs(capture(self.model, self.x))

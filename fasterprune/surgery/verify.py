@@ -20,9 +20,10 @@ def outputs(
     *, dtype:torch.dtype|None=torch.float64, # To compute in; None is the model's own
     c:Coupling|None=None, # To let its readers read zeros
     gone=None, # Bool by label: what they do not see
+    training:tuple=(), # Modules to put in training mode
 )->list[Tensor]:
-    "All output tensors in eval mode; with `gone`, those of a network in which nobody reads these channels"
-    rec = Recorder(replace=_unread(c, gone) if c is not None else None)
+    "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
+    rec = Recorder(replace=_unread(c, gone) if c is not None else None, training=training)
     with torch.no_grad(): return [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
 
 def _unread(c, gone):
