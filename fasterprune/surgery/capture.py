@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (FakeTensorMode, DataDependentOutputEx
     UnsupportedOperatorException)
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
-__all__ = ['Ref', 'Node', 'Trace', 'tensors_in', 'Recorder', 'mutated', 'module_stack', 'plain_operators', 'state_of', 'record',
-           'probe', 'record_in', 'fake_trace', 'capture', 'capture_all']
+__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'tensors_in', 'Recorder', 'mutated', 'CallLog', 'Frame', 'module_stack',
+           'plain_operators', 'state_of', 'record', 'probe', 'record_in', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -50,6 +51,18 @@ class Node:
         return self.func.overloadpacket.__name__
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000006
+@dataclass(frozen=True)
+class Call:
+    "A function call in which Python code says a size: `x.view(b, 8, 64)`"
+    module:str # Path of the module that was running
+    order:int # Which such call it is since the module was entered, those of its children counted
+    name:str # `view`, `expand`, `split`, ...
+    outs:tuple # `Ref` of each tensor result
+    node:int # Index of the first operator that it caused
+    args:tuple # Positional arguments; each tensor is a `Ref`
+    kwargs:dict # Keyword arguments
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000007
 @dataclass
 class Trace:
     "All operators of one forward pass, in order"
@@ -59,6 +72,7 @@ class Trace:
     names:dict = field(default_factory=dict) # `Ref` id → parameter or buffer name
     inputs:list = field(default_factory=list) # `Ref`s of the model's inputs
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
+    calls:list = field(default_factory=list) # `Call`s in which Python code says a size
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
 
@@ -75,7 +89,7 @@ class Trace:
         kind = 'fake' if self.fake else 'real'
         return f"Trace of {len(self.nodes)} operators ({len({n.op for n in self.nodes})} different, {kind} tensors), {len(self.names)} parameters and buffers"
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000008
+# %% ../../nbs/surgery/00_capture.ipynb #00000009
 def tensors_in(
     o, # Any nesting of tensors
     _depth:int=8,
@@ -90,7 +104,7 @@ def tensors_in(
     else: return []
     return [t for i in items for t in tensors_in(i, _depth-1)]
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000b
+# %% ../../nbs/surgery/00_capture.ipynb #0000000c
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `replace(index, func, args)` may change its arguments, `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, replace:Callable|None=None, training:tuple=()):
@@ -117,12 +131,12 @@ class Recorder(TorchDispatchMode):
         if self.replace is not None: args = self.replace(len(self.trace.nodes), func, args)
         out = func(*args, **kwargs)
         node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk),
-                    self.stack[-1] if self.stack else '')
+                    str(self.stack[-1]) if self.stack else '')
         self.trace.nodes.append(node)
         if self.listen is not None: self.listen(node, args, out)
         return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000c
+# %% ../../nbs/surgery/00_capture.ipynb #0000000d
 def mutated(
     func, # An `OpOverload`
     args:tuple, # Its arguments, as `Ref`s
@@ -136,7 +150,32 @@ def mutated(
         res += [o for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref)]
     return tuple(res)
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000e
+# %% ../../nbs/surgery/00_capture.ipynb #0000000f
+size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'layer_norm', 'mul', '__mul__',
+    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__')
+
+class CallLog(TorchFunctionMode):
+    "Note the calls in `size_calls`, by module and order"
+    def __init__(self, rec:Recorder):
+        super().__init__()
+        self.rec = rec
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs,name = kwargs or {},getattr(func, '__name__', '')
+        if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
+        for f in self.rec.stack: f.calls += 1
+        frame,node = self.rec.stack[-1],len(self.rec.trace.nodes)
+        order = frame.calls-1
+        out = func(*args, **kwargs)
+        as_ref = lambda o: self.rec.ref(o) if isinstance(o, Tensor) else o
+        self.rec.trace.calls.append(Call(str(frame), order, name, tuple(self.rec.ref(t) for t in tensors_in(out)), node,
+            tuple(as_ref(a) for a in args), {k:as_ref(v) for k,v in kwargs.items()}))
+        return out
+
+class Frame(str):
+    "The path of a running module, and how many size calls were made in it"
+    calls = 0
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000011
 @contextlib.contextmanager
 def module_stack(
     model:nn.Module, # The model that will run
@@ -144,7 +183,7 @@ def module_stack(
 ):
     "Keep `stack` at the paths of the modules that are running"
     paths = {id(m):n for n,m in model.named_modules()}
-    pre = nn_module.register_module_forward_pre_hook(lambda m,_: stack.append(paths.get(id(m), stack[-1] if stack else '')))
+    pre = nn_module.register_module_forward_pre_hook(lambda m,_: stack.append(Frame(paths.get(id(m), stack[-1] if stack else ''))))
     def pop(m, i, o): stack.pop() # returns None: a hook's result would replace the output
     post = nn_module.register_module_forward_hook(pop, always_call=True)
     try: yield
@@ -152,7 +191,7 @@ def module_stack(
         pre.remove(); post.remove()
         stack.clear()
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000010
+# %% ../../nbs/surgery/00_capture.ipynb #00000013
 @contextlib.contextmanager
 def plain_operators(
     model:nn.Module, # Restored afterwards
@@ -167,7 +206,7 @@ def plain_operators(
             yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000011
+# %% ../../nbs/surgery/00_capture.ipynb #00000014
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -184,13 +223,13 @@ def record(
     for n,t in (own if state is None else state).items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with plain_operators(model, rec.training), module_stack(model, rec.stack), rec:
+    with plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
         out = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000013
+# %% ../../nbs/surgery/00_capture.ipynb #00000016
 def probe(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
@@ -213,7 +252,7 @@ def record_in(
     cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t
     return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in state_of(model).items()})
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000015
+# %% ../../nbs/surgery/00_capture.ipynb #00000018
 def _fakes(mode, state:dict, shapes:dict)->dict:
     "Fake stand-ins for parameters and buffers, in other shapes where `shapes` says so"
     def one(n, t):
@@ -236,7 +275,7 @@ def fake_trace(
     with mode: record(model, tree_map(fake, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000016
+# %% ../../nbs/surgery/00_capture.ipynb #00000019
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -250,7 +289,7 @@ def capture(
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000020
+# %% ../../nbs/surgery/00_capture.ipynb #00000023
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with
