@@ -7,13 +7,13 @@ Docs: https://fasterprune.github.io/fasterprune/callback/prune.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/callback/01_prune.ipynb #00000002
+# %% ../../nbs/callback/01_prune.ipynb #00000003
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .sparsify import KeepZeros, example_batch, plain
 from ..surgery.pruner import Pruner, Report
 
-# %% ../../nbs/callback/01_prune.ipynb #00000005
+# %% ../../nbs/callback/01_prune.ipynb #00000006
 @patch
 def prune(self:Learner,
     sparsity:float|dict|None=None, # Part of the channels to remove, or a dict of layer → part; None removes what is dead
@@ -26,9 +26,13 @@ def prune(self:Learner,
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
     "Remove channels from the learner's model, in place; without a sparsity exactly those that are dead"
-    model = plain(self.model)
-    if x is None: x = tuple(t.to(next(model.parameters()).device) if hasattr(t, 'to') else t for t in example_batch(self))
-    r = Pruner(model, x, only=only, ignore=ignore).prune(sparsity, criterion=criterion, granularity=granularity, context=context,
-        optimizer=self.opt, verify=verify)
-    if r.removed: self.remove_cbs([c for c in self.cbs if isinstance(c, KeepZeros)])
+    keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
+    for c in keepers:
+        if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
+    r = Pruner(plain(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, criterion=criterion,
+        granularity=granularity, context=context, optimizer=self.opt, verify=verify)
+    for c in keepers:
+        left = c.masks.cut(r.plan.edits)
+        if left.keep: c.hold(left)
+        else: self.remove_cb(c)
     return r

@@ -26,8 +26,12 @@ class Masks:
         "Part of the units that is masked"
         return sum(z for z,_ in self.units.values())/max(sum(n for _,n in self.units.values()), 1)
     @property
-    def nbytes(self)->int: "Memory of the masks in bytes"; return sum(k.numel() for k in self.keep.values())
-    def __eq__(self, o): return isinstance(o, Masks) and self.units==o.units and self.keep.keys()==o.keep.keys() and all(torch.equal(k, o.keep[n]) for n,k in self.keep.items())
+    def nbytes(self)->int:
+        "Memory of the masks in bytes"
+        return sum(k.numel() for k in self.keep.values())
+    def __eq__(self, o):
+        if not isinstance(o, Masks) or self.units!=o.units or self.keep.keys()!=o.keep.keys(): return False
+        return all(torch.equal(k, o.keep[n]) for n,k in self.keep.items())
     __hash__ = None
 
 # %% ../../nbs/sparse/00_masks.ipynb #00000006
@@ -64,4 +68,17 @@ def zero_(
 @patch
 def __and__(self:Masks, o:Masks)->Masks:
     "Keep what both keep; the units are those of the right one"
-    return Masks({n: self.keep[n] & o.keep[n] if n in self.keep and n in o.keep else self.keep.get(n, o.keep.get(n)) for n in {**self.keep, **o.keep}}, o.units)
+    both = {n: k & o.keep[n].to(k.device) for n,k in self.keep.items() if n in o.keep}
+    return Masks({**self.keep, **o.keep, **both}, o.units)
+
+# %% ../../nbs/sparse/00_masks.ipynb #0000000f
+@patch
+def cut(self:Masks,
+    edits, # (parameter, dimension, positions that stay), as the `edits` of a plan
+)->Masks: # Without `units`: they were those of the old shapes
+    "The masks of what is left of a model"
+    keep = dict(self.keep)
+    for e in edits:
+        k = keep.get(e.param)
+        if k is not None and k.shape[e.dim]>1: keep[e.param] = k.index_select(e.dim, torch.as_tensor(e.keep, dtype=torch.long, device=k.device))
+    return Masks({n:k for n,k in keep.items() if not k.all()})

@@ -43,9 +43,10 @@ class Sparsifier:
         check_allocation(0., [], context=context, count=count)
         layers = select_layers(model, only, ignore)
         self.coupled = self.granularity.name in sides
-        if self.coupled: self._couple(x, layers, only)
+        if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
         self.scores() # a criterion that cannot score this model says so now
+        self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
     def totals(self)->dict:
@@ -55,12 +56,11 @@ class Sparsifier:
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000006
 @patch
-def _couple(self:Sparsifier, x, layers, only):
+def _couple(self:Sparsifier, x, layers, ignore):
     if x is None: raise ValueError(f"granularity {self.granularity.name!r} is for whole channels, which run through several layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
     c = couple(self.model, x)
-    all_layers = select_layers(self.model)
-    left_out = set(all_layers)-set(layers)
-    ok = lambda g: any(l in layers for l in g.layers) and (only is not None or not left_out&set(g.layers))
+    left_out = set(select_layers(self.model))-set(select_layers(self.model, None, ignore))
+    ok = lambda g: any(l in layers for l in g.layers) and not left_out&set(g.layers)
     self.groups = [g for g in c.groups if g.primary and ok(g)]
     self.pins = c.pins()
     if not self.groups: raise ValueError(f"no channel of this model can be chosen by {self.granularity.name}: "+('; '.join(f"{n}: {why}" for n,_,_,why in self.pins) or 'only and ignore leave none'))
@@ -95,6 +95,23 @@ def measured(self:Sparsifier)->dict: # Layer or group name → (zero units, unit
     "How many units are zero now, measured on the model"
     return {n:(int(z.sum()), z.numel()) for n,z in self.zeros().items()}
 
+@patch
+def sparsity(self:Sparsifier)->float:
+    "Part of what is counted, units or parameters, that is zero now, measured on the model"
+    return self._part({n:z/a for n,(z,a) in self.measured().items()})
+
+@patch
+def part(self:Sparsifier,
+    sparsity:float|dict, # As for `masks`
+)->float:
+    "What a sparsity is a part of all, where it is different for each layer"
+    return self._part(s) if isinstance(s := self.check(sparsity), dict) else s
+
+@patch
+def _part(self:Sparsifier, share):
+    size = {n:k*(self.costs()[n] if self.count=='params' else 1) for n,k in self.totals.items()}
+    return float(sum(share.get(n, 0.)*k for n,k in size.items())/sum(size.values()))
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000009
 @patch
 def scores(self:Sparsifier)->dict: # Layer or group name → scores, high = keep
@@ -123,7 +140,7 @@ def masks(self:Sparsifier,
     sparsity,s = self.check(sparsity),self.scores()
     if not regrow:
         for n,z in self.zeros().items():
-            if not z.all(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
+            if not (n in self.born_zero and z.all()): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
     costs = self.costs() if self.count=='params' else None
     keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs)
     return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
@@ -141,8 +158,16 @@ def sparsify(self:Sparsifier,
 @patch
 def check(self:Sparsifier, sparsity)->float|dict:
     "Refuse a sparsity that this model cannot have; layer names become names of groups"
-    if isinstance(sparsity, dict) and self.coupled: sparsity = {self._group(n):v for n,v in sparsity.items()}
+    if isinstance(sparsity, dict) and self.coupled: sparsity = self._by_group(sparsity)
     return check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
+
+@patch
+def _by_group(self:Sparsifier, sparsity):
+    res = {}
+    for n,v in sparsity.items():
+        g = self._group(n)
+        if res.setdefault(g, v)!=v: raise ValueError(f"sparsity: {n!r} writes the same channels as the other layers of {g!r} do, so it cannot have {v!r} where they have {res[g]!r}; give one of them a fraction")
+    return res
 
 @patch
 def _group(self:Sparsifier, name):
