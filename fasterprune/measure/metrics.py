@@ -76,6 +76,7 @@ class _Tally:
     "Counts the multiply-accumulates of each operator while a model runs"
     def __init__(self, model, left):
         self.model,self.left,self.own = model,left,dict(model.named_parameters())
+        self.held = {n:{id(p) for p in m._parameters.values()} for n,m in model.named_modules()}
         self.dep,self.origin,self.rows,self.uncounted = set(),{},[],{}
 
     def run(self, x):
@@ -119,8 +120,7 @@ def count(self:_Tally, s:Site)->tuple:
 @patch
 def holder(self:_Tally, node:Node, param:str)->str:
     "The running module if it holds the parameter, else the module that does"
-    held = self.model.get_submodule(node.module)._parameters.values()
-    return node.module if any(p is self.own[param] for p in held) else param.rpartition('.')[0]
+    return node.module if id(self.own[param]) in self.held[node.module] else param.rpartition('.')[0]
 
 # %% ../../nbs/measure/02_metrics.ipynb #0000000d
 def _effective(left, name, p): # Entries of a parameter that are left, and not zero
