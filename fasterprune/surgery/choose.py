@@ -25,7 +25,8 @@ def member_scores(
     n:int, # Number of units
 )->Tensor: # (n,), double precision
     "Score the units of a group by one parameter"
-    s = element_scores(criterion, w).movedim(m.dim, 0).flatten(1)
+    s = element_scores(criterion, w).movedim(m.dim, 0)
+    s = s.reshape(len(s), -1)
     unit = torch.as_tensor(m.unit, device=s.device)
     s,unit = s[unit>=0],unit[unit>=0].view(-1,1).expand(-1, s.shape[1])
     out = s.new_zeros(n)
