@@ -102,9 +102,13 @@ def example_batch(
     with no_random(reproducible=False): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     if rng is not None: rng.setstate(state); dl.rng = rng
     if not isinstance(batch, (list,tuple)): batch = (batch,)
-    xs = batch[:getattr(learn.dls, 'n_inp', max(len(batch)-1, 1))]
+    xs = batch[:_n_inputs(learn.dls, batch)]
     xs = tuple(x[:2].as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in xs)
     return to_device(xs, next(learn.model.parameters()).device)
+
+def _n_inputs(dls, batch): # `dls.n_inp` may draw a batch to find out, and with it random numbers
+    said = vars(dls).get('n_inp'),getattr(getattr(dls.train, 'dataset', None), 'n_inp', None),vars(dls.train).get('_n_inp')
+    return next((n for n in said if n is not None), max(len(batch)-1, 1))
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000d
 class SparsifyCallback(Callback):
