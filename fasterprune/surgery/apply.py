@@ -9,13 +9,15 @@ __all__ = ['planned_shapes', 'new_attributes', 'attributes', 'mismatch', 'dry_ru
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000002
 import contextlib, copy
+import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import module_of
-from .capture import Recorder, fake_trace, record, state_of
+from .capture import Recorder, fake_trace, record, state_of, used_refs
 from .coupling import Coupling
 from .plan import Edit, Plan
 from .rules import Site
+from .sizes import install_, installed, uninstall_
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000005
 def planned_shapes(
@@ -40,9 +42,9 @@ def _sizes(m, shape, counts):
     w = shape('weight')
     if isinstance(m, nn.modules.conv._ConvNd): return _conv(m, w, counts.get('groups', m.groups))
     if isinstance(m, nn.Linear): return dict(in_features=w[1], out_features=w[0])
-    if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (m.num_features,))[0])
+    if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
     if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
-    if isinstance(m, nn.LayerNorm): return dict(normalized_shape=tuple(w) if w else m.normalized_shape)
+    if isinstance(m, nn.LayerNorm): return dict(normalized_shape=tuple(w) if w else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
     if isinstance(m, nn.Embedding): return dict(num_embeddings=w[0], embedding_dim=w[1])
     if isinstance(m, nn.PReLU): return dict(num_parameters=w[0])
     return {}
@@ -58,7 +60,8 @@ def new_attributes(
     for n,m in model.named_modules():
         def shape(k): t = getattr(m, k, None); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
         if n not in counts and not any(id(t) in by_tensor for t in [*m._parameters.values(), *m._buffers.values()]): continue
-        res += [(m, k, v) for k,v in _sizes(m, shape, counts.get(n, {})).items() if getattr(m, k)!=v]
+        values = {**counts.get(n, {}), **_sizes(m, shape, counts.get(n, {}))}
+        res += [(m, k, v) for k,v in values.items() if getattr(m, k)!=v]
     return res
 
 @contextlib.contextmanager
@@ -79,37 +82,44 @@ def mismatch(
     gone, # Bool by label
     nodes:list, # Of the network as it would be
     shapes:dict, # Their shapes
-)->tuple|None: # (axes to pin, reason); None if all agrees
+)->tuple|None: # (axes to pin, reason, module whose code it was); None if all agrees
     "The first place where the smaller network does not do what the labels predict"
     l,t = c.labels,c.trace
-    starts = {i:(a,start) for i,a,start in l.starts}
+    starts,used = {i:(a,start) for i,a,start in l.starts},used_refs(t)
     for old,new in zip(t.nodes, nodes):
         axes = [a for r in old.outs for a in l.env.get(r.id, [])]
         inputs = [a for r in Site(old, t, l.env).tensors for a in l.env[r.id]]
-        if old.op!=new.op or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller"
+        if old.op!=new.op or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller",old.module
         for r,s in zip(old.outs, new.outs):
             for a,n in zip(l.env.get(r.id, []), shapes[s.id]):
                 want = int(l.keeps(a, gone).sum())
-                if want!=n and (t.fake or not l.keeps(a, gone).all()): return [a]+inputs,f"the code of {old.module or 'the model'} makes {n} of {old.op!r} where {want} should be: it has sizes written in it"
+                if r in used and want!=n and (t.fake or want<a.n):
+                    return [a] if want<a.n else [a]+inputs,f"the code of {old.module or 'the model'} makes {n} of {old.op!r} where {want} should be: it has sizes written in it",old.module
         if old.index in starts and old.op==new.op=='slice':
             a,start = starts[old.index]
             s = Site(new, t, {})
-            begin = range(int(l.keeps(a, gone).sum()))[slice(s['start'], s['end'], s['step'])].start
-            if begin!=int(l.keeps(a, gone)[:start].sum()): return [a],f"the code of {old.module or 'the model'} slices from a fixed position"
+            keep = l.keeps(a, gone)
+            begin = range(int(keep.sum()))[slice(s['start'], s['end'], s['step'])].start
+            if begin!=int(keep[:start].sum()): return [a if keep[:start].all() else l.take(a, np.arange(start))],f"the code of {old.module or 'the model'} slices from a fixed position",old.module
+        if _numbers(old)!=_numbers(new): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000009
+def _numbers(node): # Floating point arguments, such as the scale of an attention; nine digits
+    return [f"{a:.9g}" for a in [*node.args, *node.kwargs.values()] if isinstance(a, float)]
+
+# %% ../../nbs/surgery/07_apply.ipynb #0000000a
 def dry_run(
     model:nn.Module, # Not changed
     x, # What it is called with
     c:Coupling,
     gone, # Bool by label
     plan:Plan, # Made from `gone`
-)->tuple|None: # (axes to pin, reason); None if the plan works
+)->tuple|None: # (axes to pin, reason, module whose code it was); None if the plan works
     "Run the network as it would be, on fake tensors, and compare every shape"
     rec = Recorder(training=c.trace.training)
     try:
         if c.trace.fake:
-            with attributes(new_attributes(model, plan)): fake_trace(model, x, planned_shapes(model, plan), rec)
+            with attributes(new_attributes(model, plan)), installed(model, plan.sized): fake_trace(model, x, planned_shapes(model, plan), rec)
         else:
             small = copy.deepcopy(model)
             apply_(small, plan)
@@ -120,10 +130,10 @@ def dry_run(
         k = min(len(rec.trace.nodes), len(c.trace.nodes)-1)
         node = c.trace.nodes[k]
         axes = [a for r in [*Site(node, c.trace, c.labels.env).tensors, *node.outs] for a in c.labels.env.get(r.id, [])]
-        return axes,f"{node} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})"
+        return axes,f"{Site(node, c.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})",node.module
     return mismatch(c, gone, rec.trace.nodes, rec.trace.shapes)
 
-# %% ../../nbs/surgery/07_apply.ipynb #0000000d
+# %% ../../nbs/surgery/07_apply.ipynb #0000000e
 def _sliced(t, edits):
     "A copy of `t` with only the kept positions"
     channels_last = t.dim()==4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
@@ -144,7 +154,7 @@ def replace_(
     except RuntimeError: t.grad,t.data = None,new
     if grad is not None and grad.shape==t.shape: t.grad = grad
 
-# %% ../../nbs/surgery/07_apply.ipynb #0000000e
+# %% ../../nbs/surgery/07_apply.ipynb #0000000f
 def _state_dict_of(optimizer): # torch optimizers and fastai's keep their state in the same form; OptimWrapper has one inside
     return getattr(optimizer, 'opt', optimizer).state
 
@@ -161,7 +171,7 @@ def _adopt(optimizer, p, beside):
     for g in groups:
         if any(q is beside for q in g): g.append(p); return
 
-# %% ../../nbs/surgery/07_apply.ipynb #0000000f
+# %% ../../nbs/surgery/07_apply.ipynb #00000010
 @torch.no_grad()
 def fold_(
     model:nn.Module,
@@ -180,7 +190,7 @@ def fold_(
         v = torch.tensor(f.value, dtype=torch.float64, device=t.device)
         t.data = (t.double() + (v if f.kind=='bias' else -v)).to(t.dtype)
 
-# %% ../../nbs/surgery/07_apply.ipynb #00000010
+# %% ../../nbs/surgery/07_apply.ipynb #00000011
 @torch.no_grad()
 def apply_(
     model:nn.Module, # Changed in place
@@ -204,6 +214,7 @@ def apply_(
         if grad is not None: t.grad = _sliced(grad, es)
         if optimizer is not None: _carry(optimizer, t, shape, es)
     for m,k,v in attrs: setattr(m, k, v)
+    for s in plan.sized: install_(model, s)
     return model
 
 def _check(model, plan):
@@ -213,7 +224,7 @@ def _check(model, plan):
         n = tuple(state[e.param].shape)
         if e.dim>=len(n) or n[e.dim]!=e.n: raise ValueError(f"this plan is of another model, or has been applied before: it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
 
-# %% ../../nbs/surgery/07_apply.ipynb #00000013
+# %% ../../nbs/surgery/07_apply.ipynb #00000014
 class Snapshot:
     "Remember tensors, gradients, attributes and optimizer state of a model, by reference; `restore_` puts them back"
     def __init__(self, model:nn.Module, plan:Plan, optimizer=None):
@@ -222,6 +233,7 @@ class Snapshot:
         names = {e.param for e in plan.edits} | {f.name for f in plan.folds if f.kind!='new'}
         self.tensors = [(state[n], state[n].detach(), state[n].grad) for n in names]
         self.attrs = [(m, k, getattr(m, k)) for m,k,_ in new_attributes(model, plan)]
+        self.forwards = [(m, vars(m).get('forward')) for m in (model.get_submodule(s.module) for s in plan.sized)]
         self.new = [f.name for f in plan.folds if f.kind=='new']
         self.state = {} if optimizer is None else {t: dict(s) for t,_,_ in self.tensors if (s := _state_dict_of(optimizer).get(t)) is not None}
 
@@ -235,6 +247,7 @@ class Snapshot:
             replace_(t, data)
             t.grad = grad
         for m,k,v in self.attrs: setattr(m, k, v)
+        for m,f in self.forwards: uninstall_(m, f)
         for t,s in self.state.items(): _state_dict_of(self.optimizer)[t] = s
 
 def _forget(optimizer, p):

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, dataclasses
+import contextlib, dataclasses, logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable
@@ -25,8 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
-__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'tensors_in', 'Recorder', 'mutated', 'CallLog', 'Frame', 'module_stack',
-           'plain_operators', 'state_of', 'record', 'probe', 'record_in', 'fake_trace', 'capture', 'capture_all']
+__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'mutated', 'CallLog', 'Frame',
+           'module_stack', 'plain_operators', 'state_of', 'stand_ins', 'record', 'probe', 'record_in', 'quiet',
+           'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -83,13 +84,18 @@ class Trace:
     @property
     def used(self)->set:
         "Names of the parameters and buffers that an operator met"
-        return {self.names[r.id] for n in self.nodes for r in tree_leaves((n.args, n.kwargs)) if isinstance(r, Ref) and r.id in self.names}
+        return {self.names[r.id] for r in used_refs(self) if r.id in self.names}
 
     def __repr__(self):
         kind = 'fake' if self.fake else 'real'
         return f"Trace of {len(self.nodes)} operators ({len({n.op for n in self.nodes})} different, {kind} tensors), {len(self.names)} parameters and buffers"
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000009
+# %% ../../nbs/surgery/00_capture.ipynb #00000008
+def used_refs(trace:Trace)->set:
+    "`Ref`s that some operator takes or the model returns"
+    return {*trace.outputs, *(r for n in trace.nodes for r in tree_leaves((n.args, n.kwargs)) if isinstance(r, Ref))}
+
+# %% ../../nbs/surgery/00_capture.ipynb #0000000a
 def tensors_in(
     o, # Any nesting of tensors
     _depth:int=8,
@@ -104,7 +110,7 @@ def tensors_in(
     else: return []
     return [t for i in items for t in tensors_in(i, _depth-1)]
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000c
+# %% ../../nbs/surgery/00_capture.ipynb #0000000d
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `replace(index, func, args)` may change its arguments, `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, replace:Callable|None=None, training:tuple=()):
@@ -136,7 +142,7 @@ class Recorder(TorchDispatchMode):
         if self.listen is not None: self.listen(node, args, out)
         return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000d
+# %% ../../nbs/surgery/00_capture.ipynb #0000000e
 def mutated(
     func, # An `OpOverload`
     args:tuple, # Its arguments, as `Ref`s
@@ -150,7 +156,7 @@ def mutated(
         res += [o for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref)]
     return tuple(res)
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000000f
+# %% ../../nbs/surgery/00_capture.ipynb #00000010
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'layer_norm', 'mul', '__mul__',
     '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__')
 
@@ -175,7 +181,7 @@ class Frame(str):
     "The path of a running module, and how many size calls were made in it"
     calls = 0
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000011
+# %% ../../nbs/surgery/00_capture.ipynb #00000012
 @contextlib.contextmanager
 def module_stack(
     model:nn.Module, # The model that will run
@@ -191,7 +197,7 @@ def module_stack(
         pre.remove(); post.remove()
         stack.clear()
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000013
+# %% ../../nbs/surgery/00_capture.ipynb #00000014
 @contextlib.contextmanager
 def plain_operators(
     model:nn.Module, # Restored afterwards
@@ -206,10 +212,14 @@ def plain_operators(
             yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000014
+# %% ../../nbs/surgery/00_capture.ipynb #00000015
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+def stand_ins(model:nn.Module)->dict[str,Tensor]:
+    "Parameters as they are and copies of the buffers: a forward pass may write to these"
+    return {**dict(model.named_parameters()), **{n:b.clone() for n,b in model.named_buffers()}}
 
 def record(
     model:nn.Module, # Any module
@@ -229,17 +239,19 @@ def record(
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000016
+# %% ../../nbs/surgery/00_capture.ipynb #00000017
 def probe(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
     seed:int=0,
 ):
     "The same nest of tensors with other values: normal for floating point, unchanged for integers"
-    gen = torch.Generator().manual_seed(seed)
+    gen,seen = torch.Generator().manual_seed(seed),{} # a tensor that is passed twice stays one
     def one(t):
         if not isinstance(t, Tensor) or not t.is_floating_point(): return t
-        return torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device, dtype or t.dtype)
+        if id(t) not in seen: seen[id(t)] = new(t)
+        return seen[id(t)]
+    def new(t): return torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device, dtype or t.dtype)
     return tree_map(one, x)
 
 def record_in(
@@ -249,10 +261,18 @@ def record_in(
     dtype:torch.dtype|None, # To compute in; None is the model's own
 ):
     "Run a model on a probe, in another precision, under a recorder"
-    cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t
-    return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in state_of(model).items()})
+    cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
+    return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in stand_ins(model).items()})
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000018
+# %% ../../nbs/surgery/00_capture.ipynb #00000019
+@contextlib.contextmanager
+def quiet(logger:str): # Name of a logger
+    "Keep a logger from writing for a while: what it would say is answered"
+    log = logging.getLogger(logger)
+    was,log.disabled = log.disabled,True
+    try: yield
+    finally: log.disabled = was
+
 def _fakes(mode, state:dict, shapes:dict)->dict:
     "Fake stand-ins for parameters and buffers, in other shapes where `shapes` says so"
     def one(n, t):
@@ -272,10 +292,10 @@ def fake_trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = lambda t: mode.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t
     state = _fakes(mode, state_of(model), shapes or {})
-    with mode: record(model, tree_map(fake, x), rec, state)
+    with mode, quiet('torch._subclasses.fake_tensor'): record(model, tree_map(fake, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000019
+# %% ../../nbs/surgery/00_capture.ipynb #0000001a
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -285,11 +305,11 @@ def capture(
     try: return fake_trace(model, x, rec=Recorder(training=training))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException): pass
     rec = Recorder(training=training)
-    record(model, x, rec)
+    record(model, x, rec, stand_ins(model))
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000023
+# %% ../../nbs/surgery/00_capture.ipynb #00000024
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

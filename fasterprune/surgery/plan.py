@@ -18,6 +18,7 @@ from .capture import Ref
 from .coupling import Coupling, Read
 from .liveness import Facts
 from .rules import Site
+from .sizes import Said, Sized, candidates, sized
 
 # %% ../../nbs/surgery/06_plan.ipynb #00000005
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class Plan:
     edits:tuple=() # `Edit`s
     attrs:tuple=() # `Attr`s
     folds:tuple=() # `Fold`s
+    sized:tuple=() # `Sized`: modules whose code says sizes
     pins:tuple=() # (layer, positions that stay, of how many, reason)
     mixed:tuple=() # (group, operator): removing units here changes the statistics of others
+    held:tuple=() # (group, units, reason): they are silent, and stay
 
     @property
     def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
@@ -71,7 +74,9 @@ class Plan:
         d = json.loads(text)
         tup = lambda o: tuple(tup(i) for i in o) if isinstance(o, list) else o
         kinds = dict(cuts=Cut, edits=Edit, attrs=Attr, folds=Fold)
-        return cls(**{k: tuple(kinds[k](**{a:tup(b) for a,b in o.items()}) for o in v) if k in kinds else tup(v) for k,v in d.items()})
+        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale']) for s in o['said']))
+        kinds = {**{k:lambda o, t=t: t(**{a:tup(b) for a,b in o.items()}) for k,t in kinds.items()}, 'sized':said}
+        return cls(**{k: tuple(kinds[k](o) for o in v) if k in kinds else tup(v) for k,v in d.items()})
 
 # %% ../../nbs/surgery/06_plan.ipynb #00000008
 @patch
@@ -86,7 +91,8 @@ def __repr__(self:Plan):
     cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
     mixed = [f"  {n:<{w}}  no equality, statistics change: {why}" for n,why in self.mixed]
-    return '\n'.join([head, *cuts, *pins, *mixed])
+    held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
+    return '\n'.join([head, *cuts, *pins, *mixed, *held])
 
 @patch
 def diff(self:Plan, other:Plan)->dict:
@@ -132,7 +138,7 @@ def folds_of(
     for i,r in enumerate(c.labels.reads):
         f,to = facts.get(i),targets[i]
         if f is None or to is None or f.fold is None: continue
-        v = np.where(c.labels.keeps(r.axis, gone), 0, f.value)
+        v = np.where(c.labels.keeps(r.axis, gone) | np.isnan(f.value), 0, f.value)
         if not v.any(): continue
         k = np.einsum('goi,gi->go', f.fold, v.reshape(f.fold.shape[0], -1)).reshape(-1)
         total[to] = total.get(to, 0)+k
@@ -153,6 +159,7 @@ def make_plan(
     c:Coupling,
     gone:np.ndarray, # By label: these go
     folds:tuple=(), # `Fold`s
+    fixes:dict=None, # Module path → {attribute: value}, or 'calls'
 )->Plan:
     "Which positions of which parameters stay when these labels go"
     l = c.labels
@@ -164,7 +171,10 @@ def make_plan(
             if not keep.all(): edits.append(Edit(name, dim, a.n, tuple(np.flatnonzero(keep).tolist())))
     attrs = tuple(Attr(m, k, int(l.keeps(a, gone).sum())) for m,k,a in l.counts if not l.keeps(a, gone).all())
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
-    return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, tuple(c.pins()), mixed)
+    fixes = fixes or {}
+    attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if f!='calls' for k,v in f.items())
+    says = tuple(s for s in (sized(c, gone, m) for m,f in fixes.items() if f=='calls') if s.said)
+    return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, says, tuple(c.pins()), mixed)
 
 def labels_of(
     c:Coupling,

@@ -165,8 +165,10 @@ def slice_(d, s):
 
 @rule('select', 'select_copy')
 def select(d, s):
-    x = list(s.axes('self'))
-    d.pin_axis(x.pop(s['dim']), f"{s} takes one position by number")
+    x,i = list(s.axes('self')),s['index']
+    a = x.pop(s['dim'])
+    at = np.arange(i+1) if i>=0 else np.arange(a.n+i, a.n) # from there to the nearer end
+    d.pin_axis(d.take(a, at), f"{s} takes one position by number")
     return [x]
 
 @rule('unbind')
