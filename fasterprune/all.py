@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../nbs/12_all.ipynb #00000003
 from .allocation import allocate, contexts, keep_top
-from .callback.prune import plain
+from .callback import prune # adds learn.prune
 from .callback.sparsify import KeepZeros, SparsifyCallback
 from .core import NoEffectWarning, PruningError, VerificationError
 from .criteria import norm

@@ -18,7 +18,8 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import params
 from torch import nn
-from fasterprune.callback.prune import plain
+from fasterprune.callback import prune # adds learn.prune
+from fasterprune.sparse.masks import plain_module
 from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback, example_batch
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
@@ -647,7 +648,7 @@ def test_wrapped_for_several_devices():
     model = tiny()
     learn = learner(nn.DataParallel(model))
     fit(learn, cbs=SparsifyCallback(.5))
-    assert plain(learn.model) is model and [len(v) for v in zero_filters(model).values()]==[4, 6, 0]
+    assert plain_module(learn.model) is model and [len(v) for v in zero_filters(model).values()]==[4, 6, 0]
 
 # ---- learn.prune
 

@@ -10,7 +10,8 @@ __all__ = []
 # %% ../../nbs/callback/01_prune.ipynb #00000003
 from fastai.learner import Learner
 from fastcore.basics import patch
-from .sparsify import KeepZeros, example_batch, plain
+from .sparsify import KeepZeros, example_batch
+from ..sparse.masks import plain_module
 from ..surgery.pruner import Pruner, Report
 
 # %% ../../nbs/callback/01_prune.ipynb #00000006
@@ -29,7 +30,7 @@ def prune(self:Learner,
     keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
-    r = Pruner(plain(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, criterion=criterion,
+    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, criterion=criterion,
         granularity=granularity, context=context, optimizer=self.opt, verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)

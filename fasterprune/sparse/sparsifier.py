@@ -14,11 +14,11 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
-from ..core import no_such, select_layers
+from ..core import as_call, no_such, select_layers
 from ..criteria import norm # registers the criteria
 from ..criteria.base import as_criterion, as_normalizer, element_scores, unit_scores
 from ..granularity import Granularity, as_granularity, kind_of, unit_dims, unit_size
-from .masks import Masks
+from .masks import Masks, plain_module
 from ..surgery.capture import state_of
 from ..surgery.choose import group_scores, sides
 from ..surgery.coupling import couple
@@ -37,7 +37,9 @@ class Sparsifier:
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
     ):
-        self.model,self.granularity,self.context,self.count = model,as_granularity(granularity),context,count
+        if not isinstance(model, nn.Module): raise TypeError(f"Sparsifier needs an nn.Module, not {model!r}")
+        if x is not None: as_call(x)
+        self.model,self.granularity,self.context,self.count = plain_module(model),as_granularity(granularity),context,count
         self.criterion,self.normalizer = as_criterion(criterion),normalizer
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
