@@ -86,10 +86,10 @@ def mismatch(
     "The first place where the smaller network does not do what the labels predict"
     l,t = c.labels,c.trace
     starts,used = {i:(a,start) for i,a,start in l.starts},used_refs(t)
-    for old,new in zip(t.nodes, nodes):
+    for old,new in zip(_same_way(t.nodes), _same_way(nodes)):
         axes = [a for r in old.outs for a in l.env.get(r.id, [])]
         inputs = [a for r in Site(old, t, l.env).tensors for a in l.env[r.id]]
-        if old.op!=new.op or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller",old.module
+        if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller",old.module
         for r,s in zip(old.outs, new.outs):
             for a,n in zip(l.env.get(r.id, []), shapes[s.id]):
                 want = int(l.keeps(a, gone).sum())
@@ -104,6 +104,9 @@ def mismatch(
         if _numbers(old)!=_numbers(new): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000009
+_same = {'_unsafe_view':'view', '_reshape_alias':'view'} # which of them `reshape` takes, and whether it copies first, depends on sizes
+def _same_way(nodes): return [n for n in nodes if n.op!='clone']
+
 def _numbers(node): # Floating point arguments, such as the scale of an attention; nine digits
     return [f"{a:.9g}" for a in [*node.args, *node.kwargs.values()] if isinstance(a, float)]
 

@@ -149,10 +149,13 @@ def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave each group its first unit where all would go"
-    gone = gone.copy()
+    "Leave each group its first unit, and each dimension of a parameter its first position, where all would go"
+    gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
+    for i in c.trace.names:
+        for a in l.env[i]:
+            if not a.open and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False
     return gone
 
 def make_plan(

@@ -146,9 +146,10 @@ def roll(d, s):
         for a in x: d.pin_axis(a, f"{s} rolls over all dimensions")
         return [x]
     for i,k in zip(dims, s['shifts']):
-        k %= x[i].n
-        if k: d.pin_axis(d.take(x[i], np.arange(x[i].n-k, x[i].n)), f"{s} wraps around by a constant")
-        x[i] = d.take(x[i], np.roll(np.arange(x[i].n), k))
+        at = np.arange(x[i].n)
+        wraps = at if abs(k)>=len(at) else at[len(at)-k:] if k>=0 else at[:-k]
+        if k: d.pin_axis(d.take(x[i], wraps), f"{s} wraps around by a constant")
+        x[i] = d.take(x[i], np.roll(at, k))
     return [x]
 
 # %% ../../nbs/surgery/02_rules.ipynb #00000011
