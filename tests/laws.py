@@ -62,14 +62,15 @@ def other(x, batch=3, seed=5):
     return {k:one(t) for k,t in x.items()} if isinstance(x, dict) else tuple(map(one, x)) if isinstance(x, tuple) else one(x)
 
 @torch.no_grad()
-def unread(m, plan):
-    "A copy of the original in which no convolution and no linear layer reads the input columns that the plan removes"
+def unread(m, plan, reads=()):
+    "A copy of the original in which no convolution and no linear layer, and no parameter of `reads`, reads the input columns that the plan removes"
     m = deepcopy(m)
     gone = {}
     for e in plan.edits:
         k = torch.ones(e.n, dtype=torch.bool)
         k[list(e.keep)] = False
         gone.setdefault(id(m.get_parameter(e.param) if e.param in dict(m.named_parameters()) else m.get_buffer(e.param)), {})[e.dim] = k
+    for n,d in reads: m.get_parameter(n).index_fill_(d, gone.get(id(m.get_parameter(n)), {}).get(d, torch.zeros(0)).nonzero()[:,0], 0)
     for c in m.modules(): # a filter of a depthwise convolution reads the channel that it writes: who reads that one counts
         if isinstance(c, TRANSPOSED): c.weight[gone.get(id(c.weight), {}).get(0, torch.zeros(len(c.weight), dtype=torch.bool))] = 0
         elif isinstance(c, CONV+(nn.Linear,)) and 1 in gone.get(id(c.weight), {}): c.weight[:,gone[id(c.weight)][1]] = 0
@@ -79,17 +80,18 @@ WRITTEN = ('write', 'bias', 'scale', 'shift')
 
 @torch.no_grad()
 def silence(m, coupling, fraction, roles=WRITTEN, seed=0):
-    "Zero a random part of each primary group in place, by the roles of its members; returns group name → units that are zero now"
+    "Zero a random part of each primary group in place, by the roles of its members; returns what `cut` should say when these units, and no others, are removed"
     g,res = torch.Generator().manual_seed(seed),{}
     own = {**dict(m.named_parameters()), **dict(m.named_buffers())}
     for group in coupling.groups:
         if not group.primary: continue
         units = torch.randperm(group.n, generator=g)[:min(int(group.n*fraction+1e-9), group.n-1)]
-        for member in group.role(*roles):
-            own[member.param].index_fill_(member.dim, torch.isin(torch.as_tensor(member.unit), units).nonzero()[:,0], 0)
-        res[group.name] = set(units.tolist())
-    return res
+        for member in group.members:
+            at = torch.isin(torch.as_tensor(member.unit), units).nonzero()[:,0]
+            if member.role in roles: own[member.param].index_fill_(member.dim, at, 0)
+            res.setdefault((member.param, member.dim), set()).update(at.tolist())
+    return {k:v for k,v in res.items() if v}
 
-def removed(plan, names):
-    "Group name → units that a plan removes"
-    return {c.name:set(range(c.n))-set(c.keep) for c in plan.cuts if c.name in names}
+def cut(plan):
+    "(parameter, dimension) → positions that a plan removes"
+    return {(e.param, e.dim): set(range(e.n))-set(e.keep) for e in plan.edits}
