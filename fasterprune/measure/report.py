@@ -83,7 +83,7 @@ def section(
 _style = '''
 :root{color-scheme:light}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1.2rem 4rem;max-width:62rem;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:#1d2733;background:#fff}
+body{margin:0 auto;padding:2rem 1.2rem 4rem;max-width:66rem;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:#1d2733;background:#fff}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4rem}
 h2{font-size:1.25rem;margin:2.4rem 0 .5rem;padding-top:.9rem;border-top:1px solid #e3e8ee}
 p{margin:.5rem 0;max-width:46rem}
@@ -92,8 +92,8 @@ code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation M
 code{padding:.1em .3em}
 pre{padding:.8rem 1rem;overflow-x:auto}
 .wide{overflow-x:auto;margin:.9rem 0}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.42rem .8rem;text-align:right;border-bottom:1px solid #e3e8ee;vertical-align:bottom}
+table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{padding:.42rem .65rem;text-align:right;border-bottom:1px solid #e3e8ee;vertical-align:bottom}
 td{white-space:nowrap}
 th{font-weight:600;color:#45515f;border-bottom:2px solid #c5ced8}
 th:first-child,td:first-child{text-align:left;padding-left:.2rem}
