@@ -207,6 +207,7 @@ def _update(self:SparsifyCallback, k, n):
     if falls and self._found is not None: self._found = Masks({n:k for n,k in self._found.keep.items() if n not in self.masks.keep})
     others = [c.masks for c in self.learn.cbs if isinstance(c, SparsifyCallback) and c is not self and c._on]
     self._keeper.hold(reduce(and_, [m for m in (self._found, *others, self.masks) if m is not None]))
+    if p==1: self._sparsifier.warn_of_none(self.masks, want)
     self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want), sparsity=self.measured_sparsity(), compression=self.measured_compression()))
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000017

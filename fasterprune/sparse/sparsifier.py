@@ -8,16 +8,16 @@ Docs: https://fasterprune.github.io/fasterprune/sparse/sparsifier.html.md"""
 __all__ = ['Sparsifier']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000002
-from dataclasses import dataclass
+import warnings
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import nn
 from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
-from ..core import as_call, no_such, select_layers
+from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm # registers the criteria
 from ..criteria.base import as_criterion, as_normalizer, element_scores, unit_scores
-from ..granularity import Granularity, as_granularity, kind_of, unit_dims, unit_size
+from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module
 from ..surgery.capture import state_of
 from ..surgery.choose import group_scores, sides
@@ -121,7 +121,7 @@ def scores(self:Sparsifier)->dict: # Layer or group name → scores, high = keep
     if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.name)
     else: s = {n: unit_scores(self.criterion, m.weight, d, n) for n,(m,d) in self.layers.items()}
     if self.context=='local': return s
-    raw = self.criterion.comparable or self.granularity.name=='weight'
+    raw = self.criterion.comparable or self.granularity.name=='weight' or max(self.totals.values())==1 # one unit is its own mean
     f = as_normalizer(self.normalizer or ('none' if raw else 'mean'))
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
 
@@ -154,7 +154,18 @@ def sparsify(self:Sparsifier,
     "Choose what becomes zero and make it so"
     m = self.masks(sparsity)
     m.apply_(self.model)
+    self.warn_of_none(m, sparsity)
     return m
+
+@patch
+def warn_of_none(self:Sparsifier,
+    masks:Masks, # Chosen for
+    sparsity:float|dict, # this
+):
+    "Say so where a sparsity rounds to no unit at all"
+    if self.part(sparsity)==0 or any(z for z,_ in masks.units.values()): return
+    most = max(masks.units, key=lambda n: masks.units[n][1])
+    warnings.warn(f"no unit was set to zero: sparsity={sparsity!r} of the {masks.units[most][1]} units of {most!r}, the most in a layer, rounds to none; ask for more, or rank all layers together with context='global'", NoEffectWarning, stacklevel=3)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
