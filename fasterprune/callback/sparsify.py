@@ -14,7 +14,6 @@ from operator import and_
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner, Recorder, ValueMetric

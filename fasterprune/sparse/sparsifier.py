@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm # registers the criteria
-from ..criteria.base import as_criterion, as_normalizer, element_scores, unit_scores
+from ..criteria.base import as_criterion, as_normalizer, unit_scores
 from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module
 from ..surgery.capture import state_of
