@@ -7,7 +7,7 @@ Docs: https://fasterprune.github.io/fasterprune/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/12_all.ipynb #00000003
+# %% ../nbs/12_all.ipynb #00000004
 from .allocation import allocate, contexts, keep_top
 from .callback import prune # adds learn.prune
 from .callback.sparsify import KeepZeros, SparsifyCallback
@@ -29,7 +29,7 @@ from .surgery.plan import Plan
 from .surgery.pruner import Pruner, Report
 from .surgery.rules import rule
 
-# %% ../nbs/12_all.ipynb #00000004
+# %% ../nbs/12_all.ipynb #00000005
 __all__ = ['Criterion', 'Granularity', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning', 'Plan', 'Pruner', 'PruningError', 'Report', 'Schedule',
     'Sparsifier', 'SparsifyCallback', 'VerificationError', 'agp', 'allocate', 'compare', 'compare_latency', 'compression_ratio', 'contexts', 'cosine', 'couple',
     'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential', 'file_size', 'granularities', 'image_dls', 'iterative', 'keep_top', 'latency', 'linear',
