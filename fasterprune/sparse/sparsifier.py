@@ -169,7 +169,9 @@ def warn_of_none(self:Sparsifier,
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
-def check(self:Sparsifier, sparsity)->float|dict:
+def check(self:Sparsifier,
+    sparsity:float|dict, # As for `masks`
+)->float|dict:
     "Refuse a sparsity that this model cannot have; layer names become names of groups"
     if isinstance(sparsity, dict) and self.coupled: sparsity = self._by_group(sparsity)
     return check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
