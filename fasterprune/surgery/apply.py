@@ -86,7 +86,7 @@ def mismatch(
     "The first place where the smaller network does not do what the labels predict"
     l,t = c.labels,c.trace
     starts,used = {i:(a,start) for i,a,start in l.starts},used_refs(t)
-    for old,new in zip(_same_way(t.nodes), _same_way(nodes)):
+    for old,new in _pairs(t, nodes):
         axes = [a for r in old.outs for a in l.env.get(r.id, [])]
         inputs = [a for r in Site(old, t, l.env).tensors for a in l.env[r.id]]
         if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller",old.module
@@ -101,11 +101,23 @@ def mismatch(
             keep = l.keeps(a, gone)
             begin = range(int(keep.sum()))[slice(s['start'], s['end'], s['step'])].start
             if begin!=int(keep[:start].sum()): return [a if keep[:start].all() else l.take(a, np.arange(start))],f"the code of {old.module or 'the model'} slices from a fixed position",old.module
-        if _numbers(old)!=_numbers(new): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
+        if t.fake and _numbers(old)!=_numbers(new): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
 
 # %% ../../nbs/surgery/07_apply.ipynb #00000009
 _same = {'_unsafe_view':'view', '_reshape_alias':'view'} # which of them `reshape` takes, and whether it copies first, depends on sizes
 def _same_way(nodes): return [n for n in nodes if n.op!='clone']
+
+def _pairs(t, nodes):
+    "The nodes of two runs that are the same; where values decide what runs, by their order in a module"
+    if t.fake: return zip(_same_way(t.nodes), _same_way(nodes))
+    other = {n.key:n for n in nodes}
+    return [(n, other[n.key]) for n in t.nodes if n.key in other]
+
+def _next(t, nodes):
+    "The node that would have run after these"
+    at = {n.key:n.index for n in t.nodes}
+    last = len(nodes)-1 if t.fake else max([at.get(n.key, 0) for n in nodes], default=0)
+    return t.nodes[min(last+1, len(t.nodes)-1)]
 
 def _numbers(node): # Floating point arguments, such as the scale of an attention; nine digits
     return [f"{a:.9g}" for a in [*node.args, *node.kwargs.values()] if isinstance(a, float)]
@@ -130,8 +142,7 @@ def dry_run(
     except Exception as e: # whatever the user's code raises is an answer: it cannot run at these sizes
         found = mismatch(c, gone, rec.trace.nodes, rec.trace.shapes)
         if found: return found
-        k = min(len(rec.trace.nodes), len(c.trace.nodes)-1)
-        node = c.trace.nodes[k]
+        node = _next(c.trace, rec.trace.nodes)
         axes = [a for r in [*Site(node, c.trace, c.labels.env).tensors, *node.outs] for a in c.labels.env.get(r.id, [])]
         return axes,f"{Site(node, c.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})",node.module
     return mismatch(c, gone, rec.trace.nodes, rec.trace.shapes)
@@ -148,13 +159,9 @@ def replace_(
     new:Tensor, # What it shall hold
 ):
     "Let a tensor hold something else, and stay the same object"
-    grad = t.grad
-    hooks = getattr(t, '_backward_hooks', None)
-    other = nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.requires_grad)
-    try:
-        if hooks: raise RuntimeError('hooks belong to the tensor that they were registered on')
-        torch.utils.swap_tensors(t, other)
-    except RuntimeError: t.grad,t.data = None,new
+    grad,t.grad = t.grad,None
+    t.data = torch.empty(0, dtype=torch.float32 if t.dtype!=torch.float32 else torch.float64, device=t.device)
+    t.data = new
     if grad is not None and grad.shape==t.shape: t.grad = grad
 
 # %% ../../nbs/surgery/07_apply.ipynb #0000000f

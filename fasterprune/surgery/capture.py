@@ -6,15 +6,14 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, dataclasses, logging
+import contextlib, dataclasses, logging, weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
 from torch import nn, Tensor
-from torch._subclasses.fake_tensor import (FakeTensorMode, DataDependentOutputException, DynamicOutputShapeException,
-    UnsupportedOperatorException)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
@@ -25,9 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
-__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'mutated', 'CallLog', 'Frame',
-           'module_stack', 'plain_operators', 'state_of', 'stand_ins', 'record', 'probe', 'record_in', 'quiet',
-           'fake_trace', 'capture', 'capture_all']
+__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'plainly', 'mutated', 'CallLog',
+           'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'state_of', 'stand_ins', 'record',
+           'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Node:
     outs:tuple # `Ref` of each tensor result
     mutates:tuple # `Ref` of each argument that the operator writes to
     module:str # Path of the module that was running
+    key:tuple=() # (module, operator, how many of that were before): the same node in another run, which may do more or less elsewhere
 
     @property
     def op(self)->str:
@@ -112,12 +112,12 @@ def tensors_in(
 
 # %% ../../nbs/surgery/00_capture.ipynb #0000000d
 class Recorder(TorchDispatchMode):
-    "Write down each operator that passes; `replace(index, func, args)` may change its arguments, `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, replace:Callable|None=None, training:tuple=()):
+    "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
+    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=()):
         super().__init__()
         self.training = training
         self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
-        self.listen,self.replace = listen,replace
+        self.listen,self.run,self.seen,self.at = listen,run or plainly,{},{}
 
     def ref(self, t:Tensor)->Ref:
         "The number of tensor `t`"
@@ -125,24 +125,32 @@ class Recorder(TorchDispatchMode):
             r = self.refs[t] = Ref(self.count)
             self.count += 1
             self.trace.shapes[r.id] = tuple(t.shape)
-            try: self.trace.storage[r.id] = t.untyped_storage()._cdata
+            try: self._share(t, r, t.untyped_storage()._cdata)
             except (RuntimeError, NotImplementedError): pass # sparse tensors have no storage
         return self.refs[t]
+
+    def _share(self, t, r, where): # an address is used again when its tensors are gone
+        live = [w for w in self.at.get(where, []) if w() is not None]
+        self.trace.storage[r.id] = self.trace.storage[self.refs[live[0]()].id] if live else r.id
+        self.at[where] = [*live, weakref.ref(t)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         as_refs = lambda o: tree_map(lambda t: self.ref(t) if isinstance(t, Tensor) else t, o)
         if func.overloadpacket.__name__=='device' or func in (torch.ops.prim.device.default,): return func(*args, **kwargs)
         ra,rk = as_refs(args),as_refs(kwargs)
-        if self.replace is not None: args = self.replace(len(self.trace.nodes), func, args)
-        out = func(*args, **kwargs)
-        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk),
-                    str(self.stack[-1]) if self.stack else '')
+        where = (str(self.stack[-1]) if self.stack else '', func.overloadpacket.__name__)
+        key = (*where, self.seen.get(where, 0))
+        self.seen[where] = key[2]+1
+        out = self.run(key, func, args, kwargs)
+        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), where[0], key)
         self.trace.nodes.append(node)
         if self.listen is not None: self.listen(node, args, out)
         return out
 
 # %% ../../nbs/surgery/00_capture.ipynb #0000000e
+def plainly(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
+
 def mutated(
     func, # An `OpOverload`
     args:tuple, # Its arguments, as `Ref`s
@@ -199,6 +207,14 @@ def module_stack(
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000014
 @contextlib.contextmanager
+def same_noise(model:nn.Module):
+    "Code that draws random numbers draws the same ones in each run, and nobody outside notices"
+    gpus = sorted({t.device.index for t in state_of(model).values() if t.device.type=='cuda'})
+    with torch.random.fork_rng(devices=gpus):
+        for g in [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)]: g.manual_seed(0)
+        yield
+
+@contextlib.contextmanager
 def plain_operators(
     model:nn.Module, # Restored afterwards
     training:tuple=(), # Modules that are to be in training mode all the same
@@ -207,12 +223,34 @@ def plain_operators(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), same_noise(model):
             for n in training: model.get_submodule(n).training = True
             yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000015
+# %% ../../nbs/surgery/00_capture.ipynb #00000016
+@contextlib.contextmanager
+def unchanged(model:nn.Module):
+    "Put back the attributes of all modules, and the contents of their lists, dicts and sets"
+    copies = lambda d: {k:(v, v.copy() if type(v) in (list, dict, set) else None) for k,v in d.items()}
+    parts = [(d, copies(d)) for m in model.modules() for d in (vars(m), m._buffers)]
+    try: yield
+    finally:
+        for d,old in parts:
+            for k in [k for k in d if k not in old]: del d[k]
+            for k,(v,content) in old.items():
+                if d.get(k) is not v: d[k] = v
+                if content is not None and not _same_items(v, content): _refill(v, content)
+
+def _same_items(a, b):
+    if isinstance(a, set): return a==b
+    return len(a)==len(b) and (all(x is y for x,y in zip(a, b)) if isinstance(a, list) else all(k in a and a[k] is v for k,v in b.items()))
+
+def _refill(v, content):
+    v.clear()
+    (v.extend if isinstance(v, list) else v.update)(content)
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000018
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -233,13 +271,13 @@ def record(
     for n,t in (own if state is None else state).items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
+    with unchanged(model), plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
         out = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000017
+# %% ../../nbs/surgery/00_capture.ipynb #0000001a
 def probe(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
@@ -264,7 +302,7 @@ def record_in(
     cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
     return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in stand_ins(model).items()})
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000019
+# %% ../../nbs/surgery/00_capture.ipynb #0000001c
 @contextlib.contextmanager
 def quiet(logger:str): # Name of a logger
     "Keep a logger from writing for a while: what it would say is answered"
@@ -295,7 +333,7 @@ def fake_trace(
     with mode, quiet('torch._subclasses.fake_tensor'): record(model, tree_map(fake, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000001a
+# %% ../../nbs/surgery/00_capture.ipynb #0000001d
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -303,13 +341,13 @@ def capture(
 )->Trace:
     "The operators of one forward pass of `model`, without running it if that can be done"
     try: return fake_trace(model, x, rec=Recorder(training=training))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException): pass
+    except Exception: pass # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
     rec = Recorder(training=training)
     record(model, x, rec, stand_ins(model))
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000024
+# %% ../../nbs/surgery/00_capture.ipynb #00000027
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

@@ -77,7 +77,7 @@ class Coupler(Labels):
     def equal_parts(self, s, parts): self.same(*parts)
     def sums(self, s, ref, i): self.reads.append(Read(s.node.index, ref, i, s.axes(ref)[i], s.axes(ref)[i], None))
     def mixes(self, s, ref, i):
-        self.mixed.append((s.axes(ref)[i], str(s)))
+        self.mixed.append((s.axes(ref)[i], str(s), s.node.index, ref, i, s.axes(ref)[i]))
         return s.axes(ref)[i]
     def broadcast(self, s, refs, shape): return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
 
@@ -187,7 +187,7 @@ def group_norm(self:Coupler, s):
         if s[k] is not None: self._param(x[1], s.axes(k)[0], role)
     outer,inner = self.split(x[1], [g, x[1].n//g])
     self._count(s, 'num_groups', outer)
-    self.mixed.append((inner, str(s)))
+    self.mixed.append((inner, str(s), s.node.index, s['input'], 1, x[1]))
     return x
 
 # %% ../../nbs/surgery/03_coupling.ipynb #0000000e
@@ -310,7 +310,7 @@ def _mixed(d, units:dict)->dict:
     group = np.full(d.size, -1)
     for i,u in units.items(): group[u] = i
     res = {}
-    for a,where in d.mixed:
+    for a,where,*_ in d.mixed:
         if a.open: continue
         for k in np.unique(group[d.expand(a.rows)]):
             if k>=0: res.setdefault(k, where)

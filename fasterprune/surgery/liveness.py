@@ -225,15 +225,15 @@ def observe(
 def _observe(model, x, c, dtype):
     d,facts,reads = Constants(),{},{}
     for i,r in enumerate(c.labels.reads): reads.setdefault(r.node, []).append((i,r))
-    def replace(index, func, args): # a product in place forgets its operand
+    def run(key, func, args, kwargs): # a product in place forgets its operand
         d.before = args[0].clone() if func.overloadpacket.__name__=='mul_' else None
-        return args
+        return func(*args, **kwargs)
     def listen(node, args, out):
         if not d.dep: d.dep.update(r.id for r in rec.trace.inputs)
         s = _site(d, rec.trace, node, args)
         for i,r in reads.get(node.index, ()): facts[i] = facts_of(s, r, Site(c.trace.nodes[r.node], c.trace, {}))
         _walk(d, s)
-    rec = Recorder(listen, replace, c.trace.training)
+    rec = Recorder(listen, run, c.trace.training)
     record_in(model, x, rec, dtype)
     if [n.op for n in rec.trace.nodes]!=[n.op for n in c.trace.nodes]: raise ValueError('the model ran other operators than it did while it was captured')
     return facts
@@ -289,7 +289,7 @@ def dead_labels(
     l = c.labels
     may = np.zeros(l.size, bool)
     for g in c.groups: may[g.labels] = True
-    for a,_ in l.mixed:
+    for a,*_ in l.mixed:
         if not a.open and not all_constants: may[l.expand(a.rows)] = False
     gone = np.zeros(l.size, bool)
     while True:

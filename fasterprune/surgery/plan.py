@@ -90,7 +90,7 @@ def __repr__(self:Plan):
     w = max([len(r[0]) for r in self.rows()]+[len(p[0]) for p in self.pins]+[5])
     cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
-    mixed = [f"  {n:<{w}}  no equality, statistics change: {why}" for n,why in self.mixed]
+    mixed = [f"  {n:<{w}}  statistics change, so this is not equal to the model before: {why}" for n,why in self.mixed]
     held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
     return '\n'.join([head, *cuts, *pins, *mixed, *held])
 

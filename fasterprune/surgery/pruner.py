@@ -36,7 +36,7 @@ class Report:
     params:tuple # Parameters before and after
     macs:tuple # Multiply-accumulates for the example input, before and after
     law:str # 'masks': equal to the model as it was; 'readers': to the model in which nobody reads the removed channels
-    error:float|None # Largest difference of outputs relative to the largest output; None where no equality is promised or it was not asked for
+    error:float|None # Largest difference of outputs relative to the largest output; None where it was not asked for
     dtype:str # What the error was computed in
 
     @property
@@ -49,9 +49,9 @@ class Report:
 
 # %% ../../nbs/surgery/10_pruner.ipynb #00000006
 def _equal(self):
-    if self.plan.mixed: return f"no equality is promised: {self.plan.mixed[0][1]} computes statistics over removed channels of {self.plan.mixed[0][0]!r}"
     if self.error is None: return 'not verified'
     to = 'the model before' if self.law=='masks' else 'the model in which nobody reads them'
+    if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
     return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype})"
 
 def _lines(self):
@@ -245,6 +245,7 @@ def prune(self:Pruner,
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio)
+    if optimizer is not None and not hasattr(getattr(optimizer, 'opt', optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
     self.couple()
     plan,gone = self._dead() if how is None else self._chosen(how)
     return self._carry_out(plan, gone, 'masks' if how is None else 'readers', optimizer, verify)
@@ -262,7 +263,7 @@ def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
     if not plan.edits:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '')
-    check = verify and not plan.mixed
+    check = verify
     if check: want,dtype = _reference(self, gone, law)
     snapshot,error = Snapshot(self.model, plan, optimizer),None
     try:

@@ -23,27 +23,55 @@ def outputs(
     training:tuple=(), # Modules to put in training mode
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
-    rec = Recorder(replace=_unread(c, gone) if c is not None else None, training=training)
-    with torch.no_grad(): return [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
+    missed = set()
+    rec = Recorder(run=_unread(c, gone, missed) if c is not None else None, training=training)
+    with torch.no_grad(): res = [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
+    if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
+    return res
 
-def _unread(c, gone):
-    "Multiply what each reader reads by what is kept"
-    reads,ops = {},[n.op for n in c.trace.nodes]
-    for r in c.labels.reads: reads.setdefault(r.node, []).append(r)
-    def replace(index, func, args):
-        if index>=len(ops) or func.overloadpacket.__name__!=ops[index]: raise RuntimeError('other operators ran than while the model was captured')
-        args = list(args)
-        for r in reads.get(index, ()):
-            keep = c.labels.keeps(r.axis, gone)
+def _unread(c, gone, missed):
+    "Run each reader with zeros for what is gone, and each statistic without it"
+    l,nodes = c.labels,c.trace.nodes
+    changes = {}
+    for r in l.reads: changes.setdefault(nodes[r.node].key, []).append((_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
+    for _,_,n,ref,dim,axis in l.mixed: changes.setdefault(nodes[n].key, []).append((_without, axis, nodes[n].args.index(ref), dim))
+    changes = {k:[(f, l.keeps(a, gone), i, dim) for f,a,i,dim in v] for k,v in changes.items()}
+    missed.update(changes)
+    def run(key, func, args, kwargs):
+        out = None
+        missed.discard(key)
+        for f,keep,i,dim in changes.get(key, ()):
             if keep.all(): continue
-            i = c.trace.nodes[index].args.index(r.data)
-            shape = [1]*args[i].dim()
-            shape[r.dim] = -1
-            args[i] = args[i]*torch.as_tensor(keep, device=args[i].device).to(args[i].dtype).view(shape)
-        return tuple(args)
-    return replace
+            args,out = f(func, args, kwargs, torch.as_tensor(keep, device=args[i].device), i, dim)
+        return func(*args, **kwargs) if out is None else out
+    return run
+
+def _zeroed(func, args, kwargs, keep, i, dim):
+    "A reader sees zeros"
+    shape = [1]*args[i].dim()
+    shape[dim] = -1
+    return (*args[:i], args[i]*keep.to(args[i].dtype).view(shape), *args[i+1:]),None
 
 # %% ../../nbs/surgery/08_verify.ipynb #00000007
+def _without(func, args, kwargs, keep, i, dim):
+    "A statistic is computed over what stays"
+    op,idx,x = func.overloadpacket.__name__,keep.nonzero()[:,0],args[i]
+    small = list(args)
+    small[i] = x.index_select(dim, idx)
+    if op=='native_layer_norm':
+        k = dim-(x.dim()-len(args[1]))
+        small[1] = [len(idx) if j==k else n for j,n in enumerate(args[1])]
+        for j in (2,3): small[j] = args[j] if args[j] is None else args[j].index_select(k, idx)
+    elif op=='native_group_norm':
+        for j in (1,2): small[j] = args[j] if args[j] is None else args[j].index_select(0, idx)
+        small[4],small[6] = len(idx),int(keep.view(args[6], -1).any(1).sum())
+    out = func(*small, **kwargs)
+    if op=='native_group_norm' or op=='native_layer_norm': return args,(_spread(out[0], x, dim, idx), *out[1:])
+    return args,_spread(out, x, dim, idx) if 'softmax' in op else out
+
+def _spread(y, x, dim, idx): return y.new_zeros(x.shape).index_copy(dim, idx, y)
+
+# %% ../../nbs/surgery/08_verify.ipynb #00000009
 def relative_error(
     a:list, # Tensors
     b:list, # As many; the reference
