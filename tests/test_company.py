@@ -8,6 +8,7 @@ import pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException, FetchPredsCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import *  # fit_one_cycle, fine_tune, lr_find
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
@@ -476,6 +477,12 @@ def test_company(who):
     fit(learn, 1, cbs=[COMPANY[who](), Holds()])
     assert [len(v) for v in zero_filters(learn.model).values()]==[4, 6, 0]
 
+def test_logged_like_any_metric(tmp_path):
+    log = CSVLogger(tmp_path/'log.csv')
+    fit(learner(tmp=tmp_path), 3, cbs=[SparsifyCallback(.5, schedule=linear()), log])
+    rows = [l.split(',') for l in (tmp_path/'log.csv').read_text().split()]
+    assert rows[0][4:6]==['sparsity','compression'] and [float(r[4]) for r in rows[1:]]==[0, .25, .5]
+
 def test_nan_in_a_masked_weight_becomes_zero():
     learn = fit(learner(), cbs=SparsifyCallback(.5))
     gone = zero_filters(learn.model)['0'][0]
@@ -650,6 +657,15 @@ def test_wrapped_for_several_devices():
     fit(learn, cbs=SparsifyCallback(.5))
     assert plain_module(learn.model) is model and [len(v) for v in zero_filters(model).values()]==[4, 6, 0]
 
+def test_compiled():
+    model = tiny()
+    learn = fit(learner(torch.compile(model, backend='eager')), 2, cbs=[SparsifyCallback(.5), SparsifyCallback(.5, 'weight', only='9')])
+    assert [len(v) for v in zero_filters(model).values()]==[4, 6, 0] and int((model[9].weight==0).sum())==60
+    learn.model = model
+    x, = example_batch(learn)
+    with torch.no_grad(): want = model.eval()(x)
+    assert learn.prune().removed==10 and torch.allclose(model(x), want, rtol=1e-5, atol=1e-5)
+
 # ---- learn.prune
 
 def sliced(t, edits):
@@ -677,6 +693,13 @@ def test_prune_after_training(opt):
     fit(learn, 1)
     moved = {n for n,p in learn.model.named_parameters() if not torch.equal(p, w[n])}
     assert moved==set(dict(learn.model.named_parameters()))
+
+def test_prune_while_an_output_is_still_held():
+    learn = fit(learner(), cbs=SparsifyCallback(.5))
+    held = learn.model(example_batch(learn)[0]) # as a notebook does
+    learn.prune()
+    fit(learn, 1)
+    assert held.shape==(2,10)
 
 def test_rounds():
     learn = learner(partial(small_resnet, width=8))
