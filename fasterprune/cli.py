@@ -22,7 +22,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import no_random
 from fastcore.basics import patch
-from fastcore.script import CliError, call_parse
+from fastcore.script import call_parse
 from torch import nn, Tensor
 from . import __version__
 from .allocation import check_allocation
@@ -357,7 +357,7 @@ def _ready(out, **kw):
         if out.exists() and not out.is_dir(): raise ValueError(f"out is a folder to write to, and {str(out)!r} is a file; give another name")
         out.mkdir(parents=True, exist_ok=True)
         return job,learner_for(job)
-    except (TypeError, ValueError, OSError) as e: raise CliError(f"fasterprune: {e}") from e
+    except (TypeError, ValueError, OSError) as e: raise SystemExit(f"fasterprune: {e}") from e
 
 # %% ../nbs/11_cli.ipynb #00000038
 def _wrap(text): return textwrap.fill(text, 110)+'\n' if text else ''
@@ -379,7 +379,7 @@ def main(
     job,learn = _ready(out, sparsity=sparsity, granularity=granularity, criterion=criterion, context=context, schedule=schedule, epochs=epochs, data=data, seed=seed)
     say = lambda text: print(text, flush=True)
     try: r = run_job(job, learn=learn, say=say)
-    except PruningError as e: raise CliError(f"fasterprune: {e}") from e
+    except PruningError as e: raise SystemExit(f"fasterprune: {e}") from e
     page = write_report(r, out)
     say('\n'.join(['', text_table(r.comparison.rows()), '', *map(_wrap, [r.notes(), r.equality(), r.explained()]), f"{page} shows it all, with pictures ({time.perf_counter()-start:.0f} s)."]))
-    if not r.equal: raise CliError("fasterprune: the pruned network is not equal to the sparse one")
+    if not r.equal: raise SystemExit("fasterprune: the pruned network is not equal to the sparse one")

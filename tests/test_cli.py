@@ -1,14 +1,21 @@
 "The command: what it prints, what it writes, what it refuses, and that every option does something"
 import re, subprocess, sys
 import pytest, torch
-from fastcore.script import CliError
 from PIL import Image
+from fasterprune.measure.latency import compare_latency
 from fasterprune.cli import Job, job_page, main, run_job, schedule_of, text_table
 
 columns = ['', 'accuracy', 'parameters', 'nonzero', 'compression ratio', 'MACs', 'theoretical speedup', 'latency (ms)', 'measured speedup', 'file size (kB)']
 names = ['dense', 'sparse', 'pruned', 'fine-tuned']
 pictures = ['comparison', 'widths', 'schedule', 'history', 'lowest', 'mask']
 command = [sys.executable, '-m', 'fasterprune']
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+    "Latencies are not what is tested here"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('fasterprune.cli._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
+        yield
 
 @pytest.fixture(scope='module')
 def result(): return run_job(Job(epochs=2))
@@ -93,12 +100,12 @@ def test_help():
 ])
 def test_refusals_come_before_training(kw, text, tmp_path, monkeypatch):
     monkeypatch.setattr('fasterprune.cli.run_job', lambda *a, **k: pytest.fail('it trained'))
-    with pytest.raises(CliError) as e: main(**kw, out=tmp_path)
+    with pytest.raises(SystemExit) as e: main(**kw, out=tmp_path)
     assert str(e.value).startswith('fasterprune: ') and text in str(e.value)
 
 def test_out_is_a_folder(tmp_path):
     (tmp_path/'file').write_text('mine')
-    with pytest.raises(CliError, match='is a file; give another name'): main(out=tmp_path/'file')
+    with pytest.raises(SystemExit, match='is a file; give another name'): main(out=tmp_path/'file')
     assert (tmp_path/'file').read_text() == 'mine'
 
 def images(folder, n):
@@ -109,7 +116,7 @@ def images(folder, n):
     return str(folder)
 
 def test_few_images(tmp_path):
-    with pytest.raises(CliError, match='has 5 images to train on and 1 to validate; at least 64 and 1 are needed'): main(data=images(tmp_path/'data', 3), out=tmp_path/'out')
+    with pytest.raises(SystemExit, match='has 5 images to train on and 1 to validate; at least 64 and 1 are needed'): main(data=images(tmp_path/'data', 3), out=tmp_path/'out')
 
 def test_folder_of_images(tmp_path):
     r = run_job(Job(data=images(tmp_path/'data', 40), epochs=1))
