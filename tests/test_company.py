@@ -661,6 +661,8 @@ def test_compiled():
     model = tiny()
     learn = fit(learner(torch.compile(model, backend='eager')), 2, cbs=[SparsifyCallback(.5), SparsifyCallback(.5, 'weight', only='9')])
     assert [len(v) for v in zero_filters(model).values()]==[4, 6, 0] and int((model[9].weight==0).sum())==60
+    masks = Sparsifier(torch.compile(model, backend='eager'), granularity='weight', only='9').masks(0.)
+    assert set(masks.keep)=={'9.weight'} and masks.apply_(torch.compile(model, backend='eager'))
     learn.model = model
     x, = example_batch(learn)
     with torch.no_grad(): want = model.eval()(x)

@@ -10,6 +10,7 @@ from fasterprune.data import digits_dls, small_resnet
 from fasterprune.granularity import granularities
 from fasterprune.sparse.sparsifier import Sparsifier
 
+pytestmark = pytest.mark.filterwarnings('ignore') # many fractions here round to none
 torch.set_num_threads(1)
 FRACTIONS = 0., .01, .1, .25, .29, 1/3, .5, .57, .6, .9, .95, .999, 1.
 CONTEXTS = 'local', 'global'
@@ -158,7 +159,6 @@ def test_the_same_inputs_give_the_same_masks():
 
 # ---- and in training, where the progress table shows it
 
-@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('context', CONTEXTS)
 @pytest.mark.parametrize('g', ['weight', 'kernel', 'filter', 'shared_kernel', 'shared_row', 'horizontal_slice'])
 def test_columns_show_what_is_zero(g, context):

@@ -88,6 +88,7 @@ def test_layer_granularity_prunes():
 
 def test_a_sparsity_that_rounds_to_nothing_says_so():
     with pytest.warns(NoEffectWarning, match="sparsity=0.5 of the 1 units of '0', the most in a layer, rounds to none"): Sparsifier(net(), granularity='layer').sparsify(.5)
+    with pytest.warns(NoEffectWarning, match='sparsity=0.01 of the 20 units rounds to none; ask for more$'): Sparsifier(net(), X, context='global').sparsify(.01)
     with pytest.warns(NoEffectWarning, match='sparsity=0.05 of the 12 units'): fit(learner(), 1, cbs=SparsifyCallback(.05))
     with warnings.catch_warnings():
         warnings.simplefilter('error', NoEffectWarning)

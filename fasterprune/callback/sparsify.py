@@ -20,7 +20,6 @@ from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.torch_core import no_random, to_device
 from fastcore.basics import patch
 from ..allocation import check_allocation
-from ..core import check_sparsity
 from ..criteria.base import as_criterion, as_normalizer
 from ..granularity import as_granularity
 from ..schedule import as_schedule

@@ -43,7 +43,7 @@ class Sparsifier:
         self.criterion,self.normalizer = as_criterion(criterion),normalizer
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
-        layers = select_layers(model, only, ignore)
+        layers = select_layers(self.model, only, ignore)
         self.coupled = self.granularity.name in sides
         if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
@@ -82,13 +82,14 @@ def _layers(self:Sparsifier, layers, only):
 def zeros(self:Sparsifier)->dict: # Layer or group name → bool, True = all its weights are zero
     "Which units are zero now, measured on the model"
     if not self.coupled:
-        return {n: (m.weight==0).all(d, keepdim=True) if (d := dims) else m.weight==0 for n,(m,dims) in self.layers.items()}
+        return {n: (m.weight==0).all(dims, keepdim=True) if dims else m.weight==0 for n,(m,dims) in self.layers.items()}
     state,res,role = state_of(self.model),{},sides[self.granularity.name]
     for g in self.groups:
         z = np.ones(g.n, bool)
         for m in g.role(role):
-            nz = (state[m.param]!=0).movedim(m.dim, 0).flatten(1).any(1).cpu().numpy()
-            z[m.unit[(m.unit>=0)&nz]] = False
+            w = (state[m.param]!=0).movedim(m.dim, 0)
+            live = w.reshape(len(w), -1).any(1).cpu().numpy()
+            z[m.unit[(m.unit>=0)&live]] = False
         res[g.name] = torch.as_tensor(z)
     return res
 
@@ -165,7 +166,9 @@ def warn_of_none(self:Sparsifier,
     "Say so where a sparsity rounds to no unit at all"
     if self.part(sparsity)==0 or any(z for z,_ in masks.units.values()): return
     most = max(masks.units, key=lambda n: masks.units[n][1])
-    warnings.warn(f"no unit was set to zero: sparsity={sparsity!r} of the {masks.units[most][1]} units of {most!r}, the most in a layer, rounds to none; ask for more, or rank all layers together with context='global'", NoEffectWarning, stacklevel=3)
+    of = f"{masks.units[most][1]} units of {most!r}, the most in a layer," if self.context=='local' else f"{sum(n for _,n in masks.units.values())} units"
+    hint = ", or rank all layers together with context='global'" if self.context=='local' else ''
+    warnings.warn(f"no unit was set to zero: sparsity={sparsity!r} of the {of} rounds to none; ask for more{hint}", NoEffectWarning, stacklevel=3)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
