@@ -276,7 +276,7 @@ def _lowest_picture(r:JobResult):
 
 def _mask_picture(r:JobResult):
     name,layer = next((n,m) for n,m in prunable_layers(r.models['sparse']).items() if m.weight.ndim == 4 and m.weight.shape[1] > 3)
-    return plot_mask(layer.weight, f'{name}: {(layer.weight == 0).double().mean():.0%} zero', largest=32)
+    return plot_mask(layer.weight, f'{name}: {(layer.weight == 0).double().mean():.0%} zero', largest=20)
 
 # %% ../nbs/11_cli.ipynb #0000002f
 def _widths_picture(r:JobResult):
