@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .adapters import ADAPTERS, forward_of
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
 __all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'plainly', 'mutated', 'CallLog',
-           'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'state_of', 'stand_ins', 'record',
-           'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
+           'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of',
+           'stand_ins', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/00_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -250,7 +251,23 @@ def _refill(v, content):
     v.clear()
     (v.extend if isinstance(v, list) else v.update)(content)
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000018
+# %% ../../nbs/surgery/00_capture.ipynb #00000017
+class Adapted:
+    "An adapter bound to a module"
+    def __init__(self, module:nn.Module): self.module = module
+    def __call__(self, *args, **kwargs): return forward_of(self.module)(self.module, *args, **kwargs)
+
+@contextlib.contextmanager
+def adapted(model:nn.Module):
+    "Let modules that have an adapter run through it"
+    ms = [m for m in model.modules() if type(m) in ADAPTERS and 'forward' not in vars(m)]
+    try:
+        for m in ms: m.forward = Adapted(m)
+        yield
+    finally:
+        for m in ms: vars(m).pop('forward', None)
+
+# %% ../../nbs/surgery/00_capture.ipynb #00000019
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -271,13 +288,13 @@ def record(
     for n,t in (own if state is None else state).items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with unchanged(model), plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
+    with unchanged(model), adapted(model), plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
         out = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000001a
+# %% ../../nbs/surgery/00_capture.ipynb #0000001b
 def probe(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
@@ -302,7 +319,7 @@ def record_in(
     cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
     return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in stand_ins(model).items()})
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000001c
+# %% ../../nbs/surgery/00_capture.ipynb #0000001d
 @contextlib.contextmanager
 def quiet(logger:str): # Name of a logger
     "Keep a logger from writing for a while: what it would say is answered"
@@ -333,7 +350,7 @@ def fake_trace(
     with mode, quiet('torch._subclasses.fake_tensor'): record(model, tree_map(fake, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #0000001d
+# %% ../../nbs/surgery/00_capture.ipynb #0000001e
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -347,7 +364,7 @@ def capture(
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/00_capture.ipynb #00000027
+# %% ../../nbs/surgery/00_capture.ipynb #00000028
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

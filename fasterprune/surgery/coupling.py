@@ -86,7 +86,7 @@ class Coupler(Labels):
         "Note that a layer writes along this axis"
         self.rows(a)
         if a.n>1: self.writes.append((a, s.node.module, connect))
-        a.role = a.role or 'write'
+        a.mark('write')
         return a
 
 # %% ../../nbs/surgery/03_coupling.ipynb #00000009
@@ -95,7 +95,7 @@ def convolution(self:Coupler, s):
     x,w,b,g,transposed = s.axes('input'),s.axes('weight'),s.axes('bias'),s['groups'],bool(s['transposed'])
     for a in [*x[2:], *w[2:]]: self.pin_axis(a, f"{s} mixes positions in space")
     read,write = (w[0],w[1]) if transposed else (w[1],w[0])
-    read.role,write.role = read.role or 'read',write.role or 'write'
+    read.mark('read'); write.mark('write')
     if g==1:
         self.same(x[1], read)
         out,tested = self.written(s, write),x[1]
@@ -126,7 +126,7 @@ def _grouped_out(self:Coupler, s, outer, write, m, transposed):
 
 @patch
 def _param(self:Coupler, a, p, role):
-    p.role = p.role or role
+    p.mark(role)
     self.same(a, p)
 
 # %% ../../nbs/surgery/03_coupling.ipynb #0000000a
@@ -141,8 +141,8 @@ def _count(self:Coupler, s, attr:str, a:Axis):
 def matmul(self:Coupler, s, a, b):
     xa,xb = s.axes(a),s.axes(b)
     ra,rb = xa[-1],xb[-2]
-    if self.is_param(b): rb.role = rb.role or 'read'
-    if self.is_param(a): ra.role = ra.role or 'read'
+    if self.is_param(b): rb.mark('read')
+    if self.is_param(a): ra.mark('read')
     self.same(ra, rb)
     batch = [self.same(i, j) for i,j in zip(xa[:-2], xb[:-2])]
     rows,cols = xa[-2],xb[-1]
@@ -156,7 +156,7 @@ def matmul(self:Coupler, s, a, b):
 def add_bias(self:Coupler, s, bias, out):
     for a,b in zip(out[::-1], s.axes(bias)[::-1]):
         if a.n!=b.n: continue
-        if self.is_param(bias): b.role = b.role or 'bias'
+        if self.is_param(bias): b.mark('bias')
         self.same(a, b)
     return out
 
@@ -237,17 +237,15 @@ def couple(
 
 # %% ../../nbs/surgery/03_coupling.ipynb #00000010
 def _components(d:Coupler, writes):
-    "For each column of each written axis its labels; and for each label the number of its component"
-    comp = np.arange(d.size)
-    cols = []
+    "The labels of each written axis without those that stay, by position and column; and for each label the number of its component"
+    comp,tables = np.arange(d.size),[]
     for a,layer,connect in writes:
         rows = d.rows(a)
-        cs = [c[(c>0)&~d.pinned[c]] for c in rows.T]
-        cols.append([c for c in cs if len(np.unique(c))])
-        for c in cols[-1] if connect else []:
-            roots = np.unique(_up(comp, c))
-            comp[roots] = roots[0]
-    return _up(comp, np.arange(d.size)),cols
+        tables.append(np.where(d.pinned[rows], 0, rows))
+        for c in tables[-1].T if connect else []:
+            roots = np.unique(_up(comp, c[c>0]))
+            comp[roots] = roots[:1]
+    return _up(comp, np.arange(d.size)),tables
 
 def _up(comp, a):
     while not np.array_equal(comp[a], a): a = comp[a]
@@ -257,24 +255,29 @@ def make_groups(
     d:Coupler, # After the walk
 )->tuple:
     "The groups of units that can go, in the order in which the network writes them"
-    comp,cols = _components(d, d.writes)
-    units,names,fine = {},{},{}
-    for (a,layer,_),cs in zip(d.writes, cols):
-        ids = [comp[c[0]] for c in cs]
-        for i,(c,k) in enumerate(zip(cs, ids)):
-            units.setdefault(k, []).append(c)
-            if k not in names or not names[k][0]: names[k] = (_layer_of(d, a) or layer, i, len(cs))
+    comp,tables = _components(d, d.writes)
+    units,names = {},{}
+    for (a,layer,_),t in zip(d.writes, tables):
+        cols = [c[c>0] for c in t.T if c.any()]
+        for i,c in enumerate(cols):
+            for k in _ordered(comp[c]):
+                units.setdefault(k, []).append(c[comp[c]==k])
+                if k not in names or not names[k][0]: names[k] = (_layer_of(d, a) or layer, i, len(cols))
     units = {k:_ordered(np.concatenate(v)) for k,v in units.items()}
-    for cs in cols:
-        ids = list(dict.fromkeys(comp[c[0]] for c in cs))
-        best = max(ids, key=lambda k: len(units[k]), default=None)
-        for k in ids: fine[k] = bool(fine.get(k, True) and k==best)
-    members,mixed = _members(d, units),_mixed(d, units)
+    members,mixed,coarse = _members(d, units),_mixed(d, units),_coarse(comp, tables, units)
     res,taken = [],set()
     for k,u in units.items():
         name = _name(*names[k], taken)
-        res.append(Group(name, len(u), u, tuple(members[k]), fine[k], mixed.get(k, '')))
+        res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, '')))
     return tuple(res)
+
+def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest
+    res = set()
+    for t in tables:
+        for row in np.unique(comp[t], axis=0) if t.shape[1]>1 else []:
+            ks = [k for k in dict.fromkeys(row.tolist()) if k>0]
+            res |= set(ks) - {max(ks, key=lambda k: len(units[k]), default=0)}
+    return res
 
 def _ordered(a): # Distinct values in order of appearance
     _,first = np.unique(a, return_index=True)

@@ -19,6 +19,7 @@ from ..core import NoEffectWarning, PruningError, VerificationError, as_call, no
 from ..criteria import norm # registers the criteria
 from ..criteria.base import Criterion, as_criterion, as_normalizer
 from .apply import Snapshot, apply_, dry_run
+from .budget import Budget, within
 from .capture import capture, capture_all
 from .choose import group_scores, sides
 from .cost import n_params, trace_macs
@@ -118,10 +119,13 @@ class Choice:
     normalizer:object # Name, function or None
     min_keep:int
     max_ratio:float
+    budget:Budget|None=None # Instead of a sparsity: what may be left
 
     def __post_init__(self):
         if self.granularity not in sides: raise ValueError(f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; others can be set to zero with a Sparsifier")
-        share = list(self.sparsity.values()) if isinstance(self.sparsity, dict) else [self.sparsity]
+        if self.budget is not None and not isinstance(self.budget, Budget): raise TypeError(f"budget is a Budget, such as Budget(macs=0.5), not {self.budget!r}")
+        if self.budget is not None and self.sparsity is not None: raise ValueError('give a sparsity or a budget, not both: a budget decides how much goes')
+        share = list(self.sparsity.values()) if isinstance(self.sparsity, dict) else [0. if self.sparsity is None else self.sparsity]
         for v in share: check_allocation(v, [], context=self.context, min_keep=self.min_keep, max_ratio=self.max_ratio)
         if self.min_keep<1: raise ValueError(f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
         if isinstance(self.sparsity, dict) and self.context=='global': raise ValueError(f"context='global' is one ranking over all layers and takes one sparsity, not {self.sparsity!r}; use context='local' for a fraction a layer")
@@ -157,7 +161,8 @@ def choose(
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
     scores = group_scores(model, groups, how.criterion, granularity=how.granularity)
-    if how.context=='global': scores = {n:how.normal()(s) for n,s in scores.items()}
+    if how.context=='global' or how.budget is not None: scores = {n:how.normal()(s) for n,s in scores.items()}
+    if how.budget is not None: return within(c, scores, how.budget, min_keep=how.min_keep, max_ratio=how.max_ratio)
     return {n:k.numpy() for n,k in allocate(scores, share, context=how.context, min_keep=how.min_keep, max_ratio=how.max_ratio).items()}
 
 # %% ../../nbs/surgery/10_pruner.ipynb #0000000d
@@ -212,13 +217,14 @@ def _chosen(self:Pruner, how):
     return self._settle(lambda: (labels_of(self.coupling, choose(self.model, self.coupling, how)), lambda gone: ()))
 
 # %% ../../nbs/surgery/10_pruner.ipynb #0000000f
-def _choice(sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio):
-    return None if sparsity is None else Choice(sparsity, as_criterion(criterion), granularity, context, normalizer, min_keep, max_ratio)
+def _choice(sparsity, budget, criterion, *how):
+    return None if sparsity is None and budget is None else Choice(sparsity, as_criterion(criterion), *how, budget)
 
 @patch
 def plan(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
-    *, criterion='l1', # A name, a `Criterion` or a function
+    *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
+    criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local' or 'global'
     normalizer=None, # For a global ranking; None is the mean, or nothing if the criterion is comparable
@@ -226,7 +232,7 @@ def plan(self:Pruner,
     max_ratio:float=1., # Largest part that each group may lose
 )->Plan:
     "What `prune` would do; nothing is changed"
-    how = _choice(sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio)
+    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
     self.couple()
     return (self._dead() if how is None else self._chosen(how))[0]
 
@@ -234,7 +240,8 @@ def plan(self:Pruner,
 @patch
 def prune(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
-    *, criterion='l1', # A name, a `Criterion` or a function
+    *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
+    criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local' or 'global'
     normalizer=None, # For a global ranking; None is the mean, or nothing if the criterion is comparable
@@ -244,7 +251,7 @@ def prune(self:Pruner,
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how = _choice(sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio)
+    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
     if optimizer is not None and not hasattr(getattr(optimizer, 'opt', optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
     self.couple()
     plan,gone = self._dead() if how is None else self._chosen(how)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
+from .adapters import forward_of
 from .capture import Call, Ref, size_calls
 from .coupling import Coupling
 
@@ -113,7 +114,7 @@ class SizedForward:
     "A module's own forward, with planned sizes; stands in the module's `__dict__`, so copies and pickles go along"
     def __init__(self, module:nn.Module, sized:Sized): self.module,self.sized = module,sized
     def __call__(self, *args, **kwargs):
-        with SizeMode(self.sized): return type(self.module).forward(self.module, *args, **kwargs)
+        with SizeMode(self.sized): return forward_of(self.module)(self.module, *args, **kwargs)
     def __repr__(self): return f"SizedForward({len(self.sized.said)} calls)"
 
 # %% ../../nbs/surgery/11_sizes.ipynb #0000000a
@@ -137,7 +138,7 @@ def install_(
     m = model.get_submodule(sized.module)
     old = vars(m).get('forward')
     if old is not None and not isinstance(old, SizedForward): raise ValueError(f"{sized.module!r} has a forward of its own (somebody replaced it), and its sizes cannot be planned")
-    m.forward = SizedForward(m, merged(old.sized if old else None, sized))
+    m.forward = SizedForward(m, merged(old.sized if isinstance(old, SizedForward) else None, sized))
 
 # %% ../../nbs/surgery/11_sizes.ipynb #00000013
 def candidates(
