@@ -5,7 +5,7 @@ import fasterprune, fasterprune.all as fp
 from fastai.learner import Learner
 from fastcore.docments import docments
 
-PUBLIC = set('''Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError Report Schedule Sparsifier SparsifyCallback VerificationError
+PUBLIC = set('''Budget Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError Report Schedule Sparsifier SparsifyCallback VerificationError
     agp allocate compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd evaluate exponential file_size granularities image_dls
     iterative keep_top latency linear normalizers one_cycle one_shot plot_compare plot_curves plot_granularities plot_groups plot_history plot_lowest plot_mask
     plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths register rule schedules sensitivity small_resnet theoretical_speedup'''.split())
@@ -26,8 +26,8 @@ SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every normalizer only ignore count x',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count',
     'Pruner': 'model x * only ignore',
-    'Pruner.prune': 'self sparsity * criterion granularity context normalizer min_keep max_ratio optimizer verify',
-    'Pruner.plan': 'self sparsity * criterion granularity context normalizer min_keep max_ratio',
+    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio optimizer verify',
+    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
     'iterative': 'n kind * start end initial', 'one_shot': 'start initial', 'digits_dls': 'bs valid_pct seed * size device',
@@ -46,7 +46,7 @@ def spelled(f):
 
 @pytest.mark.parametrize('path', SIGNATURES)
 def test_signatures(path): assert spelled(get(path))==SIGNATURES[path]
-def test_learn_prune_has_the_options_of_the_pruner(): assert spelled(Learner.prune)=='self sparsity * criterion granularity context only ignore x verify'
+def test_learn_prune_has_the_options_of_the_pruner(): assert spelled(Learner.prune)=='self sparsity * budget criterion granularity context only ignore x verify'
 
 # ---- documented
 

@@ -26,6 +26,7 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp, linear, one_shot
 from fasterprune.sparse.sparsifier import Sparsifier
+from fasterprune.surgery.budget import Budget
 from fasterprune.surgery.pruner import Pruner
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -721,6 +722,12 @@ def test_prune_before_training_and_without_an_optimizer():
     learn = learner()
     r = learn.prune(.5)
     assert r.removed==10 and learn.opt is None and learn.model[0].out_channels==4
+    fit(learn, 1)
+
+def test_prune_to_a_budget():
+    learn = fit(learner(partial(small_resnet, width=8)), 1)
+    r = learn.prune(budget=Budget(macs=.5))
+    assert 0<r.macs[1]<=r.macs[0]/2 and r.removed>0
     fit(learn, 1)
 
 def test_prune_shared_kernels():

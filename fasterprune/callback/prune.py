@@ -12,13 +12,15 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from .sparsify import KeepZeros, example_batch
 from ..sparse.masks import plain_module
+from ..surgery.budget import Budget
 from ..surgery.pruner import Pruner, Report
 
 # %% ../../nbs/callback/01_prune.ipynb #00000006
 @patch
 def prune(self:Learner,
     sparsity:float|dict|None=None, # Part of the channels to remove, or a dict of layer → part; None removes what is dead
-    *, criterion='l1', # A name, a `Criterion` or a function
+    *, budget:Budget|None=None, # What shall be left, such as `Budget(macs=.5)`, instead of a sparsity
+    criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local' or 'global'
     only=None, # Names of layers that may be cut; None is all
@@ -26,12 +28,12 @@ def prune(self:Learner,
     x=None, # What the model is called with; None takes two items of a training batch
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
-    "Remove channels from the learner's model, in place; without a sparsity exactly those that are dead"
+    "Remove channels from the learner's model, in place; without a sparsity or a budget exactly those that are dead"
     keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
-    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, criterion=criterion,
-        granularity=granularity, context=context, optimizer=self.opt, verify=verify)
+    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, budget=budget,
+        criterion=criterion, granularity=granularity, context=context, optimizer=self.opt, verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)
         if left.keep: c.hold(left)
