@@ -477,6 +477,7 @@ REFUSED = {
     'p: dict and global': (lambda: Pruner(net(), X).prune({'0':.5}, context='global'), "use context='local' for a fraction a layer"),
     'p: pinned in dict': (lambda: Pruner(net(), X).prune({'8':.5}), "'8' cannot be pruned: the output of the model keeps its shape"),
     'p: unknown in dict': (lambda: Pruner(net(), X).prune({'conv':.5}), "no group 'conv'"),
+    'p: same channels': (lambda: Pruner(small_resnet(width=4), X).prune({'conv1':.5, 'stage1.conv2':.2}), "'stage1.conv2' writes the same channels as the other layers of 'conv1' do, so it cannot have 0.2 where they have 0.5"),
     'p: no scale': (lambda: Pruner(conv1(), X).prune(.5, criterion='bn_scale'), "reads the scale of a normalisation"),
     'l: percent': (lambda: learner().prune(50), r'did you mean 0.5\?'),
     'l: granularity': (lambda: learner().prune(.5, granularity='weight'), 'others can be set to zero with a Sparsifier'),
@@ -488,10 +489,6 @@ def test_refused(what):
     f,text = REFUSED[what]
     with pytest.raises((ValueError, TypeError), match=text) as e: f()
     assert len(e.value.args)==1 and '\n' not in e.value.args[0] # fastai reads e.args[0]
-
-@pytest.mark.xfail(reason='the last of two fractions for the same channels is taken', strict=False)
-def test_two_fractions_for_the_same_channels_are_refused_by_the_pruner():
-    with pytest.raises(ValueError): Pruner(small_resnet(width=4), X).prune({'conv1':.5, 'stage1.conv2':.25})
 
 def test_a_plan_of_another_model_is_refused():
     from fasterprune.surgery.apply import apply_

@@ -95,7 +95,9 @@ def __repr__(self:Plan):
     return '\n'.join([head, *cuts, *pins, *mixed, *held])
 
 @patch
-def diff(self:Plan, other:Plan)->dict:
+def diff(self:Plan,
+    other:Plan, # Of the same model
+)->dict:
     "Group name → (units that only stay here, units that only stay there)"
     a,b = ({c.name:set(c.keep) for c in p.cuts} for p in (self, other))
     return {k:(sorted(a.get(k, set())-b.get(k, set())), sorted(b.get(k, set())-a.get(k, set()))) for k in {**a, **b} if a.get(k)!=b.get(k)}

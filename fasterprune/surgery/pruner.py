@@ -149,6 +149,13 @@ def group_of(
         if layer==name: raise ValueError(f"{name!r} cannot be pruned: {why}")
     raise ValueError(no_such('group', name, list(c.by_name)))
 
+def _by_group(c, share): # layer → part as group → part
+    res = {}
+    for n,v in share.items():
+        g = group_of(c, n).name
+        if res.setdefault(g, v)!=v: raise ValueError(f"sparsity: {n!r} writes the same channels as the other layers of {g!r} do, so it cannot have {v!r} where they have {res[g]!r}; give one of them a fraction")
+    return res
+
 def choose(
     model:nn.Module,
     c:Coupling,
@@ -157,7 +164,7 @@ def choose(
     "The units that stay, by a criterion"
     share = how.sparsity
     if isinstance(share, dict):
-        share = {group_of(c, n).name:v for n,v in share.items()}
+        share = _by_group(c, share)
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
     scores = group_scores(model, groups, how.criterion, granularity=how.granularity)
