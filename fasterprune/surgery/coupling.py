@@ -271,12 +271,14 @@ def make_groups(
         res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, '')))
     return tuple(res)
 
-def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest
+def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest; of that too if it is no finer than the root of their number
     res = set()
     for t in tables:
+        t = t[:,t.any(0)]
         for row in np.unique(comp[t], axis=0) if t.shape[1]>1 else []:
             ks = [k for k in dict.fromkeys(row.tolist()) if k>0]
-            res |= set(ks) - {max(ks, key=lambda k: len(units[k]), default=0)}
+            best = max(ks, key=lambda k: len(units[k]), default=0)
+            res |= {k for k in ks if k!=best or len(units[k])**2<len(t)}
     return res
 
 def _ordered(a): # Distinct values in order of appearance
@@ -331,4 +333,11 @@ def pins(self:Coupling)->list[tuple]:
         why = d.why[rows[stay].max(1)]
         reason = d.reasons[np.bincount(why).argmax()] or 'joined to a dimension that cannot change'
         res[_layer_of(d, a) or layer] = (int(stay.sum()), a.n, reason)
+    fine = np.zeros(d.size, bool)
+    for g in self.groups: fine[g.labels] = g.primary
+    for a,layer,_ in d.writes: # all that can go there is coarse
+        rows,name = d.rows(a),_layer_of(d, a) or layer
+        if name in res or fine[rows].any() or d.pinned[rows].all(): continue
+        g = min((g for g in self.groups if np.isin(rows, g.labels).any()), key=lambda g: -g.n)
+        res[name] = (a.n, a.n, f"its channels hang together in {g.n} units; to cut these, name the group {g.name!r} in the sparsity")
     return [(k,*v) for k,v in res.items()]
