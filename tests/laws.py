@@ -33,7 +33,7 @@ def awake(m, x, seed=0):
     m.double().train()
     for c in m.modules():
         if isinstance(c, CONV+TRANSPOSED+(nn.Linear,)):
-            c.weight.mul_((2/c.weight[0].numel())**.5/c.weight.std())
+            c.weight.mul_((2/c.weight[0].numel())**.5/c.weight.square().mean().sqrt())
             if c.bias is not None: rand(c.bias, -.2, .2)
         elif isinstance(c, (_NormBase, nn.GroupNorm, nn.LayerNorm)) and c.weight is not None:
             rand(c.weight, .5, 1.5); rand(c.bias, -.2, .2)
