@@ -42,6 +42,9 @@ def _digits(size:int) -> tuple[Tensor,Tensor]:
     return x, torch.tensor(data.target)
 
 # %% ../nbs/10_data.ipynb #00000009
+class _Digits(torch.utils.data.TensorDataset):
+    def new_empty(self): return _Digits(*[t[:0] for t in self.tensors]) # what `learn.export` keeps of the data
+
 def digits_dls(
     bs:int=64, # Images in a batch
     valid_pct:float=.2, # Fraction of the images that is for validation
@@ -54,7 +57,7 @@ def digits_dls(
     x, y = _digits(size)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     cut = int(valid_pct*len(x))
-    sets = [torch.utils.data.TensorDataset(x[i], y[i]) for i in (order[cut:], order[:cut])]
+    sets = [_Digits(x[i], y[i]) for i in (order[cut:], order[:cut])]
     dls = DataLoaders.from_dsets(*sets, bs=bs, num_workers=0, device=device)
     dls.train.rng = random.Random(seed)
     dls.c, dls.vocab = 10, list(range(10))

@@ -39,6 +39,7 @@ class Report:
     law:str # 'masks': equal to the model as it was; 'readers': to the model in which nobody reads the removed channels
     error:float|None # Largest difference of outputs relative to the largest output; None where it was not asked for
     dtype:str # What the error was computed in
+    inputs:tuple=() # Shapes of the example's tensors, which the multiply-accumulates are counted for
 
     @property
     def removed(self)->int: "Units removed"; return self.plan.removed
@@ -58,7 +59,7 @@ def _equal(self):
 def _lines(self):
     yield 'units', f"{self.plan.removed} of {self.plan.units} removed, from {len(self.rows())} of {len(self.plan.cuts)} groups"
     yield 'parameters', f"{self.params[0]:,} → {self.params[1]:,}   ({self.compression_ratio:.2f}× smaller)"
-    yield 'MACs', f"{self.macs[0]:,} → {self.macs[1]:,}   ({self.theoretical_speedup:.2f}× fewer; convolutions and matrix products)"
+    yield 'MACs', f"{self.macs[0]:,} → {self.macs[1]:,}   ({self.theoretical_speedup:.2f}× fewer; convolutions and matrix products, for an input of {' and '.join('×'.join(map(str, s)) for s in self.inputs)})"
     if self.plan.folds: yield 'constants', f"folded into {len(self.plan.folds)} layers"
     yield 'verified', _equal(self)
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
@@ -274,9 +275,10 @@ def _reference(self, gone, law):
 @patch
 def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
     before = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else self.coupling.trace)
+    inputs = tuple(self.coupling.trace.shapes[r.id] for r in self.coupling.trace.inputs)
     if not plan.edits:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
-        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '')
+        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs)
     check = verify
     if check: want,dtype = _reference(self, gone, law)
     snapshot,error = Snapshot(self.model, plan, optimizer),None
@@ -290,7 +292,7 @@ def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
     except BaseException:
         snapshot.restore_()
         raise
-    return Report(plan, (before[0],after[0]), (before[1],after[1]), law, error, str(dtype).removeprefix('torch.') if check else '')
+    return Report(plan, (before[0],after[0]), (before[1],after[1]), law, error, str(dtype).removeprefix('torch.') if check else '', inputs)
 
 def _limit(model, plan, dtype): # a folded constant is rounded to the precision of the parameter that takes it
     own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds else set()
