@@ -18,9 +18,11 @@ ADAPTERS:dict[type,Callable] = {}
 
 def adapter(
     *kinds:type, # Module classes; subclasses are not meant
+    **attrs, # Attributes that a module gets when it has been pruned
 ):
     "Register a forward in plain operators for a class of modules; it gets the module and the arguments of `forward`"
     def _(f):
+        f.attrs = attrs
         for k in kinds: ADAPTERS[k] = f
         return f
     return _
@@ -47,7 +49,7 @@ def _mask(m, t, heads, like):
     return t.view(-1, heads, *t.shape[1:]) if t.dim()==3 and heads else t
 
 # %% ../../nbs/surgery/00_adapters.ipynb #00000008
-@adapter(nn.MultiheadAttention)
+@adapter(nn.MultiheadAttention, _qkv_same_embed_dim=False) # which keeps `nn.TransformerEncoderLayer` off its fused path
 def multihead_attention(m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     "What `nn.MultiheadAttention` computes, for any number and width of heads"
     if m.bias_k is not None or m.add_zero_attn: raise NotImplementedError('nn.MultiheadAttention with add_bias_kv or add_zero_attn')

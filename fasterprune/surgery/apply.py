@@ -119,6 +119,15 @@ def _next(t, nodes):
     last = len(nodes)-1 if t.fake else max([at.get(n.key, 0) for n in nodes], default=0)
     return t.nodes[min(last+1, len(t.nodes)-1)]
 
+def _raised_in(e, model):
+    "Path of the innermost module of the model whose code raised an error"
+    paths,where,tb = {id(m):n for n,m in model.named_modules()},None,e.__traceback__
+    while tb is not None:
+        m = tb.tb_frame.f_locals.get('self', tb.tb_frame.f_locals.get('m'))
+        if isinstance(m, nn.Module) and id(m) in paths: where = paths[id(m)]
+        tb = tb.tb_next
+    return where
+
 def _numbers(node): # Floating point arguments, such as the scale of an attention; nine digits
     return [f"{a:.9g}" for a in [*node.args, *node.kwargs.values()] if isinstance(a, float)]
 
@@ -144,7 +153,8 @@ def dry_run(
         if found: return found
         node = _next(c.trace, rec.trace.nodes)
         axes = [a for r in [*Site(node, c.trace, c.labels.env).tensors, *node.outs] for a in c.labels.env.get(r.id, [])]
-        return axes,f"{Site(node, c.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})",node.module
+        where = _raised_in(e, model)
+        return axes,f"{Site(node, c.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})",node.module if where is None else where
     return mismatch(c, gone, rec.trace.nodes, rec.trace.shapes)
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000000e

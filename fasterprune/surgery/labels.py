@@ -169,8 +169,10 @@ def bind(self:Labels,
 # %% ../../nbs/surgery/02_labels.ipynb #00000013
 @patch
 def take(self:Labels, a:Axis, index:np.ndarray)->Axis:
-    "The positions `index`, in that order"
-    return part(Axis(len(index), self.rows(a)[index]), a)
+    "The positions `index`, in that order; one that is alone stays, for a dimension cannot be empty"
+    rows = self.rows(a)[index]
+    if len(rows)==1: self.pin(rows, f"{self.here} takes it alone")
+    return part(Axis(len(rows), rows), a)
 
 @patch
 def cat(self:Labels, axes:list)->Axis:
@@ -209,6 +211,7 @@ def split2(self:Labels, a:Axis, n:int):
         mixed = np.flatnonzero(~(by_outer|by_inner))
         if not len(mixed): break
         self.bind(cols[mixed[0]].ravel(), np.stack([np.repeat(self.fresh(n)[:,0], m), np.tile(self.fresh(m)[:,0], n)], 1))
+    if n==1: self.pin(cols[by_outer], f"{self.here} takes it alone")
     axis = lambda c,k: part(Axis(k, distinct(c.T) if len(c) else np.zeros((k,1), np.int64)), a)
     return axis(cols[by_outer][:,:,0], n),axis(cols[by_inner&~by_outer][:,0], m)
 

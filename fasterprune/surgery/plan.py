@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
+from .adapters import ADAPTERS
 from .capture import Ref
 from .coupling import Coupling, Read
 from .liveness import Facts
@@ -74,7 +75,7 @@ class Plan:
         d = json.loads(text)
         tup = lambda o: tuple(tup(i) for i in o) if isinstance(o, list) else o
         kinds = dict(cuts=Cut, edits=Edit, attrs=Attr, folds=Fold)
-        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale']) for s in o['said']))
+        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free']) for s in o['said']))
         kinds = {**{k:lambda o, t=t: t(**{a:tup(b) for a,b in o.items()}) for k,t in kinds.items()}, 'sized':said}
         return cls(**{k: tuple(kinds[k](o) for o in v) if k in kinds else tup(v) for k,v in d.items()})
 
@@ -178,7 +179,10 @@ def make_plan(
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
     fixes = fixes or {}
     attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if f!='calls' for k,v in f.items())
-    says = tuple(s for s in (sized(c, gone, m) for m,f in fixes.items() if f=='calls') if s.said)
+    cut = {e.param.rpartition('.')[0] for e in edits}
+    plain = {m for m in cut if type(c.model.get_submodule(m)) in ADAPTERS} # these can be smaller in their adapter only
+    attrs += tuple(Attr(m, k, v) for m in plain for k,v in ADAPTERS[type(c.model.get_submodule(m))].attrs.items())
+    says = tuple(s for s in (sized(c, gone, m) if fixes.get(m)=='calls' else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if f=='calls'})) if s.said or s.module in plain)
     return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, says, tuple(c.pins()), mixed)
 
 def labels_of(

@@ -11,6 +11,7 @@ __all__ = ['Said', 'Sized', 'sized', 'say', 'SizeMode', 'SizedForward', 'merged'
 # %% ../../nbs/surgery/07_sizes.ipynb #00000002
 import contextlib
 from dataclasses import dataclass
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
@@ -26,6 +27,7 @@ class Said:
     name:str # Of the function, to notice when the code takes another way
     sizes:tuple # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts
     scale:float|None=None # For a call that takes a number that depends on sizes: the number
+    free:int|None=None # A dimension that batch or image size are merged into: -1 is said there, if that is allowed
 
 @dataclass(frozen=True)
 class Sized:
@@ -40,7 +42,7 @@ def sized(
 )->Sized:
     "What the calls of a module have to say when these labels go"
     l,t = c.labels,c.trace
-    kept = lambda r: tuple(None if (k := l.keeps(a, gone)).all() else int(k.sum()) for a in l.env[r.id])
+    kept = lambda r: tuple(int(l.keeps(a, gone).sum()) if _labelled(l, a) else None for a in l.env[r.id])
     res = {}
     for call in t.calls:
         if call.module!=module: continue
@@ -49,6 +51,10 @@ def sized(
     return Sized(module, tuple(res.values()))
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000006
+def _labelled(l, a): return not a.open and bool(a.rows.any())
+def _repeats(l, a): # Does something else than channels hide in it, such as the batch?
+    return _labelled(l, a) and len(np.unique(l.expand(a.rows), axis=0))<a.n
+
 def _said(c, call, kept):
     outs = [kept(r) for r in call.outs if r.id in c.labels.env]
     if len(outs)!=len(call.outs) or not outs: return
@@ -61,7 +67,8 @@ def _said(c, call, kept):
         if any(o[dim] is not None for o in outs):
             return Said(call.order, call.name, tuple(c.trace.shapes[r.id][dim] if o[dim] is None else o[dim] for o,r in zip(outs, call.outs)))
     elif call.name in ('view', 'reshape', 'expand', 'unflatten', 'repeat', 'narrow') and any(s is not None for s in outs[0]):
-        return Said(call.order, call.name, outs[0])
+        free = [i for i,a in enumerate(c.labels.env[call.outs[0].id]) if _repeats(c.labels, a)] if call.name in ('view','reshape') else []
+        return Said(call.order, call.name, outs[0], None, free[0] if free else None)
     elif call.name.strip('_') in ('mul','rmul','imul','div','truediv','itruediv') and len(call.args)>1 and isinstance(call.args[1], float):
         return Said(call.order, call.name, (), call.args[1])
 
@@ -84,13 +91,15 @@ def say(
     if said.name=='split':
         keys = {k:v for k,v in kwargs.items() if k not in ('split_size','split_size_or_sections')}
         return (args[0], list(said.sizes), *args[2:]),keys
-    if said.name=='narrow': return (*args[:3], next(s for s in said.sizes if s is not None)),kwargs
+    if said.name=='narrow': return (*args[:3], said.sizes[args[1]]),kwargs
     old,put = _sizes(args, kwargs, said.name)
     if said.name=='unflatten':
         dim = args[1]%args[0].dim()
         new = said.sizes[dim:dim+len(old)]
     else: new = said.sizes[len(said.sizes)-len(old):]
-    return put([o if n is None or (isinstance(o, int) and o==-1) else n for o,n in zip(old, new)])
+    new = [o if n is None or (isinstance(o, int) and o==-1) else n for o,n in zip(old, new)]
+    if said.free is not None and not any(isinstance(n, int) and n==-1 for n in new): new[said.free-len(said.sizes)] = -1
+    return put(new)
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000009
 class SizeMode(TorchFunctionMode):
@@ -126,7 +135,7 @@ def merged(
     said = {s.order:s for s in (old.said if old else ())}
     for s in new.said:
         o = said.get(s.order)
-        if o is not None and len(o.sizes)==len(s.sizes): s = Said(s.order, s.name, tuple(b if b is not None else a for a,b in zip(o.sizes, s.sizes)), s.scale if o.scale is None else o.scale)
+        if o is not None and len(o.sizes)==len(s.sizes): s = Said(s.order, s.name, tuple(b if b is not None else a for a,b in zip(o.sizes, s.sizes)), s.scale if o.scale is None else o.scale, s.free)
         said[s.order] = s
     return Sized(new.module, tuple(said.values()))
 
@@ -149,8 +158,8 @@ def candidates(
     "Numbers on a module that could be sizes that change"
     l,m = c.labels,c.model.get_submodule(module)
     new = {}
-    for n in c.trace.nodes:
-        if n.module!=module: continue
+    own = [n for n in c.trace.nodes if n.module==module] or [n for n in c.trace.nodes if n.module.startswith(f"{module}.")] # or of its children
+    for n in own:
         for r in n.outs:
             for a in l.env.get(r.id, []):
                 k = l.keeps(a, gone)
