@@ -86,7 +86,7 @@ def mismatch(
     "The first place where the smaller network does not do what the labels predict"
     l,t = c.labels,c.trace
     starts,used = {i:(a,start) for i,a,start in l.starts},used_refs(t)
-    for old,new in _pairs(t, nodes):
+    for old,new in _pairs(t, nodes, lambda r: [int(l.keeps(a, gone).sum()) for a in l.env[r.id]], lambda r: list(shapes[r.id])):
         axes = [a for r in old.outs for a in l.env.get(r.id, [])]
         inputs = [a for r in Site(old, t, l.env).tensors for a in l.env[r.id]]
         if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs): return inputs+axes,f"the code of {old.module or 'the model'} takes another path when it is smaller",old.module
@@ -95,7 +95,7 @@ def mismatch(
                 want = int(l.keeps(a, gone).sum())
                 if r in used and want!=n and (t.fake or want<a.n):
                     return [a] if want<a.n else [a]+inputs,f"the code of {old.module or 'the model'} makes {n} of {old.op!r} where {want} should be: it has sizes written in it",old.module
-        if old.index in starts and old.op==new.op=='slice':
+        if old.index in starts:
             a,start = starts[old.index]
             s = Site(new, t, {})
             keep = l.keeps(a, gone)
@@ -105,11 +105,11 @@ def mismatch(
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000009
 _same = {'_unsafe_view':'view', '_reshape_alias':'view'} # which of them `reshape` takes, and whether it copies first, depends on sizes
-def _same_way(nodes): return [n for n in nodes if n.op!='clone']
+def _whole(n, sizes): return n.op=='alias' or n.op=='slice' and sizes(n.args[0])==sizes(n.outs[0]) # Is it a slice of everything? Then PyTorch may skip it
 
-def _pairs(t, nodes):
+def _pairs(t, nodes, planned, real):
     "The nodes of two runs that are the same; where values decide what runs, by their order in a module"
-    if t.fake: return zip(_same_way(t.nodes), _same_way(nodes))
+    if t.fake: return zip(*([n for n in ns if n.op!='clone' and not _whole(n, sizes)] for ns,sizes in ((t.nodes,planned), (nodes,real))))
     other = {n.key:n for n in nodes}
     return [(n, other[n.key]) for n in t.nodes if n.key in other]
 
