@@ -1,5 +1,4 @@
 "The two laws on sixteen architectures, in double precision, by oracles that share nothing with the code that cuts"
-import functools
 import pytest, torch, torchvision
 from copy import deepcopy
 from torch import nn
@@ -11,9 +10,10 @@ ZOO = ('resnet18 resnet50 vgg11_bn mobilenet_v2 mobilenet_v3_small efficientnet_
        'mnasnet1_0 regnet_x_400mf regnet_y_400mf resnext50_32x4d shufflenet_v2_x1_0 alexnet').split()
 FRACTIONS = .25, .5, .9
 
-@functools.lru_cache(1)
-def net(name):
+@pytest.fixture(scope='module', params=ZOO)
+def net(request):
     "An awake network and its input; what comes out depends on what goes in"
+    name = request.param
     torch.manual_seed(0)
     x = torch.randn(2, 3, *([80]*2 if name=='inception_v3' else [64]*2), dtype=torch.float64)
     more = dict(googlenet=dict(init_weights=False), inception_v3=dict(init_weights=False, aux_logits=False)) # its second head wants 299 pixels
@@ -25,10 +25,8 @@ def net(name):
     return m,x
 
 @pytest.mark.parametrize('fraction', FRACTIONS)
-@pytest.mark.parametrize('name', ZOO)
-def test_readers_law(name, fraction):
-    m,x = net(name)
-    m = louder(m, fraction)
+def test_readers_law(net, fraction):
+    m,x = louder(net[0], fraction),net[1]
     small = deepcopy(m)
     r = Pruner(small, x).prune(fraction, criterion='random', verify=False)
     want = unread(m, r.plan)
@@ -38,9 +36,8 @@ def test_readers_law(name, fraction):
     assert rel(run(small, x), run(small, other(x, 2))) > 1e-2 # still awake
 
 @pytest.mark.parametrize('fraction', FRACTIONS)
-@pytest.mark.parametrize('name', ZOO)
-def test_masks_law(name, fraction):
-    m,x = net(name)
+def test_masks_law(net, fraction):
+    m,x = net
     sparse = louder(m, fraction)
     zeroed = silence(sparse, couple(sparse, x), fraction)
     small = deepcopy(sparse)
@@ -51,12 +48,9 @@ def test_masks_law(name, fraction):
     y = other(x, 4)
     assert rel(run(small.train(), y), run(sparse.train(), y)) < 1e-10
 
-QUICK = 'resnet18 mobilenet_v3_small densenet121 squeezenet1_0 regnet_x_400mf shufflenet_v2_x1_0'.split()
-
-@pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
-def test_masks_law_from_the_other_side(name):
+def test_masks_law_from_the_other_side(net):
     "A channel that nobody reads is as dead as one that nobody writes"
-    m,x = net(name)
+    m,x = net
     sparse = deepcopy(m)
     zeroed = silence(sparse, couple(sparse, x), .5, roles=('read',))
     small = deepcopy(sparse)

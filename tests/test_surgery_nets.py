@@ -88,6 +88,7 @@ case('gather_by_index', lambda s,x: s.c(s.a(x)[:,[0,2,1,3,7,6,5,4]]), 0, a=C(3,8
 # --- parts
 case('chunk', lambda s,x: s.c((y:=s.a(x).chunk(2, 1))[0].relu()*y[1].sigmoid()), 4, a=C(3,16), c=C(8,4))
 case('glu', lambda s,x: s.c(F.glu(s.a(x), 1)), 4, a=C(3,16), c=C(8,4))
+case('chunk_of_two', lambda s,x: s.h((y:=s.a(s.z(x)).chunk(2, 1))[0].flatten(1))+s.h(y[1].flatten(1)), 4, z=C(3,8), a=C(8,2), h=nn.Linear(64,4), pinned='takes it alone')
 case('chunk_two_readers', lambda s,x: s.c((y:=s.a(x).chunk(2, 1))[0].relu())+s.d(y[1]), 2, a=C(3,8), c=C(4,4), d=C(4,4))
 def c2f(s, x):
     y = list(s.cv1(x).relu().chunk(2, 1))
@@ -106,6 +107,7 @@ def inplace_slice(s, x):
     y[:,:z.shape[1]] += z
     return s.c(y.relu())
 case('inplace_slice', inplace_slice, 4, a=C(3,8), b=C(3,4), c=C(8,4))
+case('inplace_slice_to_all', inplace_slice, 3, a=C(3,6), b=C(3,5), c=C(6,4)) # five of six; then all of three
 def dense(s, x):
     xs = [s.stem(x)]
     for l in s.layers: xs.append(l(torch.cat(xs, 1).relu()))
