@@ -335,9 +335,10 @@ def pins(self:Coupling)->list[tuple]:
         res[_layer_of(d, a) or layer] = (int(stay.sum()), a.n, reason)
     fine = np.zeros(d.size, bool)
     for g in self.groups: fine[g.labels] = g.primary
+    chosen = {layer for a,layer,_ in d.writes if fine[d.rows(a)].any()}
     for a,layer,_ in d.writes: # all that can go there is coarse
         rows,name = d.rows(a),_layer_of(d, a) or layer
-        if name in res or fine[rows].any() or d.pinned[rows].all(): continue
+        if name in res or layer in chosen or d.pinned[rows].all(): continue
         g = min((g for g in self.groups if np.isin(rows, g.labels).any()), key=lambda g: -g.n)
         res[name] = (a.n, a.n, f"its channels hang together in {g.n} units; to cut these, name the group {g.name!r} in the sparsity")
     return [(k,*v) for k,v in res.items()]
