@@ -259,3 +259,54 @@ def test_masks_law(name, roles):
     for y in (k.x, other(k.x)):
         assert rel(run(small.eval(), y), run(m.eval(), y)) < 1e-10
         if name!='dropout': assert rel(run(small.train(), y), run(m.train(), y)) < 1e-10
+
+# --- constants: the filters 1, 3 and 6 of `a` are zero, and nothing else was silenced
+
+CONSTANTS = {}
+def constant(name, f, removed, folds, dead=(1,3,6), **parts): CONSTANTS[name] = (parts, f, removed, folds, dead)
+
+constant('bias_to_bias', lambda s,x: s.c(s.a(x).sigmoid()), 3, ['bias'], a=C(3,8), c=C(8,4,1))
+constant('bias_to_bias_unpadded', lambda s,x: s.c(s.a(x).sigmoid()), 3, ['bias'], a=C(3,8), c=C(8,4,padding=0,stride=2,dilation=2))
+constant('bias_to_padding', lambda s,x: s.c(s.a(x).sigmoid()), 0, [], a=C(3,8), c=C(8,4))
+constant('no_bias_to_padding', lambda s,x: s.c(s.a(x).tanh()), 3, [], a=C(3,8,bias=False), c=C(8,4))
+constant('negative_bias_and_relu', lambda s,x: s.c((s.a(x)-5).relu()), 3, [], a=C(3,8), c=C(8,4))
+constant('shift_to_mean', lambda s,x: s.n(s.c(s.m(s.a(x)).sigmoid())), 3, ['mean'], a=C(3,8,bias=False), m=nn.BatchNorm2d(8), c=C(8,4,1,bias=False), n=nn.BatchNorm2d(4))
+constant('shift_to_bias_before_norm', lambda s,x: s.n(s.c(s.m(s.a(x)).sigmoid())), 3, ['bias'], a=C(3,8), m=nn.BatchNorm2d(8), c=C(8,4,1), n=nn.BatchNorm2d(4))
+constant('to_a_new_bias', lambda s,x: s.d(s.c(s.a(x).sigmoid()).relu()), 3, ['new'], a=C(3,8), c=C(8,6,1,bias=False), d=C(6,4))
+constant('to_a_new_bias_of_linear', lambda s,x: s.c(s.a(x).sigmoid().mean((2,3))), 3, ['new'], a=C(3,8), c=nn.Linear(8,4,bias=False))
+constant('to_linear_by_flatten', lambda s,x: s.c(F.max_pool2d(s.a(x), 4).sigmoid().flatten(1)), 3, ['bias'], a=C(3,8), c=nn.Linear(32,4))
+constant('to_groups', lambda s,x: s.d(s.c(s.a(x).sigmoid()).relu()), 0, [], a=C(3,8), c=C(8,8,1,groups=4), d=C(8,4))
+constant('to_a_whole_group', lambda s,x: s.d(s.c(s.a(x).sigmoid()).relu()), 0, [], dead=(2,3), a=C(3,8), c=C(8,8,1,groups=4), d=C(8,4))
+constant('to_two_readers', lambda s,x: s.c(y:=s.a(x).sigmoid())+s.d(y), 3, ['bias','bias'], a=C(3,8), c=C(8,4,1), d=C(8,4,1))
+constant('to_two_readers_one_padded', lambda s,x: s.c(y:=s.a(x).sigmoid())+s.d(y), 0, [], a=C(3,8), c=C(8,4,1), d=C(8,4))
+constant('to_a_reused_reader', lambda s,x: s.c(s.a(x).sigmoid())+s.c(s.b(x)), 0, [], a=C(3,8), b=C(3,8), c=C(8,4,1)) # the other place is alive
+constant('to_a_bias_in_two_places', lambda s,x: s.c(s.a(x).sigmoid())+s.d.bias.view(-1,1,1), 3, ['bias'], a=C(3,8), c=C(8,4,1), d=C(8,4,1))
+constant('to_a_transposed_reader', lambda s,x: s.c(s.a(x).sigmoid()), 0, [], a=C(3,8), c=nn.ConvTranspose2d(8,4,3))
+constant('max_pool_padded', lambda s,x: s.c(F.max_pool2d(s.a(x), 3, 2, 1)), 3, ['bias'], a=C(3,8), c=C(8,4,1))
+constant('avg_pool_padded', lambda s,x: s.c(F.avg_pool2d(s.a(x), 3, 2, 1)), 0, [], a=C(3,8), c=C(8,4,1))
+constant('avg_pool_padded_not_counted', lambda s,x: s.c(F.avg_pool2d(s.a(x), 3, 2, 1, count_include_pad=False)), 3, ['bias'], a=C(3,8), c=C(8,4,1))
+constant('upsampled', lambda s,x: s.c(F.interpolate(s.a(x), scale_factor=2, mode='bilinear')), 3, ['bias'], a=C(3,8), c=C(8,4,1))
+constant('chain', lambda s,x: s.d(s.c(s.a(x).sigmoid()).sigmoid()), 3, ['bias'], a=C(3,8), c=C(8,6,1), d=C(6,4,1))
+constant('gated', lambda s,x: s.d(s.a(x).relu()*s.b(x).sigmoid()), 1, [], a=C(3,8), b=C(3,8), d=C(8,4,1)) # a constant times a signal is a signal, but for the zero behind a negative bias
+constant('dropped', lambda s,x: s.c(F.dropout(s.a(x), .5, s.training)), 3, ['bias'], a=C(3,8), c=C(8,4,1))
+constant('summed', lambda s,x: s.c(s.a(x).sum(1, keepdim=True)), 0, [], a=C(3,8), c=C(1,4,1))
+constant('matmul', lambda s,x: s.a(x).sigmoid().mean((2,3))@s.w+s.b, 0, [], a=C(3,8), w=P(8,4), b=P(4)) # no layer that could take a bias
+
+@pytest.mark.parametrize('name', CONSTANTS)
+def test_constants(name):
+    parts,f,removed,folds,dead = CONSTANTS[name]
+    torch.manual_seed(0)
+    m = awake(deepcopy(Net(f, **parts)), x)
+    with torch.no_grad():
+        m.a.weight[list(dead)] = 0
+        if m.a.bias is not None: m.a.bias[list(dead)] = torch.tensor([.3,-.4,.5], dtype=torch.float64)[:len(dead)]
+    small = deepcopy(m)
+    with warnings.catch_warnings(record=True): r = Pruner(small, x).prune()
+    assert r.removed==removed and sorted(k.kind for k in r.plan.folds)==folds, r
+    assert removed or r.plan.held or name in ('to_groups', 'to_a_reused_reader'), r.plan # there they are not silent everywhere
+    for y in (x, other(x)):
+        assert rel(run(small, y), run(m, y)) < 1e-10
+        if folds in ([],['mean']): assert rel(run(deepcopy(small).train(), y), run(deepcopy(m).train(), y)) < 1e-10
+    if removed and not any(isinstance(b, nn.BatchNorm2d) for b in m.modules()): # single precision
+        s = deepcopy(m).float(); want = run(s, x.float())
+        assert Pruner(s, x.float()).prune().removed==removed and rel(run(s, x.float()), want) < 1e-5
