@@ -85,7 +85,7 @@ def mismatch(
 )->tuple|None: # (axes to pin, reason, module whose code it was); None if all agrees
     "The first place where the smaller network does not do what the labels predict"
     l,t = c.labels,c.trace
-    starts,used = {i:(a,start) for i,a,start in l.starts},used_refs(t)
+    starts,used,other = {i:(a,start) for i,a,start in l.starts},used_refs(t),set() # numbers that are other ones now
     for old,new in _pairs(t, nodes, lambda r: [int(l.keeps(a, gone).sum()) for a in l.env[r.id]], lambda r: list(shapes[r.id])):
         axes = [a for r in old.outs for a in l.env.get(r.id, [])]
         inputs = [a for r in Site(old, t, l.env).tensors for a in l.env[r.id]]
@@ -101,7 +101,10 @@ def mismatch(
             keep = l.keeps(a, gone)
             begin = range(int(keep.sum()))[slice(s['start'], s['end'], s['step'])].start
             if begin!=int(keep[:start].sum()): return [a if keep[:start].all() else l.take(a, np.arange(start))],f"the code of {old.module or 'the model'} slices from a fixed position",old.module
-        if t.fake and _numbers(old)!=_numbers(new): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
+        refs = Site(old, t, {}).tensors
+        if t.fake and _numbers(old)!=_numbers(new) or any(r in other for r in refs):
+            if not all(r in other for r in refs): return inputs+axes,f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
+            other.update(old.outs)
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000009
 _same = {'_unsafe_view':'view', '_reshape_alias':'view'} # which of them `reshape` takes, and whether it copies first, depends on sizes
@@ -128,8 +131,11 @@ def _raised_in(e, model):
         tb = tb.tb_next
     return where
 
-def _numbers(node): # Floating point arguments, such as the scale of an attention; nine digits
-    return [f"{a:.9g}" for a in [*node.args, *node.kwargs.values()] if isinstance(a, float)]
+def _numbers(node): # What it computes with, such as the scale of an attention, but no sizes; nine digits
+    s = Site(node, None, {})
+    of = lambda a: a.type.getElementType() if a.type.kind()=='OptionalType' else a.type
+    args = [s[a.name] for a in node.func._schema.arguments if of(a).kind() in ('TensorType','NumberType','FloatType')]
+    return [f"{a:.9g}" for a in [*args, *node.value] if isinstance(a, (int,float)) and not isinstance(a, bool)]
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000000a
 def dry_run(

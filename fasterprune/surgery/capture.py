@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -25,9 +25,10 @@ from .adapters import ADAPTERS, forward_of
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
-__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'plainly', 'mutated', 'CallLog',
-           'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of',
-           'stand_ins', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
+__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in', 'plainly',
+           'mutated', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'Adapted',
+           'adapted', 'state_of', 'stand_ins', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture',
+           'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Node:
     mutates:tuple # `Ref` of each argument that the operator writes to
     module:str # Path of the module that was running
     key:tuple=() # (module, operator, how many of that were before): the same node in another run, which may do more or less elsewhere
+    value:tuple=() # The numbers of a small tensor that the code made from numbers
 
     @property
     def op(self)->str:
@@ -144,12 +146,20 @@ class Recorder(TorchDispatchMode):
         key = (*where, self.seen.get(where, 0))
         self.seen[where] = key[2]+1
         out = self.run(key, func, args, kwargs)
-        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), where[0], key)
+        value = numbers_in(args[0]) if where[1]=='lift_fresh' and type(args[0]) is Tensor else ()
+        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), where[0], key, value)
         self.trace.nodes.append(node)
         if self.listen is not None: self.listen(node, args, out)
         return out
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000e
+def numbers_in(
+    t:Tensor, # A real tensor
+    most:int=16, # Larger ones are no numbers
+)->tuple:
+    "The numbers of a small tensor"
+    with _disable_current_modes(): return tuple(t.flatten().tolist()) if t.numel()<=most else ()
+
 def plainly(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
 
 def mutated(

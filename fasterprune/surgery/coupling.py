@@ -271,14 +271,15 @@ def make_groups(
         res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, '')))
     return tuple(res)
 
-def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest; of that too if it is no finer than the root of their number
+def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest; of that too if more positions share all their labels than it has units
     res = set()
     for t in tables:
         t = t[:,t.any(0)]
-        for row in np.unique(comp[t], axis=0) if t.shape[1]>1 else []:
+        rows,at = np.unique(comp[t], axis=0, return_inverse=True) if t.shape[1]>1 else ([],None)
+        for i,row in enumerate(rows):
             ks = [k for k in dict.fromkeys(row.tolist()) if k>0]
-            best = max(ks, key=lambda k: len(units[k]), default=0)
-            res |= {k for k in ks if k!=best or len(units[k])**2<len(t)}
+            best,here = max(ks, key=lambda k: len(units[k]), default=0),t[at.reshape(-1)==i]
+            res |= {k for k in ks if k!=best or len(units[k])*len(np.unique(here, axis=0))<len(here)}
     return res
 
 def _ordered(a): # Distinct values in order of appearance

@@ -208,9 +208,22 @@ def _settle(self:Pruner, decide):
         if ways.another(module, gone): continue
         pinned = c.labels.pinned.sum()
         for a in axes: c.labels.pin_axis(a, reason)
-        if c.labels.pinned.sum()==pinned: raise PruningError(f"this model cannot be pruned: {reason}")
+        if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it
+            for labels,why in self._blame(gone, ways) or [(np.flatnonzero(gone), reason)]: c.labels.pin(labels, why)
         c.refresh()
     raise PruningError(f"no plan was found that runs; the last one failed because {reason}")
+
+@patch
+def _blame(self:Pruner, gone, ways):
+    "Labels and reason for each group that cannot be cut even alone"
+    c,res = self.coupling,[]
+    for g in c.groups:
+        alone = np.zeros_like(gone)
+        alone[g.labels[gone[g.labels]]] = True
+        plan = make_plan(c, alone, (), ways.fixes(alone)) if alone.any() else None
+        bad = dry_run(self.model, self.x, c, alone, plan) if plan and plan.edits else None
+        if bad: res.append((g.labels, bad[1]))
+    return res
 
 @patch
 def _dead(self:Pruner):
