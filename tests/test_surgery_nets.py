@@ -212,17 +212,24 @@ class Out:
 case('dataclass_output', lambda s,x: Out(s.c(s.a(x).relu())), 4, a=C(3,8), c=C(8,4))
 case('features', lambda s,x: (s.c(z:=s.b(s.a(x).relu())), z), 4, a=C(3,8), b=C(8,6), c=C(6,4), pinned='output of the model')
 case('asks_value', lambda s,x: s.c((y:=s.a(x).relu())*(2. if y.sum().item()>0 else 2.)), 4, a=C(3,8), c=C(8,4), readers=None)
+case('scale_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))*y.shape[1]**-.5), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
+case('whole_number_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/y.shape[1]), 4, a=C(3,8), b=C(8,6), d=C(6,4), pinned='uses a number that depends on the size', writers='some', readers='some')
+case('tensor_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/torch.tensor(y.shape[1]).sqrt()), 4, a=C(3,8), b=C(8,6), d=C(6,4), pinned='uses a number that depends on the size', writers='some', readers='some')
+case('correlation', lambda s,x: s.d((((y:=s.b(s.a(x).relu()).flatten(2)).transpose(1,2)@y)/torch.tensor(y.shape[1]).sqrt()).unsqueeze(1)), 4, a=C(3,8), b=C(8,6), d=C(1,4), pinned='uses a number that depends on the size', writers='some', readers=None)
 case('residual', lambda s,x: s.c((y:=s.a(x).relu())+s.n(s.b(y))), 4, a=C(3,8), b=C(8,8), n=nn.BatchNorm2d(8), c=C(8,4))
 case('boolean_mask', lambda s,x: s.c(torch.where((y:=s.a(x))>0, y, s.b(x)*.1)), 4, a=C(3,8), b=C(3,8), c=C(8,4))
 case('clone_detach_contiguous', lambda s,x: s.c(s.a(x).clone().contiguous().to(torch.float64).detach()), 4, a=C(3,8), c=C(8,4))
 case('addcmul_lerp', lambda s,x: s.c(torch.addcmul(s.a(x), s.b(x), s.p)+torch.lerp(s.a(x), s.b(x), .3)), 4, a=C(3,8), b=C(3,8), p=P(8,1,1), c=C(8,4))
 case('min_max_clamp', lambda s,x: s.c(torch.maximum(s.a(x), s.b(x)).clamp(-1, 1)), 4, a=C(3,8), b=C(3,8), c=C(8,4))
 
-def build(name):
-    "The network of a case, awake in double precision"
-    torch.manual_seed(0)
-    k = CASES[name]
-    return awake(deepcopy(Net(k.f, **k.parts)), k.x),k
+@torch.no_grad()
+def fresh(f, parts, x):
+    "A network with weights of its own, awake in double precision"
+    m,g = deepcopy(Net(f, **parts)),torch.Generator().manual_seed(0)
+    for p in m.parameters(): p.normal_(generator=g).mul_(.3)
+    return awake(m, x)
+
+def build(name): k = CASES[name]; return fresh(k.f, k.parts, k.x),k
 
 @pytest.mark.parametrize('name', CASES)
 def test_readers_law(name):
@@ -295,8 +302,7 @@ constant('matmul', lambda s,x: s.a(x).sigmoid().mean((2,3))@s.w+s.b, 0, [], a=C(
 @pytest.mark.parametrize('name', CONSTANTS)
 def test_constants(name):
     parts,f,removed,folds,dead = CONSTANTS[name]
-    torch.manual_seed(0)
-    m = awake(deepcopy(Net(f, **parts)), x)
+    m = fresh(f, parts, x)
     with torch.no_grad():
         m.a.weight[list(dead)] = 0
         if m.a.bias is not None: m.a.bias[list(dead)] = torch.tensor([.3,-.4,.5], dtype=torch.float64)[:len(dead)]
