@@ -188,7 +188,7 @@ def test_both_laws(graph, fraction, roles, seed):
 
 def test_examples_are_of_every_kind(): # the graphs above are not all trivial
     kinds,some = set(),0
-    @settings(max_examples=60, **calm)
+    @settings(max_examples=200, **calm)
     @given(graphs)
     def see(graph):
         nonlocal some

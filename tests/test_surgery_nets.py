@@ -178,7 +178,7 @@ for act in (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid): # f(0) is n
     case(f"act_{act.__name__}_unpadded", lambda s,x: s.c(s.act(s.a(x))), 4, a=C(3,8), act=act(), c=C(8,4,padding=0))
 case('softmax_over_channels', lambda s,x: s.c(s.a(x).softmax(1)), 4, a=C(3,8), c=C(8,4), mixed=True, writers='some', readers='held')
 case('softmax_over_space', lambda s,x: s.c(s.a(x).flatten(2).softmax(2).view(-1, s.a.out_channels, 8, 8)), 4, a=C(3,8), c=C(8,4), writers='held')
-case('mean_over_channels', lambda s,x: s.c(s.a(x).relu().mean(1, keepdim=True)), 4, a=C(3,8), c=C(1,4), mixed=True, writers='some', readers='some')
+case('mean_over_channels', lambda s,x: s.c(s.a(x).relu().mean(1, keepdim=True)), 4, a=C(3,8), c=C(1,4), mixed=True, writers='some', readers=None)
 case('sum_over_channels', lambda s,x: s.c(s.a(x).relu().sum(1, keepdim=True)), 4, a=C(3,8), c=C(1,4), readers=None, reads=None)
 case('normalize', lambda s,x: s.c(F.normalize(s.a(x), dim=1)), 4, a=C(3,8), c=C(8,4), readers=None, reads=None)
 case('local_response_norm', lambda s,x: s.c(F.local_response_norm(s.a(x).relu(), 3)), 0, a=C(3,8), c=C(8,4))
