@@ -2,6 +2,10 @@
 import numpy as np
 from fasterprune.surgery.capture import Ref
 
+OUTPUT = 'the output of the model keeps its shape'
+
+def rank(v): return [False, 'output', True].index(v)
+
 def products(c)->dict:
     "Module path → its products of two tensors that both depend on the input, as `Read`s"
     l,res = c.labels,{}
@@ -69,10 +73,11 @@ def attention(c)->dict|None:
         for k,why in (('heads', batch), ('head_dim', sum(inner, [])), ('embed', wide)):
             row[k] = ok[k]
             if not ok[k]: row[f'{k}_why'] = reasons(c, path, why)
+            if k=='embed' and row.get('embed_why')==[OUTPUT]: row[k] = 'output' # what the model returns keeps its width
             per[k] |= names[k]
         rows.append(row)
     if not rows: return None
     used = set().union(*per.values())
     mlp = sorted(g.name for g in c.groups if g.name not in used and g.role('write') and g.role('read'))
-    return dict(attentions=len(rows), **{k:all(r[k] for r in rows) for k in per}, mlp=bool(mlp), groups={k:sorted(v)[:40] for k,v in per.items()},
+    return dict(attentions=len(rows), **{k:min((r[k] for r in rows), key=rank) for k in per}, mlp=bool(mlp), groups={k:sorted(v)[:40] for k,v in per.items()},
         missing=[r for r in rows if not all(r[k] for k in per)][:8])

@@ -71,14 +71,15 @@ TINY = dict(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_h
 OWN = dict( # What a type needs instead or besides
     resnet=dict(embedding_size=16, hidden_sizes=[16,32,64,64], depths=[1,1,1,1]), convnext=dict(hidden_sizes=[16,32,64,64], depths=[1,1,1,1], image_size=64),
     convnextv2=dict(hidden_sizes=[16,32,64,64], depths=[1,1,1,1], image_size=64), regnet=dict(embedding_size=16, hidden_sizes=[16,32,64,64], depths=[1,1,1,1], groups_width=16),
-    gemma=dict(head_dim=16), gemma2=dict(head_dim=16), deit=dict(), swin=dict(embed_dim=24, depths=[2,2], num_heads=[3,6], window_size=4, image_size=64, patch_size=4),
+    gptj=dict(rotary_dim=8), efficientnet=dict(width_coefficient=1., depth_coefficient=1., hidden_dim=1280), deit=dict(architectures=['DeiTForImageClassification']), swin=dict(embed_dim=24, depths=[2,2], num_heads=[3,6], window_size=4, image_size=64, patch_size=4),
     swinv2=dict(embed_dim=24, depths=[2,2], num_heads=[3,6], window_size=4, image_size=64, patch_size=4),
     mobilevit=dict(hidden_sizes=[24,32,40], neck_hidden_sizes=[16,16,24,32,40,48,64], image_size=64, patch_size=2),
     segformer=dict(hidden_sizes=[16,32,64,64], depths=[1,1,1,1], num_attention_heads=[1,2,4,4], decoder_hidden_size=32, image_size=64),
     pvt=dict(hidden_sizes=[16,32,64,64], depths=[1,1,1,1], num_attention_heads=[1,2,4,4], patch_sizes=[4,2,2,2], image_size=64),
     electra=dict(embedding_size=32), albert=dict(embedding_size=32), whisper=dict(num_mel_bins=16, max_source_positions=32, max_target_positions=32, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None),
     wav2vec2=dict(conv_dim=[32,32], conv_stride=[5,2], conv_kernel=[10,3], num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0., vocab_size=32),
-    bloom=dict(hidden_size=64, n_layer=2, n_head=4), mamba=dict(state_size=8, time_step_rank=8, use_mambapy=False), clip=dict())
+    hubert=dict(conv_dim=[32,32], conv_stride=[5,2], conv_kernel=[10,3], num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0., vocab_size=32),
+    bloom=dict(hidden_size=64, n_layer=2, n_head=4), mamba=dict(state_size=8, time_step_rank=8))
 HEADS = dict( # Task → (class, types); the other types are causal language models
     AutoModelForImageClassification='vit resnet convnext convnextv2 regnet deit swin swinv2 beit mobilevit segformer dinov2 pvt mobilenet_v2 efficientnet poolformer'.split(),
     AutoModelForSequenceClassification='bert distilbert roberta albert electra deberta deberta-v2 mpnet camembert xlm-roberta'.split(),
