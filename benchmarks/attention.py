@@ -79,5 +79,5 @@ def attention(c)->dict|None:
     if not rows: return None
     used = set().union(*per.values())
     mlp = sorted(g.name for g in c.groups if g.name not in used and g.role('write') and g.role('read'))
-    return dict(attentions=len(rows), **{k:min((r[k] for r in rows), key=rank) for k in per}, mlp=bool(mlp), groups={k:sorted(v)[:40] for k,v in per.items()},
+    return dict(attentions=len(rows), **{k:min((r[k] for r in rows), key=rank) for k in per}, mlp=bool(mlp), groups={k:sorted(v) for k,v in per.items()},
         missing=[r for r in rows if not all(r[k] for k in per)][:8])

@@ -73,7 +73,7 @@ def cells(r:dict)->list:
     law,a,works = r.get('law') or {},r.get('attention'),r.get('peer_works')
     error = 'NO' if law.get('error') is None else f"{law['error']:.0e}{'*' if law['statistics'] else ' '}"
     head = [r['model'].removeprefix('torchvision:'), r.get('captured', 'NO'), yes(r.get('removed')), *(yes(r.get(k)) for k in ('forward_1', 'forward_2', 'backward')), error]
-    verify = law['seconds']-r['ours_s'] if law and 'ours_s' in r else None
+    verify = max(0, law['seconds']-r['ours_s']) if law and 'ours_s' in r else None
     return [*head, *('-' if not a else 'out' if a[k]=='output' else yes(a[k]) for k in ATTENTION), num(r.get('kept')), num(r.get('macs_kept')), num(r.get('ours_s')), num(verify),
         '-' if works is None and 'peer' not in r.get('fail', {}) else yes(works), num(r.get('peer_kept')), num(r.get('peer_macs_kept')), num(r.get('peer_s')), num(ratio(r))]
 

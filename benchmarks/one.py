@@ -90,9 +90,11 @@ def stages(row, model, x):
     trace = capture_all(model, x); t.append(clock())
     Coupling(model, trace); t.append(clock())
     p = Pruner(model, x); p.plan(.5); t.append(clock())
+    listed = attention(Coupling(model, trace)) # before the plan's dry runs pinned anything
     a,b,c = (j-i for i,j in zip(t, t[1:]))
     row.update(captured='fake' if trace.fake else 'real', nodes=len(trace.nodes), stages=dict(capture=a, couple=b, plan=c-a-b, apply=row.get('ours_s', c)-c))
     row['attention'] = attention(p.coupling)
+    row['coarse'] = {n:.5 for k in ('heads', 'head_dim') for n in listed['groups'][k]} if listed else {}
     row['groups'] = len(p.coupling.groups)
     row['pins'] = [q for q in p.coupling.pins() if 'output of the model' not in q[3]][:30]
 
@@ -141,9 +143,7 @@ def run(spec, with_peer=True, seconds=100.):
         row['backward'] = row.step('backward', lambda: backward(m, x, detector) or True) or False
         del m
         row.step('law', verified, row, model, x)
-        a = row.get('attention')
-        coarse = a and {n:.5 for k in ('heads', 'head_dim') for n in a['groups'][k]}
-        if coarse: row.step('heads', verified, row, model, x, coarse, 'heads_law')
+        if row.get('coarse'): row.step('heads', verified, row, model, x, row['coarse'], 'heads_law')
     row['at'] = 'done'
     return row
 
