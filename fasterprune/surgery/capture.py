@@ -116,9 +116,9 @@ def tensors_in(
 # %% ../../nbs/surgery/01_capture.ipynb #0000000d
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=()):
+    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False):
         super().__init__()
-        self.training = training
+        self.training,self.exact = training,exact
         self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
         self.listen,self.run,self.seen,self.at = listen,run or plainly,{},{}
 
@@ -176,8 +176,8 @@ def mutated(
     return tuple(res)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000010
-size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'layer_norm', 'mul', '__mul__',
-    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__')
+size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
+    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean')
 
 class CallLog(TorchFunctionMode):
     "Note the calls in `size_calls`, by module and order"
@@ -186,6 +186,7 @@ class CallLog(TorchFunctionMode):
         self.rec = rec
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
+        if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
         for f in self.rec.stack: f.calls += 1
         frame,node = self.rec.stack[-1],len(self.rec.trace.nodes)
