@@ -232,12 +232,12 @@ def test_an_interrupt_takes_everything_back(monkeypatch, error, at):
     m = net().train()
     opt = torch.optim.SGD(m.parameters(), .1, momentum=.9)
     step(m, opt)
-    before,calls,plain = everything(m, opt),[],apply_module._sliced
+    before,calls,plain = everything(m, opt),[],apply_module.sliced
     def sliced(*args):
         calls.append(1)
         if len(calls)>at: raise error('now')
         return plain(*args)
-    monkeypatch.setattr(apply_module, '_sliced', sliced)
+    monkeypatch.setattr(apply_module, 'sliced', sliced)
     state = world()
     with pytest.raises(error, match='now'): Pruner(m, x).prune(.5, optimizer=opt)
     assert same(everything(m, opt), before) and world()==state
