@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib, dataclasses, logging, weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Callable
 
 import torch
 from torch import nn, Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .adapters import ADAPTERS, forward_of
+from .shapes import Shapes
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
@@ -124,25 +126,36 @@ class Recorder(TorchDispatchMode):
 
     def ref(self, t:Tensor)->Ref:
         "The number of tensor `t`"
-        if t not in self.refs:
-            r = self.refs[t] = Ref(self.count)
-            self.count += 1
-            self.trace.shapes[r.id] = tuple(t.shape)
-            try: self._share(t, r, t.untyped_storage()._cdata)
-            except (RuntimeError, NotImplementedError): pass # sparse tensors have no storage
-        return self.refs[t]
+        r = t.__dict__.get('ref') if type(t) is FakeTensor else self.refs.get(t) # a fake tensor is ours, and can carry its number
+        return self._new(t) if r is None else r
+
+    def _new(self, t):
+        r = Ref(self.count)
+        if type(t) is FakeTensor: t.ref = r
+        else: self.refs[t] = r
+        self.count += 1
+        self.trace.shapes[r.id] = tuple(t.shape)
+        try: self._share(t, r, t.untyped_storage()._cdata)
+        except (RuntimeError, NotImplementedError): pass # sparse tensors have no storage
+        return r
 
     def _share(self, t, r, where): # an address is used again when its tensors are gone
-        live = [w for w in self.at.get(where, []) if w() is not None]
-        self.trace.storage[r.id] = self.trace.storage[self.refs[live[0]()].id] if live else r.id
+        live = [w for w in self.at.get(where, ()) if w() is not None]
+        self.trace.storage[r.id] = self.trace.storage[self.ref(live[0]()).id] if live else r.id
         self.at[where] = [*live, weakref.ref(t)]
+
+    def as_refs(self, o):
+        "Arguments with a `Ref` for each tensor"
+        if isinstance(o, Tensor): return self.ref(o)
+        if type(o) in (list, tuple): return type(o)(self.as_refs(i) for i in o)
+        return {k:self.as_refs(v) for k,v in o.items()} if type(o) is dict else o
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        as_refs = lambda o: tree_map(lambda t: self.ref(t) if isinstance(t, Tensor) else t, o)
-        if func.overloadpacket.__name__=='device' or func in (torch.ops.prim.device.default,): return func(*args, **kwargs)
-        ra,rk = as_refs(args),as_refs(kwargs)
-        where = (str(self.stack[-1]) if self.stack else '', func.overloadpacket.__name__)
+        op = func.overloadpacket.__name__
+        if op=='device': return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **kwargs)
+        ra,rk = self.as_refs(args),self.as_refs(kwargs)
+        where = (str(self.stack[-1]) if self.stack else '', op)
         key = (*where, self.seen.get(where, 0))
         self.seen[where] = key[2]+1
         out = self.run(key, func, args, kwargs)
@@ -168,12 +181,12 @@ def mutated(
     kwargs:dict, # Its keyword arguments
 )->tuple[Ref,...]:
     "The arguments that an operator writes to, by its schema"
-    res = []
-    for i,a in enumerate(func._schema.arguments):
-        if a.alias_info is None or not a.alias_info.is_write: continue
-        v = args[i] if i<len(args) else kwargs.get(a.name)
-        res += [o for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref)]
-    return tuple(res)
+    vs = [args[i] if i<len(args) else kwargs.get(name) for i,name in _written(func)]
+    return tuple(o for v in vs for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref))
+
+@lru_cache(maxsize=None)
+def _written(func): # (position, name) of the arguments that an operator writes to
+    return tuple((i, a.name) for i,a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000010
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
@@ -339,14 +352,6 @@ def quiet(logger:str): # Name of a logger
     try: yield
     finally: log.disabled = was
 
-def _fakes(mode, state:dict, shapes:dict)->dict:
-    "Fake stand-ins for parameters and buffers, in other shapes where `shapes` says so"
-    def one(n, t):
-        f = mode.from_tensor(t.detach(), static_shapes=True)
-        if n not in shapes: return f
-        with mode: return torch.empty(shapes[n], dtype=t.dtype, device=t.device)
-    return {n:one(n, t) for n,t in state.items()}
-
 def fake_trace(
     model:nn.Module, # Any module
     x, # What it is called with
@@ -354,11 +359,10 @@ def fake_trace(
     rec:Recorder|None=None, # A recorder to fill; stays readable when the run fails
 )->Trace:
     "Capture on fake tensors: shapes only, no arithmetic, no memory"
-    rec = rec or Recorder()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = lambda t: mode.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t
-    state = _fakes(mode, state_of(model), shapes or {})
-    with mode, quiet('torch._subclasses.fake_tensor'): record(model, tree_map(fake, x), rec, state)
+    rec,run,shapes = rec or Recorder(),Shapes(),shapes or {}
+    rec.run = run
+    state = {n:run.like(t, shapes.get(n)) for n,t in state_of(model).items()}
+    with quiet('torch._subclasses.fake_tensor'): record(model, tree_map(lambda t: run.like(t) if isinstance(t, Tensor) else t, x), rec, state)
     return rec.trace
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000001e
