@@ -182,7 +182,7 @@ def bare(
 )->nn.Module:
     "The module that a plan's names begin at"
     names = [e.param for e in plan.edits]
-    while not all(n in state_of(model) for n in names):
+    while not set(names)<=set(state_of(model)):
         inner = [m for k in ('module','_orig_mod') if isinstance(m := getattr(model, k, None), nn.Module)]
         if not inner: break
         model = inner[0]
