@@ -8,13 +8,13 @@ Docs: https://fasterprune.github.io/fasterprune/measure/latency.html.md"""
 __all__ = ['Latency', 'latency', 'LatencyComparison', 'compare_latency']
 
 # %% ../../nbs/measure/01_latency.ipynb #00000002
-import logging, math
+import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from ..core import as_call, eval_mode
+from ..core import as_call
+from ..surgery.timing import time_interleaved
 
 # %% ../../nbs/measure/01_latency.ipynb #00000006
 @dataclass(frozen=True)
@@ -54,15 +54,6 @@ def _check_count(n, name:str, least:int) -> int:
     return n
 
 # %% ../../nbs/measure/01_latency.ipynb #0000000a
-def _timer() -> type:
-    "PyTorch's `Timer`, imported without its warning about compilers"
-    log = logging.getLogger('torch.utils.cpp_extension')
-    was = log.level
-    log.setLevel(logging.ERROR)
-    try: from torch.utils.benchmark import Timer
-    finally: log.setLevel(was)
-    return Timer
-
 def _quantile(xs:list[float], q:float) -> float:
     "Linear between the neighbours, as NumPy does it"
     xs, at = sorted(xs), q*(len(xs)-1)
@@ -72,19 +63,9 @@ def _quantile(xs:list[float], q:float) -> float:
 def _measure(models:Mapping, x, repeats:int, warmup:int, threads:int) -> dict[str,Latency]:
     "Time the models in turns, in evaluation mode and without gradients"
     for n,v,least in (('repeats',repeats,2), ('warmup',warmup,0), ('threads',threads,1)): _check_count(v, n, least)
-    args, kwargs = as_call(x)
-    Timer, facts = _timer(), {n: _facts(m, x) for n,m in models.items()}
-    with ExitStack() as stack:
-        for m in models.values(): stack.enter_context(eval_mode(m))
-        stack.enter_context(torch.no_grad())
-        timers = {n: Timer('m(*args, **kwargs)', globals=dict(m=m, args=args, kwargs=kwargs), num_threads=threads) for n,m in models.items()}
-        if warmup:
-            for t in timers.values(): t.timeit(warmup)
-        calls = {n: max(1, math.ceil(4e-3/max(t.timeit(2).mean, 1e-7))) for n,t in timers.items()}
-        runs = {n: [] for n in timers}
-        for _ in range(repeats):
-            for n,t in timers.items(): runs[n].append(1e3*t.timeit(calls[n]).mean)
-    return {n: Latency(_quantile(r,.5), _quantile(r,.75)-_quantile(r,.25), min(r), repeats, calls[n], threads, **facts[n]) for n,r in runs.items()}
+    facts = {n: _facts(m, x) for n,m in models.items()}
+    runs = time_interleaved(models, x, repeats=repeats, warmup=warmup, threads=threads)
+    return {n: Latency(r.median, _quantile(r.ms,.75)-_quantile(r.ms,.25), min(r.ms), repeats, r.calls, threads, **facts[n]) for n,r in runs.items()}
 
 # %% ../../nbs/measure/01_latency.ipynb #0000000b
 def latency(
