@@ -19,7 +19,7 @@ from .capture import Ref
 from .coupling import Coupling, Read
 from .liveness import Facts
 from .rules import Site
-from .sizes import Said, Sized, candidates, sized
+from .sizes import Said, Sized, candidates, divided, merged, sized
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000005
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
         d = json.loads(text)
         tup = lambda o: tuple(tup(i) for i in o) if isinstance(o, list) else o
         kinds = dict(cuts=Cut, edits=Edit, attrs=Attr, folds=Fold)
-        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free']) for s in o['said']))
+        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free'], tup(s.get('part'))) for s in o['said']))
         kinds = {**{k:lambda o, t=t: t(**{a:tup(b) for a,b in o.items()}) for k,t in kinds.items()}, 'sized':said}
         return cls(**{k: tuple(kinds[k](o) for o in v) if k in kinds else tup(v) for k,v in d.items()})
 
@@ -88,6 +88,8 @@ def rows(self:Plan)->list[tuple]:
 @patch
 def __repr__(self:Plan):
     head = f"Plan: {self.removed} of {self.units} units go, from {len(self.rows())} of {len(self.cuts)} groups; {len(self.edits)} edits, {len(self.folds)} folded constants"
+    exact = sum(s.part is not None for m in self.sized for s in m.said)
+    if exact: head += f"; {exact} statistics keep their divisor"
     w = max([len(r[0]) for r in self.rows()]+[len(p[0]) for p in self.pins]+[5])
     cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
@@ -182,7 +184,9 @@ def make_plan(
     cut = {e.param.rpartition('.')[0] for e in edits}
     plain = {m for m in cut if type(c.model.get_submodule(m)) in ADAPTERS} # these can be smaller in their adapter only
     attrs += tuple(Attr(m, k, v) for m in plain for k,v in ADAPTERS[type(c.model.get_submodule(m))].attrs.items())
-    says = tuple(s for s in (sized(c, gone, m) if fixes.get(m)=='calls' else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if f=='calls'})) if s.said or s.module in plain)
+    says = {m:sized(c, gone, m) if fixes.get(m)=='calls' else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if f=='calls'})}
+    for s in divided(c, gone): says[s.module] = merged(says.get(s.module), s)
+    says = tuple(s for s in says.values() if s.said or s.module in plain)
     return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, says, tuple(c.pins()), mixed)
 
 def labels_of(

@@ -25,6 +25,7 @@ from .liveness import dead_labels, held, observe
 from .plan import Plan, fold_targets, folds_of, labels_of
 from .report import Report
 from .settle import settle
+from .sizes import keep_divisors
 from .verify import outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000006
@@ -35,20 +36,21 @@ class Pruner:
         x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes matter
         *, only=None, # Names of layers whose groups may be cut; None is all
         ignore=(), # Names of layers whose groups stay
+        exact_norms:bool=False, # Let norms over channels that go divide by the number that there were, so that zeros can be removed without loss
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Pruner needs an nn.Module, not {model!r}")
+        if not isinstance(exact_norms, bool): raise TypeError(f"exact_norms is True or False, not {exact_norms!r}")
         as_call(x)
         self.model,self.x = getattr(model, '_orig_mod', model),x
         self.only,self.ignore = _names(self.model, only, 'only'),_names(self.model, ignore, 'ignore')
-        self.coupling = None
+        self.exact_norms,self.coupling = exact_norms,None
 
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
         self.coupling = Coupling(self.model, capture_all(self.model, self.x))
         for g in self.coupling.groups:
             if not self._may(g): self.coupling.labels.pin(g.labels, 'left alone on request')
-        self.coupling.refresh()
-        return self.coupling
+        return keep_divisors(self.coupling, self.exact_norms)
 
     def _may(self, g:Group)->bool:
         under = lambda names: any(l==n or l.startswith(f"{n}.") for l in g.layers for n in names)

@@ -6,18 +6,21 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/sizes.html.md"""
 
 # %% auto #0
 __all__ = ['Said', 'Sized', 'sized', 'say', 'SizeMode', 'SizedForward', 'merged', 'install_', 'candidates', 'installed',
-           'uninstall_']
+           'uninstall_', 'Divisor', 'keep_divisors', 'divided']
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000002
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
 from .capture import Call, Ref, size_calls
-from .coupling import Coupling
+from .coupling import Coupling, Read
+from .labels import Axis
+from .liveness import AVERAGES
+from .norms import EXACT, Exact
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000005
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Said:
     sizes:tuple # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts
     scale:float|None=None # For a call that takes a number that depends on sizes: the number
     free:int|None=None # A dimension that batch or image size are merged into: -1 is said there, if that is allowed
+    part:tuple|None=None # For a norm, mean or variance that keeps its divisor: how many channels there are, and how many there were
 
 @dataclass(frozen=True)
 class Sized:
@@ -69,6 +73,9 @@ def _said(c, call, kept):
     elif call.name in ('view', 'reshape', 'expand', 'unflatten', 'repeat', 'narrow') and any(s is not None for s in outs[0]):
         free = [i for i,a in enumerate(c.labels.env[call.outs[0].id]) if _repeats(c.labels, a)] if call.name in ('view','reshape') else []
         return Said(call.order, call.name, outs[0], None, free[0] if free else None)
+    elif call.name in ('layer_norm', 'rms_norm'):
+        n = len(call.args[1] if len(call.args)>1 else call.kwargs['normalized_shape'])
+        if any(s is not None for s in outs[0][-n:]): return Said(call.order, call.name, outs[0][-n:])
     elif call.name.strip('_') in ('mul','rmul','imul','div','truediv','itruediv') and len(call.args)>1 and isinstance(call.args[1], float):
         return Said(call.order, call.name, (), call.args[1])
 
@@ -86,6 +93,10 @@ def say(
     kwargs:dict,
 )->tuple: # New args and kwargs
     "Put the planned numbers into a call"
+    if not said.sizes and said.scale is None: return args,kwargs
+    if said.name in ('layer_norm','rms_norm'):
+        shape = tuple(o if n is None else n for o,n in zip(args[1] if len(args)>1 else kwargs['normalized_shape'], said.sizes))
+        return ((args[0], shape, *args[2:]),kwargs) if len(args)>1 else (args,{**kwargs, 'normalized_shape':shape})
     if said.name=='scaled_dot_product_attention': return args[:6],{**kwargs, 'scale':said.scale}
     if said.scale is not None: return (args[0], said.scale, *args[2:]),kwargs
     if said.name=='split':
@@ -117,6 +128,7 @@ class SizeMode(TorchFunctionMode):
             if s is not None:
                 if s.name!=name: raise RuntimeError(f"{self.module} took another way than when it was pruned: it calls {name!r} where it called {s.name!r}")
                 args,kwargs = say(s, args, kwargs)
+                if s.part is not None: func = Exact(func, s.part)
         return func(*args, **kwargs)
 
 class SizedForward:
@@ -133,11 +145,14 @@ def merged(
 )->Sized:
     "What a module has to say after both"
     said = {s.order:s for s in (old.said if old else ())}
-    for s in new.said:
-        o = said.get(s.order)
-        if o is not None and len(o.sizes)==len(s.sizes): s = Said(s.order, s.name, tuple(b if b is not None else a for a,b in zip(o.sizes, s.sizes)), s.scale if o.scale is None else o.scale, s.free)
-        said[s.order] = s
+    for s in new.said: said[s.order] = _both(said[s.order], s) if s.order in said else s
     return Sized(new.module, tuple(said.values()))
+
+def _both(old, new): # What one call has to say after both: the newest sizes, the first scale, and how many channels there were at first
+    sizes = new.sizes or old.sizes
+    if len(old.sizes)==len(new.sizes): sizes = tuple(b if b is not None else a for a,b in zip(old.sizes, new.sizes))
+    part = old.part if new.part is None else new.part if old.part is None else (new.part[0], old.part[1])
+    return replace(new, sizes=sizes, scale=new.scale if old.scale is None else old.scale, free=new.free if new.sizes else old.free, part=part)
 
 def install_(
     model:nn.Module,
@@ -189,3 +204,73 @@ def uninstall_(m:nn.Module, old=None):
     "Give a module the forward back that it had"
     if old is not None: m.forward = old
     elif 'forward' in vars(m): del m.forward
+
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001a
+@dataclass(frozen=True)
+class Divisor:
+    "A call that averages over channels, and keeps the number that it divides by"
+    call:Call
+    node:int # Index of the operator that averages
+    data:Ref # What is averaged
+    dim:int # The dimension of it that can be cut
+    axis:Axis # Its positions; those of one group for a group norm
+    was:int # How many there were before any pruning
+
+def _installed(m, order): # What a module says at a call by now; None for nothing, False where somebody else replaced its forward
+    f = vars(m).get('forward')
+    if f is not None and not isinstance(f, SizedForward): return False
+    return next((s for s in f.sized.said if s.order==order), None) if f is not None else None
+
+def _divisors(c):
+    "By (module, order): for each call that could keep its divisor, where it averages"
+    t,l,made,res = c.trace,c.labels,{},{}
+    for n in t.nodes:
+        for r in n.outs: made.setdefault(r.id, n.index)
+    spans = {i:k for k in t.calls if k.name in EXACT and k.outs and 'out' not in k.kwargs for i in range(k.node, made.get(k.outs[0].id, -1)+1)}
+    for e in l.mixed:
+        call = spans.get(e[2]) if t.nodes[e[2]].op in AVERAGES else None
+        if call is not None: res.setdefault((call.module, call.order), {}).setdefault(id(call), (call, []))[1].append(e)
+    return {k:list(v.values()) for k,v in res.items()}
+
+def _cut(l, es, n): # Of the dimensions that one call averages over: the one that can be cut, or that has been
+    free = [e for e in es if not e[0].open and (rows := l.expand(e[0].rows)).any() and not l.pinned[rows].all()]
+    return free[0] if len(free)==1 else next((e for e in es if e[0].n==n), None) if not free else None
+
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001b
+def keep_divisors(
+    c:Coupling, # Changed: statistics become readers
+    every:bool=True, # Norms, means and variances that can be; else those only that have been exact before
+)->Coupling: # The same
+    "Let statistics over channels be sums with the divisor that they had"
+    l,c.exact = c.labels,()
+    runs = {}
+    for k in c.trace.calls: runs[k.module,k.order] = runs.get((k.module,k.order), 0)+1
+    for (module,order),found in _divisors(c).items():
+        said = _installed(c.model.get_submodule(module), order)
+        before = said and said.part
+        if said is False or not (every or before): continue
+        cuts = [_cut(l, es, before and before[0]) for _,es in found]
+        if None in cuts or len(cuts)<runs[module,order] or not _alike(l, [e[0] for e in cuts]): continue
+        for (call,_),e in zip(found, cuts):
+            a,_,node,ref,dim,axis = e
+            c.exact += (Divisor(call, node, ref, dim, a, before[1] if before else a.n),)
+            l.reads.append(Read(node, ref, dim, axis, a, None, axis.n//a.n))
+            l.mixed.remove(e)
+    c.refresh()
+    return c
+
+def _alike(l, axes): # Do these lose the same positions?
+    rows = [l.rows(a) for a in axes]
+    return all(np.array_equal(r, rows[0]) for r in rows)
+
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001c
+def divided(
+    c:Coupling,
+    gone, # Bool by label
+)->tuple: # `Sized`
+    "What norms have to say that keep their divisor when these labels go"
+    res = {}
+    for d in getattr(c, 'exact', ()):
+        k = int(c.labels.keeps(d.axis, gone).sum())
+        if k<d.axis.n: res.setdefault(d.call.module, {})[d.call.order] = Said(d.call.order, d.call.name, (), part=(k, d.was))
+    return tuple(Sized(m, tuple(s.values())) for m,s in res.items())

@@ -10,6 +10,7 @@ __all__ = ['outputs', 'relative_error', 'tolerance']
 # %% ../../nbs/surgery/10_verify.ipynb #00000002
 import torch
 from torch import nn, Tensor
+import torch.nn.functional as F
 from .capture import Recorder, record_in, tensors_in
 from .coupling import Coupling
 
@@ -24,7 +25,7 @@ def outputs(
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
-    rec = Recorder(run=_unread(c, gone, missed) if c is not None else None, training=training)
+    rec = Recorder(run=_unread(c, gone, missed) if c is not None else None, training=training, exact=c is None)
     with torch.no_grad(): res = [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
@@ -36,6 +37,7 @@ def _unread(c, gone, missed):
     for r in l.reads: changes.setdefault(nodes[r.node].key, []).append((_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
     for _,_,n,ref,dim,axis in l.mixed: changes.setdefault(nodes[n].key, []).append((_without, axis, nodes[n].args.index(ref), dim))
     changes = {k:[(f, l.keeps(a, gone), i, dim) for f,a,i,dim in v] for k,v in changes.items()}
+    wider = {nodes[d.node].key: (nodes[d.node].args.index(d.data), d.dim, d.was-d.axis.n) for d in getattr(c, 'exact', ()) if d.was>d.axis.n}
     missed.update(changes)
     def run(key, func, args, kwargs):
         out = None
@@ -43,6 +45,7 @@ def _unread(c, gone, missed):
         for f,keep,i,dim in changes.get(key, ()):
             if keep.all(): continue
             args,out = f(func, args, kwargs, torch.as_tensor(keep, device=args[i].device), i, dim)
+        if key in wider: return _wider(func, args, kwargs, *wider[key])
         return func(*args, **kwargs) if out is None else out
     return run
 
@@ -72,6 +75,25 @@ def _without(func, args, kwargs, keep, i, dim):
 def _spread(y, x, dim, idx): return y.new_zeros(x.shape).index_copy(dim, idx, y)
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000009
+def _wider(func, args, kwargs, i, dim, more):
+    "An average over channels that there were once: they are zero"
+    op,x,new = func.overloadpacket.__name__,args[i],list(args)
+    def pad(t, d): return F.pad(t, [0,0]*(t.dim()-1-d)+[0,more])
+    if op=='native_group_norm':
+        g = args[6]
+        def pad_groups(t, d): return None if t is None else pad(t.unflatten(d, (g, -1)), d+1).flatten(d, d+1)
+        new[0],new[1],new[2],new[4] = pad_groups(x, 1),pad_groups(args[1], 0),pad_groups(args[2], 0),args[4]+g*more
+        y,*rest = func(*new, **kwargs)
+        return (y.unflatten(1, (g, -1)).narrow(2, 0, x.shape[1]//g).reshape(x.shape), *rest)
+    new[i] = pad(x, dim)
+    if op!='native_layer_norm': return func(*new, **kwargs)
+    k = dim-(x.dim()-len(args[1]))
+    new[1] = [n+more*(j==k) for j,n in enumerate(args[1])]
+    for j in (2,3): new[j] = None if args[j] is None else pad(args[j], k)
+    y,*rest = func(*new, **kwargs)
+    return (y.narrow(dim, 0, x.shape[dim]).contiguous(), *rest) # for what runs next may depend on it
+
+# %% ../../nbs/surgery/10_verify.ipynb #0000000b
 def relative_error(
     a:list, # Tensors
     b:list, # As many; the reference
