@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core import layer_types, module_of
+from ..core import layer_types
 from .capture import Ref, Trace, capture_all
 from .labels import Axis, Labels, fixed
 from .rules import Site, aligned, step
@@ -214,8 +214,10 @@ class Coupling:
 
     def _name_roles(self):
         "A bias that code adds by itself is still a bias"
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for i,name in self.trace.names.items():
-            m,k = module_of(self.model, name)
+            path,_,k = name.rpartition('.')
+            m = modules[path]
             role = {'bias':'bias'} if isinstance(m, layer_types) else {'weight':'scale','bias':'shift'} if isinstance(m, norm_types) else {}
             if len(a := self.labels.env[i])==1: a[0].role = a[0].role or role.get(k)
 

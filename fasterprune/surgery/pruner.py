@@ -70,8 +70,8 @@ def _dead(self:Pruner):
     c = self.coupling
     facts,targets = observe(self.model, self.x, c),fold_targets(c)
     foldable = [t is not None for t in targets]
-    plan,gone = settle(c, self.x, lambda: (dead_labels(c, facts, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    return replace(plan, held=tuple(held(c, facts, foldable, gone))),gone
+    plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, facts, foldable), lambda gone: folds_of(c, facts, targets, gone)))
+    return replace(plan, held=tuple(held(c, facts, foldable, gone))),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
@@ -115,8 +115,8 @@ def prune(self:Pruner,
     how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
     if optimizer is not None and not hasattr(getattr(optimizer, 'opt', optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
     self.couple()
-    plan,gone = self._dead() if how is None else self._chosen(how)
-    return self._carry_out(plan, gone, 'masks' if how is None else 'readers', optimizer, verify)
+    plan,gone,small = self._dead() if how is None else self._chosen(how)
+    return self._carry_out(plan, gone, small, 'masks' if how is None else 'readers', optimizer, verify)
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000c
 def _reference(self, gone, law):
@@ -126,7 +126,7 @@ def _reference(self, gone, law):
     except Exception: return outputs(self.model, self.x, dtype=None, **kw),None
 
 @patch
-def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
+def _carry_out(self:Pruner, plan, gone, small, law, optimizer, verify):
     before = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else self.coupling.trace)
     inputs = tuple(self.coupling.trace.shapes[r.id] for r in self.coupling.trace.inputs)
     if not plan.edits:
@@ -141,7 +141,7 @@ def _carry_out(self:Pruner, plan, gone, law, optimizer, verify):
             error = relative_error(got := outputs(self.model, self.x, dtype=dtype, training=self.coupling.trace.training), want)
             dtype = dtype or got[0].dtype
             if not error<=_limit(self.model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
-        after = n_params(self.model),trace_macs(capture(self.model, self.x))
+        after = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else small)
     except BaseException:
         snapshot.restore_()
         raise

@@ -11,8 +11,10 @@ __all__ = ['Ways', 'settle']
 import numpy as np
 from torch import nn
 from ..core import PruningError
-from .apply import dry_run
+from .capture import Trace
+from .capture import Trace
 from .coupling import Coupling
+from .dryrun import dry_run
 from .plan import Plan, make_plan, spare
 from .sizes import candidates
 
@@ -41,15 +43,15 @@ def settle(
     c:Coupling, # Changed: what cannot be cut is pinned
     x, # What the model is called with
     decide, # Called in each round, with the pins so far: gives (labels that go, function of them that gives the folds)
-)->tuple[Plan,np.ndarray]: # The plan, and by label: what goes
+)->tuple[Plan,np.ndarray,Trace]: # The plan; by label: what goes; and what the smaller network will run
     "Make plans until one works"
     ways = Ways(c)
     for _ in range(300):
         gone,folds = decide()
         gone = spare(c, gone)
         plan = make_plan(c, gone, folds(gone), ways.fixes(gone))
-        bad = dry_run(c.model, x, c, gone, plan) if plan.edits else None
-        if bad is None: return plan,gone
+        bad,trace = dry_run(c.model, x, c, gone, plan) if plan.edits else (None,c.trace)
+        if bad is None: return plan,gone,trace
         axes,reason,module = bad
         if ways.another(module, gone): continue
         pinned = c.labels.pinned.sum()
@@ -67,6 +69,6 @@ def _blame(c, x, gone, ways):
         alone = np.zeros_like(gone)
         alone[g.labels[gone[g.labels]]] = True
         plan = make_plan(c, alone, (), ways.fixes(alone)) if alone.any() else None
-        bad = dry_run(c.model, x, c, alone, plan) if plan and plan.edits else None
+        bad = dry_run(c.model, x, c, alone, plan)[0] if plan and plan.edits else None
         if bad: res.append((g.labels, bad[1]))
     return res
