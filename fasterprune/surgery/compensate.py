@@ -55,6 +55,7 @@ def removed_means(
     for x in batches if m.reads else ():
         rec = Recorder(m.listen)
         record(model, x, rec, {n:t.detach() for n,t in stand_ins(model).items()})
+    if m.reads and not m.total: raise ValueError('compensate: the data loader is empty, so there is nothing to measure on')
     return m.folds()
 
 # %% ../../nbs/surgery/17_compensate.ipynb #00000007
@@ -87,8 +88,7 @@ class Compensation:
     "How far the outputs are from those of the model before, without and with the means"
     without:float # ‖y-y₀‖/‖y₀‖ of the pruned model
     compensated:float # The same with the means folded in
-    batches:int # That the means were taken over; the distances are measured on the first
-    def __str__(self): return f"outputs are {self.compensated:.3g} from those before, without it {self.without:.3g} (‖y-y₀‖/‖y₀‖; means over {self.batches} batch{'es'*(self.batches!=1)})"
+    def __str__(self): return f"outputs are {self.compensated:.3g} from those before, without it {self.without:.3g} (‖y-y₀‖/‖y₀‖ on the first batch)"
 
 def answers(
     model:nn.Module, # Not changed
