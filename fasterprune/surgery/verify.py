@@ -11,7 +11,7 @@ __all__ = ['outputs', 'relative_error', 'tolerance']
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from .capture import Recorder, record_in, tensors_in
+from .capture import Recorder, plainly, record_in, tensors_in
 from .coupling import Coupling
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000005
@@ -25,7 +25,7 @@ def outputs(
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
-    rec = Recorder(run=_unread(c, gone, missed) if c is not None else None, training=training, exact=c is None)
+    rec = Recorder(run=_precisely(plainly if c is None else _unread(c, gone, missed), dtype), training=training, exact=c is None)
     with torch.no_grad(): res = [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
@@ -56,6 +56,13 @@ def _zeroed(func, args, kwargs, keep, i, dim):
     return (*args[:i], args[i]*keep.to(args[i].dtype).view(shape), *args[i+1:]),None
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000007
+def _precisely(run, dtype):
+    "Run operators so that none goes below `dtype`"
+    if dtype is None: return run
+    def at_least(k): return dtype if isinstance(k, torch.dtype) and k.is_floating_point and k.itemsize<dtype.itemsize else k
+    return lambda key, func, args, kwargs: run(key, func, args, {**kwargs, 'dtype':at_least(kwargs['dtype'])} if 'dtype' in kwargs else kwargs)
+
+# %% ../../nbs/surgery/10_verify.ipynb #0000000a
 def _without(func, args, kwargs, keep, i, dim):
     "A statistic is computed over what stays"
     op,idx,x = func.overloadpacket.__name__,keep.nonzero()[:,0],args[i]
@@ -74,7 +81,7 @@ def _without(func, args, kwargs, keep, i, dim):
 
 def _spread(y, x, dim, idx): return y.new_zeros(x.shape).index_copy(dim, idx, y)
 
-# %% ../../nbs/surgery/10_verify.ipynb #00000009
+# %% ../../nbs/surgery/10_verify.ipynb #0000000c
 def _wider(func, args, kwargs, i, dim, more):
     "An average over channels that there were once: they are zero"
     op,x,new = func.overloadpacket.__name__,args[i],list(args)
@@ -93,7 +100,7 @@ def _wider(func, args, kwargs, i, dim, more):
     y,*rest = func(*new, **kwargs)
     return (y.narrow(dim, 0, x.shape[dim]).contiguous(), *rest) # for what runs next may depend on it
 
-# %% ../../nbs/surgery/10_verify.ipynb #0000000b
+# %% ../../nbs/surgery/10_verify.ipynb #0000000e
 def relative_error(
     a:list, # Tensors
     b:list, # As many; the reference
