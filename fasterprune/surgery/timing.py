@@ -70,7 +70,7 @@ def time_ratio(
     b:Runs, # Of the model that it is compared with, in the same turns
 )->float:
     "How long one takes, in times of the other"
-    return float(np.median([i/j for i,j in zip(a.ms, b.ms)]))
+    return float(np.median([a.median/b.median, np.median([i/j for i,j in zip(a.ms, b.ms)]), min(a.ms)/min(b.ms)]))
 
 # %% ../../nbs/surgery/11_timing.ipynb #0000000a
 def _arguments(node, shape, like):
