@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from fasterprune.data import small_resnet
 from fasterprune.core import NoEffectWarning, VerificationError
-from fasterprune.surgery import apply as apply_module, pruner as pruner_module
+from fasterprune.surgery import apply as apply_module, operation as operation_module
 from fasterprune.surgery.apply import apply_
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.plan import Plan
@@ -217,7 +217,7 @@ def test_a_failed_verification_takes_everything_back(monkeypatch, how):
         opt = torch.optim.AdamW(m.parameters(), 1e-2); step(m, opt)
         with torch.no_grad(): m.a.weight[:3] = 0; m.a.bias[:3] = 0; m.bn_a.weight[:3] = 0
     before = everything(m, opt)
-    monkeypatch.setattr(pruner_module, 'relative_error', lambda *a: .5)
+    monkeypatch.setattr(operation_module, 'relative_error', lambda *a: .5)
     with pytest.raises(VerificationError, match='everything was put back'): Pruner(m, x).prune(**({} if how=='dead' else dict(sparsity=.5)), optimizer=opt)
     assert same(everything(m, opt), before)
     monkeypatch.undo()

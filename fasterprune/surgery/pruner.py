@@ -10,23 +10,22 @@ __all__ = ['Pruner']
 # %% ../../nbs/surgery/20_pruner.ipynb #00000002
 import warnings
 from dataclasses import replace
-import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core import NoEffectWarning, PruningError, VerificationError, as_call, no_such
+from ..core import NoEffectWarning, as_call, no_such
 from ..criteria.base import as_criterion
-from .apply import Snapshot, apply_
 from .budget import Budget
 from .capture import capture, capture_all
 from .choice import Choice, choose
+from .compensate import softened
 from .cost import n_params, trace_macs
 from .coupling import Coupling, Group
 from .liveness import dead_labels, held, observe
+from .operation import Extras, Operation
 from .plan import Plan, fold_targets, folds_of, labels_of
-from .report import Report
+from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .settle import settle
 from .sizes import keep_divisors
-from .verify import outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000006
 class Pruner:
@@ -66,12 +65,13 @@ def _names(model, names, what):
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000008
 @patch
-def _dead(self:Pruner):
+def _dead(self:Pruner, soft:bool=False): # `soft`: constants that cannot be folded exactly go as well
     c = self.coupling
     facts,targets = observe(self.model, self.x, c),fold_targets(c)
+    seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, facts, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    return replace(plan, held=tuple(held(c, facts, foldable, gone))),gone,trace
+    plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
+    return replace(plan, held=tuple(held(c, seen, foldable, gone))),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
@@ -109,47 +109,36 @@ def prune(self:Pruner,
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
     optimizer=None, # Keeps its state for what stays
-    verify:bool=True, # Check the law, and take everything back if it does not hold
+    also=(), # Copies of the model, such as an average of its weights: cut by the same plan
+    recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
+    compensate=None, # True for the example input, or a data loader: the means of what is removed move into biases
+    verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt leaves the model half cut
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
-    if optimizer is not None and not hasattr(getattr(optimizer, 'opt', optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
+    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
     self.couple()
-    plan,gone,small = self._dead() if how is None else self._chosen(how)
-    return self._carry_out(plan, gone, small, 'masks' if how is None else 'readers', optimizer, verify)
+    plan,gone,small = self._dead(bool(compensate)) if how is None else self._chosen(how)
+    return self._carry_out(plan, gone, small, 'masks' if how is None else 'readers', extras)
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000c
-def _reference(self, gone, law):
-    "Outputs by the law, in double precision if the model can, else in its own"
-    kw = dict(training=self.coupling.trace.training, **(dict(c=self.coupling, gone=gone) if law=='readers' else {}))
-    try: return outputs(self.model, self.x, **kw),torch.float64
-    except Exception: return outputs(self.model, self.x, dtype=None, **kw),None
-
 @patch
-def _carry_out(self:Pruner, plan, gone, small, law, optimizer, verify):
-    before = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else self.coupling.trace)
-    inputs = tuple(self.coupling.trace.shapes[r.id] for r in self.coupling.trace.inputs)
+def _carry_out(self:Pruner, plan, gone, small, law, extras):
+    t = self.coupling.trace
+    whole = capture(self.model, self.x) if t.training else t
+    inputs,before = tuple(t.shapes[r.id] for r in t.inputs),(n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole))
     if not plan.edits:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
-        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs)
-    check = verify
-    if check: want,dtype = _reference(self, gone, law)
-    snapshot,error = Snapshot(self.model, plan, optimizer),None
+        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole))
+    op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras)
     try:
-        apply_(self.model, plan, optimizer)
-        if check:
-            error = relative_error(got := outputs(self.model, self.x, dtype=dtype, training=self.coupling.trace.training), want)
-            dtype = dtype or got[0].dtype
-            if not error<=_limit(self.model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
-        after = n_params(self.model),trace_macs(capture(self.model, self.x) if self.coupling.trace.training else small)
+        done = op.run_()
+        small = capture(self.model, self.x) if t.training else small
+        after = n_params(self.model),trace_macs(small),layer_sizes(self.model, small)
     except BaseException:
-        snapshot.restore_()
+        op.restore_()
         raise
-    return Report(plan, (before[0],after[0]), (before[1],after[1]), law, error, str(dtype).removeprefix('torch.') if check else '', inputs)
-
-def _limit(model, plan, dtype): # a folded constant is rounded to the precision of the parameter that takes it
-    own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds else set()
-    return max([tolerance(dtype)]+[1e-2*tolerance(d) if d==torch.float32 else tolerance(d) for d in own])
+    return Report(op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
