@@ -88,7 +88,7 @@ def element_scores(
     must = f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight"
     if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r} {must}")
     if s.shape != w.shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} {must}")
-    if s.is_complex() or s.isnan().any(): raise ValueError(f"criterion {criterion.name!r} returned {'complex numbers' if s.is_complex() else 'NaN'} {must}")
+    if s.is_complex() or s.sum().isnan() and s.isnan().any(): raise ValueError(f"criterion {criterion.name!r} returned {'complex numbers' if s.is_complex() else 'NaN'} {must}")
     return wide(s)
 
 # %% ../../nbs/criteria/00_base.ipynb #00000015

@@ -25,13 +25,11 @@ def member_scores(
     n:int, # Number of units
 )->Tensor: # (n,), double precision
     "Score the units of a group by one parameter"
-    s = element_scores(criterion, w).movedim(m.dim, 0)
-    s = s.reshape(len(s), -1)
-    unit = torch.as_tensor(m.unit, device=s.device)
-    s,unit = s[unit>=0],unit[unit>=0].view(-1,1).expand(-1, s.shape[1])
-    out = s.new_zeros(n)
-    if criterion.pool=='max': out = out.scatter_reduce(0, unit.flatten(), s.flatten(), 'amax', include_self=False)
-    else: out = out.scatter_reduce(0, unit.flatten(), s.flatten(), criterion.pool, include_self=False)
+    s,most = element_scores(criterion, w),criterion.pool=='max'
+    rest = [d for d in range(s.dim()) if d!=m.dim]
+    if rest: s = s.amax(rest) if most else s.mean(rest) if criterion.pool=='mean' else s.sum(rest)
+    unit = torch.as_tensor(m.unit, device=s.device) # several positions may be one unit
+    out = s.new_zeros(n).scatter_reduce(0, unit[unit>=0], s[unit>=0], 'amax' if most else criterion.pool, include_self=False)
     return out if criterion.finish is None else criterion.finish(out)
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000006
