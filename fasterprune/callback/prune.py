@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/callback/01_prune.ipynb #00000003
 from fastai.learner import Learner
 from fastcore.basics import patch
+from torch import nn
 from .sparsify import KeepZeros, example_batch
 from ..sparse.masks import plain_module
 from ..surgery.budget import Budget
@@ -26,6 +27,9 @@ def prune(self:Learner,
     only=None, # Names of layers that may be cut; None is all
     ignore=(), # Names of layers that stay
     x=None, # What the model is called with; None takes two items of a training batch
+    also=(), # Copies of the model, such as an average of its weights: cut by the same plan
+    recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
+    compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
     "Remove channels from the learner's model, in place; without a sparsity or a budget exactly those that are dead"
@@ -33,9 +37,12 @@ def prune(self:Learner,
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, budget=budget,
-        criterion=criterion, granularity=granularity, context=context, optimizer=self.opt, verify=verify)
+        criterion=criterion, granularity=granularity, context=context, optimizer=self.opt, also=_plain(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)
         if left.keep: c.hold(left)
         else: self.remove_cb(c)
     return r
+
+def _data(learn, dl): return learn.dls.train if dl is True else None if dl is False else dl
+def _plain(also): return [plain_module(m) for m in ([also] if isinstance(also, nn.Module) else also)]

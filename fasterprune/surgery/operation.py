@@ -39,7 +39,7 @@ class Extras:
         if self.optimizer is not None and not hasattr(getattr(self.optimizer, 'opt', self.optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {self.optimizer!r}")
         for m in self.also:
             if not isinstance(m, nn.Module): raise TypeError(f"also is a list of copies of the model, such as an average of its weights; {m!r} is no nn.Module")
-        if self.recalibrate is not None: batches_of(self.recalibrate)
+        if self.recalibrate is not None and self.recalibrate is not False: batches_of(self.recalibrate)
         if self.compensate is not None and not isinstance(self.compensate, bool): batches_of(self.compensate, what='compensate')
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000007
@@ -93,7 +93,7 @@ class Operation:
     ):
         self.model,self.x,self.c,self.gone,self.extras,self.saved = model,x,c,gone,extras,[]
         self.batches,self.data = _again(extras.recalibrate),_again(extras.compensate)
-        self.copies = [bare(m, plan) for m in extras.also]
+        self.copies,self.kinds = [bare(m, plan) for m in extras.also],[type(m).__name__ for m in extras.also]
         for m in self.copies: check_plan(m, plan)
         if any(m is model for m in self.copies): raise ValueError('also is a list of copies of the model, and one of them is the model itself')
         check_plan(model, plan, extras.optimizer)
@@ -106,7 +106,7 @@ class Operation:
     def done(self)->Plan: "What was carried out on the model, with all constants"; return replace(self.plan, folds=self.plan.folds+self.later)
 
 # %% ../../nbs/surgery/18_operation.ipynb #0000000a
-def _again(dl): return list(islice(dl, 50)) if hasattr(dl, '__next__') else dl # what can be run through once only is kept
+def _again(dl): return None if dl is False else list(islice(dl, 50)) if hasattr(dl, '__next__') else dl # what can be run through once only is kept
 
 def on_device_of(
     x, # Any nest of tensors
@@ -143,8 +143,8 @@ def run_(self:Operation)->dict: # For the report
     plain = self.later and distance(answers(self.model, first), before)
     fold_(self.model, replace(self.plan, folds=self.later), e.optimizer)
     gain = Compensation(plain, distance(answers(self.model, first), before)) if self.later else None
-    also = tuple(self._copy_(m, f) for m,f in zip(self.copies, self.own))
-    n = [recalibrate_(m, self.batches, n_inp=len(as_call(self.x)[0]) or None) for m in (self.model, *self.copies) if e.recalibrate is not None]
+    also = tuple(CopyReport(k, *self._copy_(m, f)) for k,m,f in zip(self.kinds, self.copies, self.own))
+    n = [recalibrate_(m, self.batches, n_inp=len(as_call(self.x)[0]) or None, progress=False) for m in (self.model, *self.copies) if self.batches is not None]
     return dict(law=self.law, error=error, dtype=dtype, also=also, recalibrated=n[0] if n else None, compensation=gain)
 
 @patch
@@ -153,7 +153,7 @@ def _copy_(self:Operation, model, folds):
     before,dtype = reference(model, x, self.c, self.gone, 'masks') if verify else (None,None)
     error,_ = cut_(model, x, self.c, replace(self.plan, folds=()), self.gone, 'readers', verify=verify)
     fold_(model, replace(self.plan, folds=folds))
-    return CopyReport(type(model).__name__, error, relative_error(outputs(model, x, dtype=dtype, training=training), before) if verify else None)
+    return error,relative_error(outputs(model, x, dtype=dtype, training=training), before) if verify else None
 
 @patch
 def restore_(self:Operation):

@@ -136,13 +136,15 @@ def _equal(self):
     if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
     return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype})"
 
+_counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape') # every standard layer has these set; that goes without saying
+
 def _modules(names): return f"{names[0]}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
 @patch
 def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
     "What was done to modules whose code says sizes"
     done,by = {},{}
-    hidden = {k for f in ADAPTERS.values() for k in getattr(f, 'attrs', {})}
+    hidden = {*_counts_of_layers, *(k for f in ADAPTERS.values() for k in getattr(f, 'attrs', {}))}
     for a in self.plan.attrs:
         if a.name not in hidden: by.setdefault(a.module, []).append(f"{a.name} = {a.value}")
     for m,what in by.items(): done.setdefault(', '.join(what), []).append(m)
@@ -160,7 +162,7 @@ def _counts(self):
 
 def _lines(self):
     yield from _counts(self)
-    if self.plan.folds: yield 'constants', f"{'means and constants ' if self.compensation else ''}folded into {len(self.plan.folds)} layers"
+    if self.plan.folds: yield 'means' if self.compensation else 'constants', f"folded into {len(self.plan.folds)} layers"
     if self.compensation is not None: yield 'compensated', str(self.compensation)
     if self.recalibrated is not None: yield 'BatchNorms', f"recalibrated on {self.recalibrated} batch{'es'*(self.recalibrated!=1)}"
     yield 'verified', _equal(self)
@@ -177,4 +179,7 @@ def _repr_html_(self:Report):
     import html
     body = ''.join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{html.escape(b)}</td></tr>" for a,b in _lines(self))
     cut = self.table()
-    return f"<table>{body}</table>" + (cut.style.format('{:,}', subset=list(cut.columns[1:]), na_rep='–').to_html() if len(cut) else '')
+    rows = cut.to_html(border=0, formatters={k:_number for k in cut.columns[1:]})
+    return f"<table>{body}</table>" + (f"<details><summary>{len(cut)} layers changed</summary>{rows}</details>" if len(cut) else '')
+
+def _number(v): return '–' if pd.isna(v) else f"{v:,}"
