@@ -12,17 +12,18 @@ import warnings
 from dataclasses import replace
 from torch import nn
 from fastcore.basics import patch
-from ..core import NoEffectWarning, as_call, no_such
+from ..core import NoEffectWarning, as_call
 from ..criteria.base import as_criterion
 from .budget import Budget
 from .capture import capture, capture_all
-from .choice import Choice, choose
+from .choice import Choice, is_of, layers_of, warn_of_emptied
+from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
 from .coupling import Coupling, Group
 from .liveness import dead_labels, held, observe
 from .operation import Extras, Operation
-from .plan import Plan, fold_targets, folds_of, labels_of
+from .plan import Plan, fold_targets, folds_of
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .settle import settle
 from .sizes import keep_divisors
@@ -33,16 +34,16 @@ class Pruner:
     def __init__(self,
         model:nn.Module, # Any module that runs
         x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes matter
-        *, only=None, # Names of layers whose groups may be cut; None is all
-        ignore=(), # Names of layers whose groups stay
+        *, only=None, # Names or types of layers whose groups may be cut; None is all
+        ignore=(), # Names or types of layers whose groups stay
         exact_norms:bool=False, # Let norms over channels that go divide by the number that there were, so that zeros can be removed without loss
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Pruner needs an nn.Module, not {model!r}")
         if not isinstance(exact_norms, bool): raise TypeError(f"exact_norms is True or False, not {exact_norms!r}")
         as_call(x)
         self.model,self.x = getattr(model, '_orig_mod', model),x
-        self.only,self.ignore = _names(self.model, only, 'only'),_names(self.model, ignore, 'ignore')
-        self.exact_norms,self.coupling = exact_norms,None
+        self.only,self.ignore = layers_of(self.model, only, 'only'),layers_of(self.model, ignore, 'ignore')
+        self.exact_norms,self.coupling,self.measured = exact_norms,None,None # measured: what the last budget in time came to
 
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
@@ -51,17 +52,7 @@ class Pruner:
             if not self._may(g): self.coupling.labels.pin(g.labels, 'left alone on request')
         return keep_divisors(self.coupling, self.exact_norms)
 
-    def _may(self, g:Group)->bool:
-        under = lambda names: any(l==n or l.startswith(f"{n}.") for l in g.layers for n in names)
-        return (self.only is None or under(self.only)) and not under(self.ignore or ())
-
-def _names(model, names, what):
-    if names is None: return None
-    names = [names] if isinstance(names, str) else list(names)
-    known = {n for n,_ in model.named_modules() if n} | {n for n,_ in model.named_parameters()}
-    for n in names:
-        if n not in known: raise ValueError(f"{what}: {no_such('layer', n, sorted(known))}")
-    return names
+    def _may(self, g:Group)->bool: return (self.only is None or is_of(g, self.only)) and not is_of(g, self.ignore or ())
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000008
 @patch
@@ -75,11 +66,15 @@ def _dead(self:Pruner, soft:bool=False): # `soft`: constants that cannot be fold
 
 @patch
 def _chosen(self:Pruner, how):
-    return settle(self.coupling, self.x, lambda: (labels_of(self.coupling, choose(self.model, self.coupling, how)), lambda gone: ()))
+    plan,gone,small,self.measured = chosen(self.model, self.x, self.coupling, how)
+    if how.context!='local' or how.budget is not None: warn_of_emptied(plan, stacklevel=4)
+    return plan,gone,small
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000009
-def _choice(sparsity, budget, criterion, *how):
-    return None if sparsity is None and budget is None else Choice(sparsity, as_criterion(criterion), *how, budget)
+def _choice(sparsity, budget, criterion, *how): # None removes what is dead
+    dead = sparsity is None and budget is None
+    how = Choice(0. if dead else sparsity, as_criterion(criterion), *how[:-2], budget, *how[-2:])
+    return None if dead else how
 
 @patch
 def plan(self:Pruner,
@@ -87,13 +82,15 @@ def plan(self:Pruner,
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
     criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local' or 'global'
-    normalizer=None, # For a global ranking; None is the mean, or nothing if the criterion is comparable
+    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
+    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
+    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
+    per:str|None=None, # 'params' or 'macs': rank by importance per cost
 )->Plan:
     "What `prune` would do; nothing is changed"
-    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
+    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
     self.couple()
     return (self._dead() if how is None else self._chosen(how))[0]
 
@@ -104,10 +101,12 @@ def prune(self:Pruner,
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
     criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local' or 'global'
-    normalizer=None, # For a global ranking; None is the mean, or nothing if the criterion is comparable
+    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
+    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
+    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
+    per:str|None=None, # 'params' or 'macs': rank by importance per cost
     optimizer=None, # Keeps its state for what stays
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
@@ -115,7 +114,7 @@ def prune(self:Pruner,
     verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt leaves the model half cut
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio)
+    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
     self.couple()
     plan,gone,small = self._dead(bool(compensate)) if how is None else self._chosen(how)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
 from .capture import Call, Ref, size_calls
 from .coupling import Coupling, Read
+from .rules import tensors_of
 from .labels import Axis
 from .liveness import AVERAGES
 from .norms import EXACT, Exact
@@ -175,7 +176,7 @@ def candidates(
     new = {}
     own = [n for n in c.trace.nodes if n.module==module] or [n for n in c.trace.nodes if n.module.startswith(f"{module}.")] # or of its children
     for n in own:
-        for r in n.outs:
+        for r in (*n.outs, *tensors_of(n)):
             for a in l.env.get(r.id, []):
                 k = l.keeps(a, gone)
                 if not k.all(): new.setdefault(a.n, set()).add(int(k.sum()))
