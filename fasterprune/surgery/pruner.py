@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 from fastcore.basics import patch
 from ..core import NoEffectWarning, as_call
-from ..criteria.base import as_criterion
+from ..criteria.base import as_criterion, has_values
 from .budget import Budget
 from .capture import capture, capture_all
 from .choice import Choice, is_of, layers_of, warn_of_emptied
@@ -76,6 +76,13 @@ def _choice(sparsity, budget, criterion, *how): # None removes what is dead
     how = Choice(0. if dead else sparsity, as_criterion(criterion), *how[:-2], budget, *how[-2:])
     return None if dead else how
 
+def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
+    bare = next((p for p in model.parameters() if not has_values(p)), None)
+    if bare is None: return
+    what = f"this {type(model).__name__} has no values (device {bare.device})"
+    if how is None: raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, or give a sparsity and criterion='first_k'")
+    if extras and (extras.verify or extras.compensate or extras.recalibrate): raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model with its weights, or pass verify=False")
+
 @patch
 def plan(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
@@ -91,10 +98,11 @@ def plan(self:Pruner,
 )->Plan:
     "What `prune` would do; nothing is changed"
     how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
+    _check_values(self.model, how)
     self.couple()
     return (self._dead() if how is None else self._chosen(how))[0]
 
-# %% ../../nbs/surgery/20_pruner.ipynb #0000000b
+# %% ../../nbs/surgery/20_pruner.ipynb #0000000d
 @patch
 def prune(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
@@ -116,11 +124,12 @@ def prune(self:Pruner,
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
+    _check_values(self.model, how, extras)
     self.couple()
     plan,gone,small = self._dead(bool(compensate)) if how is None else self._chosen(how)
     return self._carry_out(plan, gone, small, 'masks' if how is None else 'readers', extras)
 
-# %% ../../nbs/surgery/20_pruner.ipynb #0000000c
+# %% ../../nbs/surgery/20_pruner.ipynb #0000000e
 @patch
 def _carry_out(self:Pruner, plan, gone, small, law, extras):
     t = self.coupling.trace
