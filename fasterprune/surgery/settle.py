@@ -16,24 +16,27 @@ from .capture import Trace
 from .coupling import Coupling
 from .dryrun import dry_run
 from .plan import Plan, make_plan, spare
-from .sizes import candidates
+from .sizes import candidates, implicit_scale
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 class Ways:
     "For each module with sizes in its code, the way that is being tried to change them: attributes, then calls, then none"
-    def __init__(self, c:Coupling): self.c,self.at,self.kind = c,{},{n:type(m) for n,m in c.model.named_modules()}
+    def __init__(self, c:Coupling):
+        self.c,self.at,self.kind = c,{},{n:type(m) for n,m in c.model.named_modules()}
+        self.scaled = [(call.module, (call.args[0] if call.args else call.kwargs['query'])) for call in c.trace.calls if call.name=='scaled_dot_product_attention' and implicit_scale(call)]
 
     def of(self, module, gone): return [None, *candidates(self.c, gone, module), 'calls']
 
     def fixes(self, gone)->dict:
         "Module path → the way that is being tried"
-        ways = {m:self.of(m, gone) for m in self.at}
-        return {m:w[i] for m,i in self.at.items() if i<len(w := ways[m]) and w[i] is not None}
+        at = {**{m:len(self.kind) for m,q in self.scaled if not self.c.labels.keeps(self.c.labels.env[q.id][-1], gone).all()}, **self.at} # a scale that PyTorch makes from the width is one that no attribute holds
+        ways = {m:self.of(m, gone) for m in at}
+        return {m:w for m,i in at.items() if (w := ways[m][min(i, len(ways[m])-1)]) is not None}
 
     def another(self, module:str, gone)->bool:
         "Try the next way for this module, and for others of its class that are as far; False if there is none"
-        i = self.at.get(module, 0)
-        if i+1>=len(self.of(module, gone)): self.at[module] = 0; return False
+        i,last = self.at.get(module, 0),len(self.of(module, gone))-1
+        if i>=last: self.at[module] = 0; return False
         for m,kind in self.kind.items():
             if m==module or kind is self.kind[module] and self.at.get(m, 0)==i and not isinstance(kind, (nn.Sequential, nn.ModuleList)): self.at[m] = i+1
         return True
