@@ -247,7 +247,17 @@ def _components(d:Coupler, writes):
         for c in tables[-1].T if connect else []:
             roots = np.unique(_up(comp, c[c>0]))
             comp[roots] = roots[:1]
-    return _up(comp, np.arange(d.size)),tables
+    whole = _up(comp, np.arange(d.size))
+    _,first,back = np.unique(np.stack([whole, _readers(d)]), axis=1, return_index=True, return_inverse=True)
+    return first[back.reshape(-1)],tables
+
+def _readers(d): # A number for each label, the same for those that are read in the same places
+    random,seen,res = np.random.default_rng(0),set(),np.zeros(d.size, np.int64)
+    for r in d.reads:
+        if r.axis.open or id(r.axis.rows) in seen: continue
+        seen.add(id(r.axis.rows))
+        res[np.unique(d.rows(r.axis))] ^= random.integers(1<<62)
+    return res
 
 def _up(comp, a):
     while not np.array_equal(comp[a], a): a = comp[a]
