@@ -38,7 +38,7 @@ def embedding_axes(c, r)->list:
     todo,seen,res = [r.data, r.weight],set(),[]
     while todo:
         node = made.get(todo.pop().id)
-        if node is None or node.index in seen: continue
+        if node is None or node.index in seen or node.op.startswith('new_') or node.op.endswith('_like'): continue # the last two take a shape only
         seen.add(node.index)
         if node.index in reads: res.append(reads[node.index].axis)
         else: todo += [a for a in flat((node.args, tuple(node.kwargs.values()))) if isinstance(a, Ref) and a.id in c.labels.dep]
