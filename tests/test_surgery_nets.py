@@ -98,10 +98,10 @@ class Bottle(nn.Module):
     def __init__(self, n): super().__init__(); self.a,self.b = C(n,n//2),C(n//2,n)
     def forward(self, x): return x+self.b(self.a(x).relu())
 case('c2f', c2f, 4+2+2, cv1=C(3,16,1), m=nn.ModuleList([Bottle(8), Bottle(8)]), cv2=C(32,5,1))
-case('split_equal', lambda s,x: s.c((y:=s.a(x).split(4, 1))[0].relu())+s.d(y[1]), 0, a=C(3,8), c=C(4,4), d=C(4,4), pinned='the code of the model', writers='some', readers='some')
+case('split_equal', lambda s,x: s.c((y:=s.a(x).split(4, 1))[0].relu())+s.d(y[1]), 2, a=C(3,8), c=C(4,4), d=C(4,4))
 case('split_sizes', lambda s,x: s.c((y:=s.a(s.z(x).relu()).split([3,5], 1))[0].relu())+s.d(y[1]), 3, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='fails when it is smaller')
 case('slice_fixed', lambda s,x: s.c((y:=s.a(s.z(x).relu()))[:,:3].relu())+s.d(y[:,3:]), 3+2, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='slice', writers='some', readers='some')
-case('slice_by_size', lambda s,x: s.c((y:=s.a(x))[:,:y.shape[1]//2].relu())+s.d(y[:,y.shape[1]//2:]), 0, a=C(3,8), c=C(4,4), d=C(4,4))
+case('slice_by_size', lambda s,x: s.c((y:=s.a(x))[:,:y.shape[1]//2].relu())+s.d(y[:,y.shape[1]//2:]), 4, a=C(3,8), c=C(4,4), d=C(4,4))
 def inplace_slice(s, x):
     y,z = s.a(x),s.b(x)
     y[:,:z.shape[1]] += z
