@@ -49,7 +49,7 @@ class Labels:
     def __init__(self):
         self.size,self.reasons = 1,['']
         self.parent,self.pinned,self.why = np.zeros(64, np.int64),np.zeros(64, bool),np.zeros(64, np.int32)
-        self.bound,self.factors = np.zeros(64, bool),np.zeros((64,4), np.int64)
+        self.bound,self.factors = np.zeros(64, bool),np.zeros((64,8), np.int64)
         self.here = 'something' # What is happening now; part of the reason of pins that follow from it
 
     def fresh(self,
@@ -128,7 +128,7 @@ def expand(self:Labels, rows:np.ndarray)->np.ndarray:
             is_product = self.bound[c]
             if not is_product.any(): cols.append(c); continue
             f = self.factors[c]
-            cols += [np.where(is_product, f[:,0], c)] + [np.where(is_product, f[:,k], 0) for k in range(1, 4)]
+            cols += [np.where(is_product, f[:,0], c)] + [np.where(is_product, f[:,k], 0) for k in range(1, 8) if f[:,k].any()]
         rows = self.find(np.stack(cols, 1))
         rows = distinct(rows)
     return distinct(rows) if rows.shape[1]>1 else rows
@@ -150,7 +150,7 @@ def rows(self:Labels, a:Axis)->np.ndarray:
 @patch
 def bind(self:Labels,
     labels:np.ndarray, # (n,) plain labels
-    factors:np.ndarray, # (n, k) labels, k ≤ 4, 0 for none
+    factors:np.ndarray, # (n, k) labels, k ≤ 8, 0 for none
 ):
     "Let each label be the product of the labels in its row"
     stays = (labels==0)|self.pinned[labels]
@@ -161,7 +161,7 @@ def bind(self:Labels,
     if len(roots)<len(labels):
         for f in factors.T: self.union(f, f[first[back]])
     factors = self.find(factors)
-    if factors.shape[1]>4 or np.isin(factors, roots).any():
+    if factors.shape[1]>8 or np.isin(factors, roots).any():
         return self.pin(np.r_[labels, factors.ravel()], f"{self.here} arranges one dimension in two ways")
     self.bound[roots] = True
     self.factors[roots,:factors.shape[1]] = factors[first]
