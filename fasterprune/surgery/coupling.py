@@ -93,7 +93,8 @@ class Coupler(Labels):
 @patch
 def convolution(self:Coupler, s):
     x,w,b,g,transposed = s.axes('input'),s.axes('weight'),s.axes('bias'),s['groups'],bool(s['transposed'])
-    for a in [*x[2:], *w[2:]]: self.pin_axis(a, f"{s} mixes positions in space")
+    beside = [_one_by_one(s, j) for j in range(len(x)-2)]
+    for a in [*w[2:], *[a for a,b in zip(x[2:], beside) if not b]]: self.pin_axis(a, f"{s} mixes positions in space")
     read,write = (w[0],w[1]) if transposed else (w[1],w[0])
     read.mark('read'); write.mark('write')
     if g==1:
@@ -107,7 +108,11 @@ def convolution(self:Coupler, s):
         out = self._grouped_out(s, outer, write, s.out_shapes[0][1]//g, transposed)
     if x[1].n//g>1: self.reads.append(Read(s.node.index, s['input'], 1, x[1], tested, s['weight'], g, transposed, out))
     if b is not None: self._param(out, b[0], 'bias')
-    return [x[0], out, *[fixed(n) for n in s.out_shapes[0][2:]]]
+    return [x[0], out, *[a if b else fixed(n) for a,b,n in zip(x[2:], beside, s.out_shapes[0][2:])]]
+
+def _one_by_one(s, j): # Does the kernel leave the positions along spatial dimension `j` as they are?
+    at = lambda k: s[k][j%len(s[k])]
+    return s.shape('weight')[2+j]==1 and at('stride')==1 and at('padding')==0 and at('output_padding')==0
 
 @patch
 def _grouped_out(self:Coupler, s, outer, write, m, transposed):
