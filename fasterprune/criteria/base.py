@@ -80,9 +80,8 @@ def element_scores(
     w:Tensor, # A weight; it is never changed
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
-    if not has_values(w):
-        if criterion.reads_values: raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")
-        return torch.zeros((), dtype=torch.float64).expand(w.shape)
+    if not criterion.reads_values: return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
+    if not has_values(w): raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")
     x = wide(w.detach())
     with torch.no_grad(): s = criterion.element(x.clone() if x.dtype==w.dtype else x)
     must = f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight"
