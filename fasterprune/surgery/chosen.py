@@ -21,7 +21,7 @@ from .cost import Costs, kinds
 from .coupling import Coupling
 from .plan import Plan, labels_of
 from .settle import settle
-from .timing import LatencyTable, time_interleaved, time_ratio
+from .timing import LatencyTable, own_clock, time_interleaved, time_ratio
 
 # %% ../../nbs/surgery/18_chosen.ipynb #00000005
 ROUNDS,TOLERANCE,AIM = 6,.05,.03 # the most rounds; how close the end must be; how close ends the search at once
@@ -29,7 +29,7 @@ ROUNDS,TOLERANCE,AIM = 6,.05,.03 # the most rounds; how close the end must be; h
 @dataclass(frozen=True)
 class Measured:
     "What a budget in milliseconds came to, measured on the network before and after"
-    dense_ms:float # Median of the original
+    dense_ms:float # Median of the original, in the processor's own time if there is one (one thread of a CPU)
     pruned_ms:float # Median of the pruned network, in the same turns
     ratio:float # By `time_ratio`, of runs that were made in turn
     target:float # What it should be, as a fraction of the original
@@ -49,8 +49,10 @@ def race(
 )->tuple: # `Runs` before and after
     "Build the network of a plan from a copy, and measure both in turns"
     small = apply_(deepcopy(model), plan)
-    once = time_interleaved(dict(dense=model), x, repeats=2, warmup=1, threads=threads)['dense'].median
-    runs = time_interleaved(dict(dense=model, small=small), x, repeats=int(min(max(1e3*seconds/max(once, 4.), 7), 40)), warmup=2, threads=threads)
+    clock = own_clock(next((p.device for p in model.parameters()), 'cpu'), threads)
+    once = time_interleaved(dict(dense=model), x, repeats=2, warmup=1, threads=threads, clock=clock)['dense'].median
+    repeats = int(min(max(1e3*seconds/max(once, 4.), 7), 40))
+    runs = time_interleaved(dict(dense=model, small=small), x, repeats=repeats, warmup=2, threads=threads, clock=clock)
     return runs['dense'],runs['small']
 
 # %% ../../nbs/surgery/18_chosen.ipynb #00000006
@@ -98,7 +100,7 @@ def in_time(
     "The largest plan that meets a budget in time, measured"
     clock,limit = Clock(model, x, c, how),float(how.budget.latency)
     part,least,seen,best = min(limit, 1.) if limit<=1 else None,clock.least(),[],None
-    if part is None: part = min(limit/time_interleaved(dict(m=model), x, repeats=10)['m'].median, 1.)
+    if part is None: part = min(limit/race(model, Plan(()), x, seconds=1.)[0].median, 1.)
     for _ in progress_bar(range(ROUNDS), leave=False):
         asked = max(part, least*(1+1e-9))
         res,got,dense,small = clock.attempt(min(asked, 1.))
