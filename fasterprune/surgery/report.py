@@ -29,11 +29,13 @@ class LayerSize:
     params:int # That it holds itself
     macs:int # Multiply-accumulates for the example input
 
-_widths = ('out_channels', 'out_features', 'num_features', 'num_channels', 'normalized_shape', 'embedding_dim', 'embed_dim', 'hidden_size')
+_layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+_widths = ('out_channels', 'out_features', 'num_features', 'num_channels', 'normalized_shape', 'embedding_dim')
 
-def _width(m):
-    v = next((v for k in _widths if isinstance(v := getattr(m, k, None), (int,tuple))), None)
-    return v[-1] if isinstance(v, tuple) and v else v if isinstance(v, int) else None
+def _width(m): # Other modules may have such names, too, and mean what they like by them
+    if not isinstance(m, _layers): return m.weight.shape[0] if isinstance(getattr(m, 'weight', None), nn.Parameter) else None
+    v = next(getattr(m, k) for k in _widths if hasattr(m, k))
+    return v[-1] if isinstance(v, tuple) else v
 
 def layer_sizes(
     model:nn.Module,
