@@ -18,11 +18,12 @@ ADAPTERS:dict[type,Callable] = {}
 
 def adapter(
     *kinds:type, # Module classes; subclasses are not meant
+    watch_only:bool=False, # Does the module's own forward work when it is smaller? Then the adapter is for watching only
     **attrs, # Attributes that a module gets when it has been pruned
 ):
     "Register a forward in plain operators for a class of modules; it gets the module and the arguments of `forward`"
     def _(f):
-        f.attrs = attrs
+        f.attrs,f.watch_only = attrs,watch_only
         for k in kinds: ADAPTERS[k] = f
         return f
     return _
@@ -43,6 +44,13 @@ def _project(m, q, k, v):
     w,b = m.in_proj_weight.view(3, n, -1),None if m.in_proj_bias is None else m.in_proj_bias.view(3, n)
     return [F.linear(x, w[i], None if b is None else b[i]) for i,x in enumerate((q,k,v))]
 
+def _more_keys(m, k, v, *masks):
+    "Keys and values that the module adds to those it gets, which nobody masks"
+    n = (m.bias_k is not None)+m.add_zero_attn
+    if m.bias_k is not None: k,v = (torch.cat([x, b.expand(len(x), 1, -1)], 1) for x,b in ((k,m.bias_k), (v,m.bias_v)))
+    if m.add_zero_attn: k,v = (F.pad(x, (0,0,0,1)) for x in (k,v))
+    return k,v,*(t if t is None or not n else F.pad(t, (0,n)) for t in masks)
+
 def _mask(m, t, heads, like):
     if t is None: return 0.
     t = t if t.is_floating_point() else torch.zeros_like(t, dtype=like.dtype).masked_fill(t, float('-inf'))
@@ -52,11 +60,11 @@ def _mask(m, t, heads, like):
 @adapter(nn.MultiheadAttention, _qkv_same_embed_dim=False) # which keeps `nn.TransformerEncoderLayer` off its fused path
 def multihead_attention(m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     "What `nn.MultiheadAttention` computes, for any number and width of heads"
-    if m.bias_k is not None or m.add_zero_attn: raise NotImplementedError('nn.MultiheadAttention with add_bias_kv or add_zero_attn')
     alone,seq_first = query.dim()==2,not m.batch_first and query.dim()==3
     q,k,v = (x.unsqueeze(0) if alone else x.transpose(0, 1) if seq_first else x for x in (query,key,value))
-    b,t,s,h = q.shape[0],q.shape[1],k.shape[1],m.num_heads
     q,k,v = _project(m, q, k, v)
+    k,v,attn_mask,key_padding_mask = _more_keys(m, k, v, attn_mask, key_padding_mask)
+    b,t,s,h = q.shape[0],q.shape[1],k.shape[1],m.num_heads
     q,k,v = (x.reshape(b, n, h, m.head_dim).transpose(1, 2) for x,n in ((q,t),(k,s),(v,s)))
     a = (q*m.head_dim**-.5) @ k.transpose(-2, -1)
     a = a+_mask(m, attn_mask, h, a) if attn_mask is not None else a

@@ -46,8 +46,15 @@ def _sizes(m, shape, counts):
     if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
     if isinstance(m, nn.LayerNorm): return dict(normalized_shape=tuple(w) if w else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
     if isinstance(m, nn.Embedding): return dict(num_embeddings=w[0], embedding_dim=w[1])
+    if isinstance(m, nn.RNNBase): return _recurrent(m, shape, '_l0')
+    if isinstance(m, nn.RNNCellBase): return _recurrent(m, shape, '')
     if isinstance(m, nn.PReLU): return dict(num_parameters=w[0])
     return {}
+
+def _recurrent(m, shape, first): # Rows of the input matrix are gates × units
+    rows,cols = shape(f'weight_ih{first}')
+    sizes = dict(input_size=cols, hidden_size=rows//(4 if isinstance(m, (nn.LSTM, nn.LSTMCell)) else 3 if isinstance(m, (nn.GRU, nn.GRUCell)) else 1))
+    return {**sizes, 'proj_size':shape('weight_hr_l0')[0]} if getattr(m, 'proj_size', 0) else sizes
 
 def new_attributes(
     model:nn.Module,

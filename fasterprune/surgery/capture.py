@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import recurrent # registers adapters
 from .adapters import ADAPTERS, forward_of
 from .shapes import Shapes
 from ..core import as_call, eval_mode, PruningError

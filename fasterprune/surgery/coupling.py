@@ -171,6 +171,9 @@ def batch_norm(self:Coupler, s):
     x = s.axes('input')
     for k,role in dict(weight='scale', bias='shift', running_mean='stat', running_var='stat').items():
         if s[k] is not None: self._param(x[1], s.axes(k)[0], role)
+    if s['training']: # its statistics are over all other dimensions; some networks standardise their weights so
+        for i in range(len(x)):
+            if i!=1 and x[i].n>1: self.mixes(s, s['input'], i)
     n = getattr(self.model.get_submodule(s.node.module), 'num_features', 0) # of an InstanceNorm, where all images stand in a row
     if n and x[1].n%n==0: self.counts.append((s.node.module, 'num_features', self.take(x[1], np.arange(n))))
     return x

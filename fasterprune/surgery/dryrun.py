@@ -56,7 +56,7 @@ def _misplaced(l, kept, a, start, new):
     if begin!=int(keep[:start].sum()): return a if keep[:start].all() else l.take(a, np.arange(start))
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000008
-_same = {'_unsafe_view':'view', '_reshape_alias':'view', 'split_with_sizes':'split'} # which of them `reshape` takes depends on sizes, and a plan says all parts of a `split`
+_same = {'_unsafe_view':'view', '_reshape_alias':'view', 'split_with_sizes':'split', 'unsafe_split_with_sizes':'unsafe_split'} # which of them `reshape` takes depends on sizes, and a plan says all parts of a `split`
 def _whole(n, sizes): return n.op=='alias' or n.op=='slice' and sizes(n.args[0])==sizes(n.outs[0]) # Is it a slice of everything? Then PyTorch may skip it
 
 def _pairs(t, nodes, planned, real):

@@ -182,7 +182,7 @@ def make_plan(
     fixes = fixes or {}
     attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if f!='calls' for k,v in f.items())
     cut = {e.param.rpartition('.')[0] for e in edits}
-    plain = {m for m in cut if type(c.model.get_submodule(m)) in ADAPTERS} # these can be smaller in their adapter only
+    plain = {m for m in cut if not getattr(ADAPTERS.get(type(c.model.get_submodule(m))), 'watch_only', True)} # these can be smaller in their adapter only
     attrs += tuple(Attr(m, k, v) for m in plain for k,v in ADAPTERS[type(c.model.get_submodule(m))].attrs.items())
     says = {m:sized(c, gone, m) if fixes.get(m)=='calls' else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if f=='calls'})}
     for s in divided(c, gone): says[s.module] = merged(says.get(s.module), s)

@@ -207,7 +207,7 @@ def _parts(d, s, sizes):
     ends = np.cumsum(sizes)
     return [[*x[:i], d.take(x[i], np.arange(e-n, e)), *x[i:][1:]] for n,e in zip(sizes, ends)]
 
-@rule('split', 'chunk')
+@rule('split', 'chunk', 'unsafe_split', 'unsafe_chunk')
 def split(d, s):
     i = (s['dim'] or 0)%len(s.shape('self'))
     s.args['dim'] = i
@@ -215,7 +215,7 @@ def split(d, s):
     if len({p[i].n for p in parts})==1 and len(parts)>1: d.equal_parts(s, [p[i] for p in parts])
     return parts
 
-@rule('split_with_sizes')
+@rule('split_with_sizes', 'unsafe_split_with_sizes', 'split_with_sizes_copy')
 def split_with_sizes(d, s):
     s.args['dim'] = (s['dim'] or 0)%len(s.shape('self'))
     return _parts(d, s, s['split_sizes'])

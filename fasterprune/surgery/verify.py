@@ -76,7 +76,7 @@ def _without(func, args, kwargs, keep, i, dim):
         for j in (1,2): small[j] = args[j] if args[j] is None else args[j].index_select(0, idx)
         small[4],small[6] = len(idx),int(keep.view(args[6], -1).any(1).sum())
     out = func(*small, **kwargs)
-    if op=='native_group_norm' or op=='native_layer_norm': return args,(_spread(out[0], x, dim, idx), *out[1:])
+    if op.endswith('_norm') and isinstance(out, tuple): return args,(_spread(out[0], x, dim, idx), *out[1:])
     return args,_spread(out, x, dim, idx) if 'softmax' in op else out
 
 def _spread(y, x, dim, idx): return y.new_zeros(x.shape).index_copy(dim, idx, y)
