@@ -47,7 +47,7 @@ def sized(
 )->Sized:
     "What the calls of a module have to say when these labels go"
     l,t = c.labels,c.trace
-    kept = lambda r: tuple(int(l.keeps(a, gone).sum()) if _labelled(l, a) else None for a in l.env[r.id])
+    kept = lambda r: tuple(int(l.keeps(a, gone).sum()) if _labelled(l, a) and (i or _loose(l, a)) else None for i,a in enumerate(l.env[r.id]))
     res = {}
     for call in t.calls:
         if call.module!=module: continue
@@ -57,6 +57,7 @@ def sized(
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000006
 def _labelled(l, a): return not a.open and bool(a.rows.any())
+def _loose(l, a): return not l.pinned[l.expand(a.rows)].all() # the first dimension is the batch's where it cannot be cut, also of what the code makes itself
 def _repeats(l, a): # Does something else than channels hide in it, such as the batch?
     return _labelled(l, a) and len(np.unique(l.expand(a.rows), axis=0))<a.n
 
