@@ -87,9 +87,13 @@ def next_part(
     target:float, # What should be measured
 )->float:
     "What to ask of the table next"
-    slow = min([p for p in seen if p[1]>target], default=(1.,1.))
-    fast = max([p for p in seen if p[1]<=target and p[0]<slow[0]], default=(0.,0.))
-    return fast[0]+(slow[0]-fast[0])*(target-fast[1])/max(slow[1]-fast[1], 1e-9)
+    slow = sorted({(1.,1.), *(p for p in seen if p[1]>target)})
+    fast = [p for p in seen if p[1]<=target and p[0]<slow[0][0]]
+    a,b = (max(fast),slow[0]) if fast else slow[:2] if len(slow)>1 else ((0.,0.),slow[0])
+    rise = (b[1]-a[1])/max(b[0]-a[0], 1e-9)
+    part = a[0]+(target-a[1])/max(rise, 1e-3)
+    if fast: return min(max(part, a[0]), b[0]) if len(seen)<3 else (part+(a[0]+b[0])/2)/2
+    return min(max(part, .5*slow[0][0]), .97*slow[0][0])
 
 def in_time(
     model:nn.Module, # Not changed
@@ -99,7 +103,7 @@ def in_time(
 )->tuple: # Plan, what goes by label, the smaller network's trace, `Measured`
     "The largest plan that meets a budget in time, measured"
     clock,limit = Clock(model, x, c, how),float(how.budget.latency)
-    part,least,seen,best = min(limit, 1.) if limit<=1 else None,clock.least(),[],None
+    part,least,seen,made = min(limit, 1.) if limit<=1 else None,clock.least(),[],[]
     if part is None: part = min(limit/race(model, Plan(()), x, seconds=1.)[0].median, 1.)
     for _ in progress_bar(range(ROUNDS), leave=False):
         asked = max(part, least*(1+1e-9))
@@ -107,13 +111,12 @@ def in_time(
         target = min(limit if limit<=1 else limit/dense.median, 1.)
         seen.append((got, time_ratio(small, dense) if res[0].edits else 1.))
         m = Measured(dense.median, small.median, seen[-1][1], target, tuple(seen))
-        off = abs(m.ratio/target-1)
-        if best is None or off<best[0]: best = off,res,m
-        slack = got<.98*asked and m.met # another limit decides
-        if off<=AIM or slack or not res[0].edits and target>=1: return *res,m
+        made.append((m, res))
+        slack = len(how.budget.given)>1 and got<.98*asked and m.met # another limit decides
+        if abs(m.ratio/target-1)<=AIM or slack or not res[0].edits and target>=1: return *res,m
         if m.ratio>target and asked>part: raise ValueError(f"a latency of {limit!r} cannot be met: with all removed that may go, {m!r}")
         part = next_part(seen, target)
-    _,res,m = best
+    m,res = max([r for r in made if r[0].met] or made, key=lambda r: r[0].ratio if r[0].met else -r[0].ratio)
     m = replace(m, rounds=tuple(seen))
     if not m.met: raise PruningError(f"a latency of {limit!r} was not met in {ROUNDS} rounds; the nearest was {m!r}. The machine may be busy: try again, or ask for a little more time")
     return *res,m

@@ -97,7 +97,7 @@ def time_operator(
     shape, # Function: `Ref` → shape of that tensor
     *, like:dict, # `dtype` and `device` of the tensors
     threads:int=1, # CPU threads
-    seconds:float=.004, # What one run lasts at least
+    seconds:float=.002, # What one run lasts at least
 )->float|None: # Milliseconds; None if it cannot be called like this
     "Measure one operator at these shapes"
     try: args,kwargs = _arguments(node, shape, like)
