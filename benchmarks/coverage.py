@@ -1,5 +1,6 @@
 "Prune every model of a list by half, beside the peer, one process a model: `python benchmarks/coverage.py --help`"
 import argparse, json, os, statistics, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -110,6 +111,7 @@ def arguments():
     p.add_argument('--timeout', type=float, default=300, help='seconds for a model; each engine gets a third')
     p.add_argument('--fresh', action='store_true', help='run again what has a row already')
     p.add_argument('--no-peer', action='store_true', help='leave the peer out')
+    p.add_argument('--jobs', type=int, default=1, help='models at a time; with more than one the seconds say nothing')
     p.add_argument('--report', action='store_true', help='run nothing, print the table of the rows that are there')
     return p.parse_args()
 
@@ -118,11 +120,16 @@ def main()->int:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     rows,names = read_rows(a.out),chosen(a.only)
     print(line([n for n,_ in COLUMNS]), '  * with statistics over the channels that stay', flush=True)
-    for s in names:
-        if not a.report and (a.fresh or s not in rows):
-            rows[s] = run_one(s, a.timeout, not a.no_peer)
-            with a.out.open('a') as f: f.write(json.dumps(rows[s])+'\n')
-        if s in rows: print(line(cells(rows[s])), flush=True)
+    def row(s):
+        if a.report or s in rows and not a.fresh: return rows.get(s)
+        r = run_one(s, a.timeout, not a.no_peer)
+        with a.out.open('a') as f: f.write(json.dumps(r)+'\n')
+        return r
+    with ThreadPoolExecutor(a.jobs) as pool:
+        for s,r in zip(names, pool.map(row, names)):
+            if r is None: continue
+            rows[s] = r
+            print(line(cells(r)), flush=True)
     mine = [rows[s] for s in names if s in rows]
     print('', *summary(mine), sep='\n')
     return 0 if len(mine)==len(names) and met(mine) else 1
