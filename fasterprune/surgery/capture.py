@@ -10,6 +10,7 @@ import contextlib, dataclasses, logging, weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import is_
 from typing import Any, Callable
 
 import torch
@@ -28,10 +29,10 @@ from .shapes import Shapes
 from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
-__all__ = ['size_calls', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in', 'plainly',
-           'mutated', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged', 'Adapted',
-           'adapted', 'state_of', 'stand_ins', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture',
-           'capture_all']
+__all__ = ['size_calls', 'size_questions', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in',
+           'plainly', 'mutated', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged',
+           'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in', 'quiet',
+           'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Trace:
     inputs:list = field(default_factory=list) # `Ref`s of the model's inputs
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
     calls:list = field(default_factory=list) # `Call`s in which Python code says a size
+    asked:set = field(default_factory=set) # `Ref` ids of tensors whose size the code asked for
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
 
@@ -193,14 +195,17 @@ def _written(func): # (position, name) of the arguments that an operator writes 
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
     '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean')
 
+size_questions = ('__get__', 'size', '__len__', 'numel', 'nelement', 'stride', 'sym_size', 'shape')
+
 class CallLog(TorchFunctionMode):
-    "Note the calls in `size_calls`, by module and order"
+    "Note the calls in `size_calls`, by module and order, and the tensors whose size is asked for"
     def __init__(self, rec:Recorder):
         super().__init__()
         self.rec = rec
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
+        if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): self.rec.trace.asked.add(self.rec.ref(args[0]).id)
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
         for f in self.rec.stack: f.calls += 1
         frame,node = self.rec.stack[-1],len(self.rec.trace.nodes)
@@ -235,7 +240,7 @@ def module_stack(
 @contextlib.contextmanager
 def same_noise(model:nn.Module):
     "Code that draws random numbers draws the same ones in each run, and nobody outside notices"
-    gpus = sorted({t.device.index for t in state_of(model).values() if t.device.type=='cuda'})
+    gpus = sorted({t.device.index for t in state_of(model).values() if t.device.type=='cuda'}) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=gpus):
         for g in [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)]: g.manual_seed(0)
         yield
@@ -258,19 +263,18 @@ def plain_operators(
 @contextlib.contextmanager
 def unchanged(model:nn.Module):
     "Put back the attributes of all modules, and the contents of their lists, dicts and sets"
-    copies = lambda d: {k:(v, v.copy() if type(v) in (list, dict, set) else None) for k,v in d.items()}
-    parts = [(d, copies(d)) for m in model.modules() for d in (vars(m), m._buffers)]
+    parts = [(d, d.copy(), [(v, v.copy()) for v in d.values() if type(v) in (list, dict, set)]) for m in model.modules() for d in (vars(m), m._buffers)]
     try: yield
     finally:
-        for d,old in parts:
-            for k in [k for k in d if k not in old]: del d[k]
-            for k,(v,content) in old.items():
-                if d.get(k) is not v: d[k] = v
-                if content is not None and not _same_items(v, content): _refill(v, content)
+        for d,old,inside in parts:
+            if d.keys()!=old.keys() or not all(map(is_, d.values(), old.values())): _refill(d, old)
+            for v,content in inside:
+                if not _same_items(v, content): _refill(v, content)
 
 def _same_items(a, b):
     if isinstance(a, set): return a==b
-    return len(a)==len(b) and (all(x is y for x,y in zip(a, b)) if isinstance(a, list) else all(k in a and a[k] is v for k,v in b.items()))
+    if isinstance(a, list): return len(a)==len(b) and all(map(is_, a, b))
+    return a.keys()==b.keys() and all(map(is_, a.values(), b.values()))
 
 def _refill(v, content):
     v.clear()
@@ -295,11 +299,34 @@ def adapted(model:nn.Module):
 # %% ../../nbs/surgery/01_capture.ipynb #00000019
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    params,buffers,seen = {},{},set()
+    for n,m in model.named_modules():
+        for found,own in ((params,m._parameters), (buffers,m._buffers)):
+            for k,t in own.items():
+                if t is None or id(t) in seen: continue
+                seen.add(id(t))
+                found[f"{n}.{k}" if n else k] = t
+    return {**params, **buffers}
 
 def stand_ins(model:nn.Module)->dict[str,Tensor]:
     "Parameters as they are and copies of the buffers: a forward pass may write to these"
-    return {**dict(model.named_parameters()), **{n:b.clone() for n,b in model.named_buffers()}}
+    params = {id(p) for p in model.parameters()}
+    return {n:t if id(t) in params else t.clone() for n,t in state_of(model).items()}
+
+@contextlib.contextmanager
+def swapped(
+    model:nn.Module,
+    state:dict[str,Tensor], # Name → what it computes with instead; a shared tensor is named once
+):
+    "Let a model compute with other tensors for a while"
+    own = state_of(model)
+    new = {id(own[n]):t for n,t in state.items()}
+    places = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k,t in d.items() if id(t) in new]
+    try:
+        for d,k,t in places: d[k] = new[id(t)]
+        yield
+    finally:
+        for d,k,t in places: d[k] = t
 
 def record(
     model:nn.Module, # Any module
@@ -309,12 +336,12 @@ def record(
 ):
     "Run `model` under the recorder and return its output"
     args,kwargs = as_call(x)
-    own = state_of(model)
-    for n,t in (own if state is None else state).items(): rec.trace.names[rec.ref(t).id] = n
+    if state is None: state = state_of(model)
+    for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with unchanged(model), adapted(model), plain_operators(model, rec.training), module_stack(model, rec.stack), CallLog(rec), rec:
-        out = model(*args, **kwargs) if state is None else torch.func.functional_call(model, state, args, kwargs)
+    with unchanged(model), adapted(model), plain_operators(model, rec.training), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
+        out = model(*args, **kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
