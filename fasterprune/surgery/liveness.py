@@ -316,7 +316,7 @@ def held(
     stay,read = dead_labels(c, facts, foldable, all_constants=True) & ~gone,np.zeros(c.labels.size, bool)
     for r in c.labels.reads: read[c.labels.rows(r.axis)] = True
     stay &= read
-    out = lambda g: '; with exact_norms=True it keeps its divisor, and they can go' if g.mixed.split()[0] in AVERAGES else ''
+    out = lambda g: '; with exact_norms=True it keeps its divisor, and those that are zero there can go' if g.mixed.split()[0] in AVERAGES else ''
     res = {g.name:(g.name, int(stay[g.labels].sum()), f"{g.mixed} computes statistics over them{out(g)}") for g in c.groups if g.mixed and stay[g.labels].any()}
     for i,r in enumerate(c.labels.reads):
         if i not in facts: continue
