@@ -144,7 +144,7 @@ def _folds_into(model, f): # The tensor, and whose positions its own follow: (na
 @torch.no_grad()
 def apply_(
     model:nn.Module, # Changed in place
-    plan:Plan, # Of this model, or of one with the same names and shapes; its folded constants are those of the weights that it was made for
+    plan:Plan, # Of this model, or of one with the same names and shapes; its folded constants are those of the weights that it was made for (`Pruner.prune(also=)` gives a copy its own)
     optimizer=None, # Keeps its state for what stays
 )->nn.Module:
     "Carry a plan out: slice parameters and buffers, set the attributes of standard layers, fold constants"
@@ -174,8 +174,9 @@ def check_plan(
         if e.param not in state: raise ValueError(f"this plan is of another model: it cuts {e.param!r}, which this one does not have")
         n = tuple(state[e.param].shape)
         if e.dim>=len(n) or n[e.dim]!=e.n: raise ValueError(f"this plan is of another model, or has been applied before: it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
+    modules = {n for n,_ in model.named_modules()} if plan.sized else ()
     for s in plan.sized:
-        if s.module not in dict(model.named_modules()): raise ValueError(f"this plan is of another model: it plans sizes for {s.module!r}, which this one does not have")
+        if s.module not in modules: raise ValueError(f"this plan is of another model: it plans sizes for {s.module!r}, which this one does not have")
     if optimizer is not None: check_optimizer(optimizer, model, {n:[e.dim for e in es] for n,es in edits_of(plan).items()})
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000000e
