@@ -74,7 +74,7 @@ case('space_to_depth', lambda s,x: s.c(torch.cat([(y:=s.a(x))[...,::2,::2], y[..
 case('gram_matrix', lambda s,x: s.c(((y:=s.a(x).flatten(2))@y.transpose(1,2)).flatten(1)), 4, a=C(3,8), c=nn.Linear(64,4))
 case('grid_sample', lambda s,x: s.c(F.grid_sample(s.a(x), s.g(x).permute(0,2,3,1).tanh(), align_corners=False)), 4, a=C(3,8), g=C(3,2), c=C(8,4))
 case('embedding', lambda s,x: s.c(s.e(x).relu().mean(1)), 4, x=torch.arange(14).view(2,7), e=nn.Embedding(14,8), c=nn.Linear(8,4))
-case('lstm', lambda s,x: s.c(s.l(s.a(x))[0]), 4, x=X(2,5,6), a=nn.Linear(6,8), l=nn.LSTM(8,12,batch_first=True), c=nn.Linear(12,4), reads=(('l.weight_ih_l0',1),), pinned='no rule')
+case('lstm', lambda s,x: s.c(s.l(s.a(x))[0]), 4+6, x=X(2,5,6), a=nn.Linear(6,8), l=nn.LSTM(8,12,batch_first=True), c=nn.Linear(12,4), reads=(('l.weight_ih_l0',1),('l.weight_hh_l0',1),('c.weight',1)))
 case('self_attention', lambda s,x: s.c((y:=s.a(x))+s.o((s.v(y).flatten(2)@(s.q(y).flatten(2).transpose(1,2)@s.k(y).flatten(2)).softmax(-1).transpose(1,2)).view(len(x),-1,8,8))), 4+2+3,
     a=C(3,8), q=C(8,4,1), k=C(8,4,1), v=C(8,6,1), o=C(6,8,1), c=C(8,4), reads=None, readers=None)
 case('repeat_interleave', lambda s,x: s.c(s.a(x).repeat_interleave(2, 1)), 4, a=C(3,8), c=C(16,4))
