@@ -164,7 +164,7 @@ def test_a_type_means_all_that_is_inside():
     assert not any(is_of(g, layers_of(m, nn.MultiheadAttention, 'ignore')) for g in c.groups if 'linear1' in g.name)
 
 @pytest.mark.parametrize('kw,text', [
-    (dict(ignore='layr1'), "ignore: no layer 'layr1'; did you mean 'layer1'?"), (dict(only=nn.LSTM), "only: no layer of type 'LSTM'"), (dict(ignore=3), "'int' object is not iterable|takes names and types"),
+    (dict(ignore='layr1'), "ignore: no layer 'layr1'; did you mean 'layer1'?"), (dict(only=nn.LSTM), "only: no layer of type 'LSTM'"), (dict(ignore=3), 'ignore takes names and types of layers'),
     (dict(only=[3]), "only takes names and types of layers"), (dict(ignore=[int]), "ignore takes names and types of layers")])
 def test_unknown_layers_are_refused(kw, text):
     with pytest.raises((ValueError, TypeError), match=text): Pruner(resnet18(), torch.randn(1,3,32,32), **kw)

@@ -150,7 +150,7 @@ def layers_of(
     if specs is None: return None
     modules = dict(model.named_modules(remove_duplicate=False))
     names,res = {n for n in modules if n} | {n for n,_ in model.named_parameters()},[]
-    for s in [specs] if isinstance(specs, (str,type)) else list(specs):
+    for s in [specs] if isinstance(specs, (str,type)) or not hasattr(specs, '__iter__') else list(specs):
         if isinstance(s, type) and issubclass(s, nn.Module): found = [n for n,m in modules.items() if n and isinstance(m, s)]
         elif isinstance(s, str): found = [s] if s in names else []
         else: raise TypeError(f"{what} takes names and types of layers, such as 'layer1' or nn.Linear, not {s!r}")
