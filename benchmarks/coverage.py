@@ -55,7 +55,7 @@ def problems(r:dict)->list:
     return res
 
 def behind(r:dict)->bool: "Does the peer reach 40 % where we do not?"; return bool(r.get('peer_works')) and r.get('peer_kept', 1)<=.4<r.get('kept', 0)
-def ratio(r:dict)->float|None: "Our time over the peer's"; return r['ours_s']/r['peer_s'] if 'ours_s' in r and 'peer_s' in r else None
+def ratio(r:dict)->float|None: "Our time over the peer's, if that did anything"; return r['ours_s']/r['peer_s'] if 'ours_s' in r and r.get('peer_kept', 1)<.99 else None
 def pins(r:dict)->str: return '; '.join(f"{n} ({k} of {a}): {why}" for n,k,a,why in r.get('pins', [])[:3]) or 'nothing'
 def slowest_stage(r:dict)->str: return ' '.join(f"{k} {v:.1f} s" for k,v in sorted(r.get('stages', {}).items(), key=lambda kv: -kv[1])[:2])
 def why_missing(a:dict)->str: return '; '.join(dict.fromkeys(f"{m['module']} {k}: {', '.join(m.get(k+'_why', [])) or 'no reason'}" for m in a['missing'] for k in ATTENTION if not m[k]))[:600]

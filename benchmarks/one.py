@@ -39,6 +39,7 @@ def peer(m, x, ignored):
     p = tp.pruner.MagnitudePruner(m, example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=.5, ignored_layers=layers, num_heads=heads,
         output_transform=lambda out: [t for t in tensors_in(out) if t.grad_fn is not None])
     p.step()
+    if hasattr(m, 'conv_proj') and hasattr(m, 'hidden_dim'): m.hidden_dim = m.conv_proj.out_channels # torchvision's ViT, by hand
     return time.perf_counter()-start,None
 
 def last_layers(m, report)->list:
