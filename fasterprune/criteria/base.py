@@ -30,6 +30,7 @@ class Criterion:
     layer: Callable|None = None # (1-D scores of all units of a layer, its name) → 1-D scores
     comparable: bool = False # May scores of different layers be ranked together as they are?
     reads: str = 'weight' # 'weight', or 'norm': the scale of the normalisation behind the layer
+    pointwise: bool = False # Does each score depend on its own weight alone? Then large weights are scored piece by piece
     needs: tuple = () # What it needs beside the weight, such as 'data' or 'gradients'
     family: str = 'own' # Chapter
     source: str = '' # Paper

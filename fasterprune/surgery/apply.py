@@ -44,7 +44,7 @@ def _sizes(m, shape, counts):
     if isinstance(m, nn.Linear): return dict(in_features=w[1], out_features=w[0])
     if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
     if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
-    if isinstance(m, nn.LayerNorm): return dict(normalized_shape=tuple(w) if w else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
+    if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return dict(normalized_shape=tuple(w) if w else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
     if isinstance(m, nn.Embedding): return dict(num_embeddings=w[0], embedding_dim=w[1])
     if isinstance(m, nn.RNNBase): return _recurrent(m, shape, '_l0')
     if isinstance(m, nn.RNNCellBase): return _recurrent(m, shape, '')

@@ -18,6 +18,13 @@ from .coupling import Coupling, Group, Member
 # %% ../../nbs/surgery/06_choose.ipynb #00000005
 sides = {'filter': 'write', 'shared_kernel': 'read'}
 
+def _pooled(criterion, w, dim): # One score for each position along `dim`; pieces that fit a cache
+    w = w.detach().movedim(dim, 0)
+    rest = list(range(1, w.dim()))
+    pool = lambda s: s if not rest else s.amax(rest) if criterion.pool=='max' else s.mean(rest) if criterion.pool=='mean' else s.sum(rest)
+    if not criterion.pointwise: return pool(element_scores(criterion, w.movedim(0, dim)).movedim(dim, 0))
+    return torch.cat([pool(element_scores(criterion, p)) for p in w.split(max(1, (1<<17)//max(w[0].numel(), 1)))])
+
 def member_scores(
     criterion:Criterion, # Whose weights are pooled
     w:Tensor, # The parameter
@@ -25,11 +32,9 @@ def member_scores(
     n:int, # Number of units
 )->Tensor: # (n,), double precision
     "Score the units of a group by one parameter"
-    s,most = element_scores(criterion, w),criterion.pool=='max'
-    rest = [d for d in range(s.dim()) if d!=m.dim]
-    if rest: s = s.amax(rest) if most else s.mean(rest) if criterion.pool=='mean' else s.sum(rest)
+    s = _pooled(criterion, w, m.dim)
     unit = torch.as_tensor(m.unit, device=s.device) # several positions may be one unit
-    out = s.new_zeros(n).scatter_reduce(0, unit[unit>=0], s[unit>=0], 'amax' if most else criterion.pool, include_self=False)
+    out = s.new_zeros(n).scatter_reduce(0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
     return out if criterion.finish is None else criterion.finish(out)
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000006

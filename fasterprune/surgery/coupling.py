@@ -207,7 +207,7 @@ class Coupling:
         model:nn.Module, # Any module; not changed
         trace:Trace, # From `capture`
     ):
-        self.model,self.trace = model,trace
+        self.model,self.trace,self.exact = model,trace,() # exact: norms that keep their divisor
         d = self.labels = Coupler(model, trace)
         for n in trace.nodes:
             s = Site(n, trace, d.env)
@@ -315,20 +315,19 @@ def _name(layer, i, k, taken):
 # %% ../../nbs/surgery/04_coupling.ipynb #00000011
 def _layer_of(d, a:Axis):
     "Name of the layer whose parameter has this axis"
-    for i,n in d.trace.names.items():
-        if any(a is b for b in d.env[i]): return n.rpartition('.')[0] or n
+    if not hasattr(d, 'layers'): d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
+    return d.layers.get(id(a))
 
 def _members(d, units:dict)->dict:
     "Which dimension of which parameter belongs to which group"
     group,unit = np.full(d.size, -1),np.full(d.size, -1)
     for i,u in units.items(): group[u],unit[u] = i,np.arange(len(u))
-    res = {k:[] for k in units}
+    res,seen = {k:[] for k in units},{}
     for i,name in d.trace.names.items():
         for dim,a in enumerate(d.env[i]):
             if a.open or a.n==1: continue
-            for c in d.expand(a.rows).T:
-                for k in np.unique(group[c]):
-                    if k>=0: res[k].append(Member(name, dim, np.where(group[c]==k, unit[c], -1), a.role))
+            if id(a.rows) not in seen: seen[id(a.rows)] = [(k, np.where(group[c]==k, unit[c], -1)) for c in d.expand(a.rows).T for k in np.unique(group[c]) if k>=0]
+            for k,units in seen[id(a.rows)]: res[k].append(Member(name, dim, units, a.role))
     return res
 
 def _mixed(d, units:dict)->dict:

@@ -259,9 +259,14 @@ def keeps(self:Labels,
 # %% ../../nbs/surgery/02_labels.ipynb #00000022
 class Kept:
     "What stays of each axis when these labels go; found once"
-    def __init__(self, l:Labels, gone:np.ndarray): self.l,self.gone,self.seen = l,gone,{}
+    def __init__(self, l:Labels, gone:np.ndarray): self.l,self.gone,self.seen,self.at = l,gone,{},{}
     def __call__(self, a:Axis)->np.ndarray: "Bool by position"; return self._of(a)[1]
     def count(self, a:Axis)->int: "Number of positions"; return a.n if a.open else self._of(a)[2]
+    def indices(self, a:Axis)->tuple:
+        "Which positions; the same tuple for all axes of these labels"
+        if a.open: return tuple(range(a.n))
+        if (k := id(a.rows)) not in self.at: self.at[k] = tuple(np.flatnonzero(self(a)).tolist())
+        return self.at[k]
     def _of(self, a):
         if a.open: return None,np.ones(a.n, bool),a.n
         res = self.seen.get(id(a.rows))

@@ -9,6 +9,7 @@ __all__ = ['plain_optimizer', 'param_lists', 'follows', 'check_optimizer', 'slic
            'OptimizerSnapshot']
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #00000002
+from functools import lru_cache
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -73,6 +74,9 @@ def check_optimizer(
             f"{type(opt).__name__} keeps {k!r} of shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}, and how to cut that for {met[k]!r} is not known; prune without optimizer= and make a new one afterwards")
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #0000000c
+@lru_cache(maxsize=256)
+def _index(keep, device): return torch.as_tensor(keep, device=device, dtype=torch.long)
+
 def sliced(
     t:Tensor,
     edits:list, # `Edit`s
@@ -82,7 +86,7 @@ def sliced(
     channels_last = t.dim()==4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
     for e in edits:
         d = e.dim if to is None else to.get(e.dim)
-        if d is not None: t = t.index_select(d, torch.as_tensor(e.keep, device=t.device, dtype=torch.long))
+        if d is not None: t = t.index_select(d, _index(e.keep, t.device))
     return t.contiguous(memory_format=torch.channels_last) if channels_last else t
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #0000000d

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .adapters import ADAPTERS
 from .capture import Ref
 from .coupling import Coupling, Read
+from .labels import Kept
 from .liveness import Facts
 from .rules import Site
 from .sizes import Said, Sized, candidates, divided, merged, sized
@@ -158,9 +159,9 @@ def spare(
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
-    for i in c.trace.names:
-        for a in l.env[i]:
-            if not a.open and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False
+    kept = Kept(l, gone)
+    for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
+        if not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
     return gone
 
 def make_plan(
@@ -170,14 +171,13 @@ def make_plan(
     fixes:dict=None, # Module path → {attribute: value}, or 'calls'
 )->Plan:
     "Which positions of which parameters stay when these labels go"
-    l = c.labels
+    l,kept = c.labels,Kept(c.labels, gone)
     cuts = tuple(Cut(g.name, g.n, tuple(np.flatnonzero(~gone[g.labels]).tolist())) for g in c.groups)
     edits = []
     for i,name in c.trace.names.items():
         for dim,a in enumerate(l.env[i]):
-            keep = l.keeps(a, gone)
-            if not keep.all(): edits.append(Edit(name, dim, a.n, tuple(np.flatnonzero(keep).tolist())))
-    attrs = tuple(Attr(m, k, int(l.keeps(a, gone).sum())) for m,k,a in l.counts if not l.keeps(a, gone).all())
+            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, kept.indices(a)))
+    attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
     fixes = fixes or {}
     attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if f!='calls' for k,v in f.items())

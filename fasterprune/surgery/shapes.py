@@ -97,7 +97,7 @@ class Shapes:
         shape:tuple|None=None, # Another shape, then contiguous
     )->FakeTensor:
         "A fake tensor that looks as `t` does"
-        if t.layout!=torch.strided or type(t) not in (Tensor, torch.nn.Parameter): return self.mode.from_tensor(t.detach(), static_shapes=True)
+        if t.layout!=torch.strided or type(t) not in (Tensor, torch.nn.Parameter, FakeTensor): return self.mode.from_tensor(t.detach(), static_shapes=True)
         return self.wrap(empty(t, t.shape if shape is None else shape, t.stride() if shape is None else None), t.device)
 
     def wrap(self,
