@@ -7,6 +7,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
 import contextlib, dataclasses, logging, weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -63,7 +64,7 @@ class Node:
 class Call:
     "A function call in which Python code says a size: `x.view(b, 8, 64)`"
     module:str # Path of the module that was running
-    order:int # Which such call it is since the module was entered, those of its children counted
+    order:str # 'view 2': the third `view` since the module was entered, those of its children counted
     name:str # `view`, `expand`, `split`, ...
     outs:tuple # `Ref` of each tensor result
     node:int # Index of the first operator that it caused
@@ -193,7 +194,8 @@ def _written(func): # (position, name) of the arguments that an operator writes 
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000010
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
-    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean')
+    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
+    'zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty', 'new_full')
 
 size_questions = ('__get__', 'size', '__len__', 'numel', 'nelement', 'stride', 'sym_size', 'shape')
 
@@ -207,9 +209,9 @@ class CallLog(TorchFunctionMode):
         if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
         if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): self.rec.trace.asked.add(self.rec.ref(args[0]).id)
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
-        for f in self.rec.stack: f.calls += 1
+        for f in self.rec.stack: f.calls[name] += 1
         frame,node = self.rec.stack[-1],len(self.rec.trace.nodes)
-        order = frame.calls-1
+        order = f"{name} {frame.calls[name]-1}"
         out = func(*args, **kwargs)
         as_ref = lambda o: self.rec.ref(o) if isinstance(o, Tensor) else o
         self.rec.trace.calls.append(Call(str(frame), order, name, tuple(self.rec.ref(t) for t in tensors_in(out)), node,
@@ -217,8 +219,8 @@ class CallLog(TorchFunctionMode):
         return out
 
 class Frame(str):
-    "The path of a running module, and how many size calls were made in it"
-    calls = 0
+    "The path of a running module, and how many size calls of each name were made in it"
+    def __init__(self, _): self.calls = Counter()
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012
 @contextlib.contextmanager

@@ -256,8 +256,16 @@ def _components(d:Coupler, writes):
             roots = np.unique(_up(comp, c[c>0]))
             comp[roots] = roots[:1]
     whole = _up(comp, np.arange(d.size))
-    _,first,back = np.unique(np.stack([whole, _readers(d)]), axis=1, return_index=True, return_inverse=True)
-    return first[back.reshape(-1)],tables
+    first,back = _alike(np.stack([whole, _readers(d)], 1))
+    return first[back],tables
+
+def _alike(rows): # As `np.unique(rows, axis=0)` finds them, and faster: the first of each kind, and the kind of each
+    key = np.zeros(len(rows), np.int64)
+    for c in rows.T:
+        c = np.unique(c, return_inverse=True)[1].reshape(-1)
+        _,first,key = np.unique(key*(c.max(initial=0)+1)+c, return_index=True, return_inverse=True)
+        key = key.reshape(-1)
+    return first,key
 
 def _readers(d): # A number for each label, the same for those that are read in the same places
     random,seen,res = np.random.default_rng(0),set(),np.zeros(d.size, np.int64)
@@ -295,11 +303,13 @@ def _coarse(comp, tables, units): # Where a position has several labels: the gro
     res = set()
     for t in tables:
         t = t[:,t.any(0)]
-        rows,at = np.unique(comp[t], axis=0, return_inverse=True) if t.shape[1]>1 else ([],None)
-        for i,row in enumerate(rows):
+        if t.shape[1]<2: continue
+        kinds = comp[t]
+        first,at = _alike(kinds)
+        for i,row in enumerate(kinds[first]):
             ks = [k for k in dict.fromkeys(row.tolist()) if k>0]
-            best,here = max(ks, key=lambda k: len(units[k]), default=0),t[at.reshape(-1)==i]
-            res |= {k for k in ks if k!=best or len(units[k])*len(np.unique(here, axis=0))<len(here)}
+            best,here = max(ks, key=lambda k: len(units[k]), default=0),t[at==i]
+            res |= {k for k in ks if k!=best or len(units[k])*len(_alike(here)[0])<len(here)}
     return res
 
 def _ordered(a): # Distinct values in order of appearance

@@ -15,33 +15,38 @@ import torch.nn.functional as F
 from .adapters import adapter
 
 # %% ../../nbs/surgery/00_recurrent.ipynb #00000005
-def _lstm(x, h, c, u, b, proj):
+def _lstm(x, h, c, ut, b, proj):
     "Gates from the input are given; those from the hidden state are added"
-    i,f,g,o = (x+F.linear(h, u, b)).chunk(4, -1)
+    i,f,g,o = torch.addmm(x, h, ut).chunk(4, -1)
     c = f.sigmoid()*c + i.sigmoid()*g.tanh()
     h = o.sigmoid()*c.tanh()
     return (h if proj is None else F.linear(h, proj)),c
 
-def _gru(x, h, c, u, b, proj):
-    (r,z,n),(ur,uz,un) = x.chunk(3, -1),F.linear(h, u, b).chunk(3, -1)
+def _gru(x, h, c, ut, b, proj):
+    (r,z,n),(ur,uz,un) = x.chunk(3, -1),(h@ut if b is None else torch.addmm(b, h, ut)).chunk(3, -1)
     z,n = (z+uz).sigmoid(),(n + (r+ur).sigmoid()*un).tanh()
     return (1-z)*n + z*h,None
 
 def _rnn(act):
-    def step(x, h, c, u, b, proj): return act(x+F.linear(h, u, b)),None
+    def step(x, h, c, ut, b, proj): return act(torch.addmm(x, h, ut)),None
     return step
 
 STEPS = dict(LSTM=_lstm, GRU=_gru, RNN_TANH=_rnn(torch.tanh), RNN_RELU=_rnn(torch.relu))
 
 # %% ../../nbs/surgery/00_recurrent.ipynb #00000007
+def _gates(xs, w, b):
+    "What the input adds to the gates, for all steps at once"
+    return F.linear(torch.cat(xs), w, b).split([len(x) for x in xs])
+
 def _along(m, xs, h, c, layer, back):
     "One layer in one direction over the steps `xs`; its outputs, and the last states"
     w = [getattr(m, f"{k}_l{layer}{'_reverse' if back else ''}", None) for k in ('weight_ih','bias_ih','weight_hh','bias_hh','weight_hr')]
-    step,outs = STEPS[m.mode],[None]*len(xs)
+    step,outs,ut,b = STEPS[m.mode],[None]*len(xs),w[2].t(),w[3]
+    xs = _gates(xs, w[0], w[1] if m.mode=='GRU' or b is None else w[1]+b)
     for t in (range(len(xs))[::-1] if back else range(len(xs))):
         n = len(xs[t])
         part = lambda s: s if s is None or n==len(s) else s[:n]
-        new = step(F.linear(xs[t], w[0], w[1]), part(h), part(c), w[2], w[3], w[4])
+        new = step(xs[t], part(h), part(c), ut, b, w[4])
         outs[t] = new[0]
         h,c = (a if a is None or n==len(b) else torch.cat([a, b[n:]]) for a,b in zip(new, (h,c)))
     return outs,h,c
