@@ -15,20 +15,22 @@ import torch.nn.functional as F
 from .adapters import adapter
 
 # %% ../../nbs/surgery/00_recurrent.ipynb #00000005
+def _hidden(h, ut, b): return h@ut if b is None else torch.addmm(b, h, ut)
+
 def _lstm(x, h, c, ut, b, proj):
     "Gates from the input are given; those from the hidden state are added"
-    i,f,g,o = torch.addmm(x, h, ut).chunk(4, -1)
+    i,f,g,o = (x+_hidden(h, ut, b)).chunk(4, -1)
     c = f.sigmoid()*c + i.sigmoid()*g.tanh()
     h = o.sigmoid()*c.tanh()
     return (h if proj is None else F.linear(h, proj)),c
 
 def _gru(x, h, c, ut, b, proj):
-    (r,z,n),(ur,uz,un) = x.chunk(3, -1),(h@ut if b is None else torch.addmm(b, h, ut)).chunk(3, -1)
+    (r,z,n),(ur,uz,un) = x.chunk(3, -1),_hidden(h, ut, b).chunk(3, -1)
     z,n = (z+uz).sigmoid(),(n + (r+ur).sigmoid()*un).tanh()
     return (1-z)*n + z*h,None
 
 def _rnn(act):
-    def step(x, h, c, ut, b, proj): return act(torch.addmm(x, h, ut)),None
+    def step(x, h, c, ut, b, proj): return act(x+_hidden(h, ut, b)),None
     return step
 
 STEPS = dict(LSTM=_lstm, GRU=_gru, RNN_TANH=_rnn(torch.tanh), RNN_RELU=_rnn(torch.relu))
@@ -42,7 +44,7 @@ def _along(m, xs, h, c, layer, back):
     "One layer in one direction over the steps `xs`; its outputs, and the last states"
     w = [getattr(m, f"{k}_l{layer}{'_reverse' if back else ''}", None) for k in ('weight_ih','bias_ih','weight_hh','bias_hh','weight_hr')]
     step,outs,ut,b = STEPS[m.mode],[None]*len(xs),w[2].t(),w[3]
-    xs = _gates(xs, w[0], w[1] if m.mode=='GRU' or b is None else w[1]+b)
+    xs = _gates(xs, w[0], w[1])
     for t in (range(len(xs))[::-1] if back else range(len(xs))):
         n = len(xs[t])
         part = lambda s: s if s is None or n==len(s) else s[:n]
