@@ -45,7 +45,9 @@ def peer(m, x, ignored):
 def last_layers(m, report)->list:
     "Names of the layers that the peer is told to leave alone: those that write the output"
     own = dict(m.named_modules())
-    if report is not None: return [n for n,k,a,why in report.plan.pins if k==a and 'output of the model' in why and isinstance(own.get(n), (nn.Linear, nn.modules.conv._ConvNd))]
+    words = getattr(m, 'get_output_embeddings', lambda: None)() # tied to the input's, whose name a pin says
+    pinned = {n for n,k,a,why in report.plan.pins if k==a and 'output of the model' in why} if report is not None else ()
+    if report is not None: return [n for n,l in own.items() if isinstance(l, (nn.Linear, nn.modules.conv._ConvNd)) and (n in pinned or l is words)]
     return [n for n,l in own.items() if getattr(l, 'out_features', getattr(l, 'out_channels', 0)) in (1000, 91, 21, 400)]
 
 class limit:
