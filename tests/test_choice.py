@@ -169,6 +169,35 @@ def test_a_type_means_all_that_is_inside():
 def test_unknown_layers_are_refused(kw, text):
     with pytest.raises((ValueError, TypeError), match=text): Pruner(resnet18(), torch.randn(1,3,32,32), **kw)
 
+# names, while what cannot be cut is found out
+
+class Picky(nn.Module):
+    "Its code wants eight channels of `a`, whatever they are, or of its first half"
+    def __init__(self, half=False):
+        super().__init__()
+        self.a,self.b,self.c,self.half = nn.Conv2d(3,8,1),nn.Conv2d(8,8,1),nn.Conv2d(8,4,1),half
+    def forward(self, x):
+        x = self.a(x).relu()
+        if self.half: x = torch.cat([x[:,:4]*torch.ones(1,4,1,1).expand(-1,-1,6,6), x[:,4:]], 1)
+        elif x.shape[1]!=8: raise ValueError('eight')
+        return self.c(self.b(x*2).relu())
+
+@pytest.mark.parametrize('half', [False, True])
+def test_named_groups_that_a_dry_run_pins_are_left_out(half):
+    m = Picky(half).eval()
+    P = Pruner(m, X)
+    P.couple()
+    assert {'a','b'}<=set(P.coupling.by_name) # both could be named
+    plan = P.plan({'a':.5, 'b':.25})
+    assert ('b', 8, 6) in plan.rows() and any('a' in n for n,*_ in plan.pins) and sum(a-b for _,a,b in plan.rows())<=4+2
+    P.prune({'a':.5, 'b':.25})
+    assert m(X).isfinite().all() and m.b.out_channels==6
+    only = Pruner(Picky(), X)
+    assert not only.plan({'a':.5}).edits
+    with pytest.warns(NoEffectWarning, match='left alone: .*eight'): only.prune({'a':.5})
+    with pytest.raises(ValueError, match="no group 'd'"): P.plan({'a':.5, 'd':.5})
+    with pytest.raises(ValueError, match="'c' cannot be pruned: the output of the model keeps its shape"): P.plan({'a':.5, 'c':.5})
+
 # warnings
 
 def lopsided():

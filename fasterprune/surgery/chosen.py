@@ -16,7 +16,7 @@ from torch import nn
 from fastprogress.fastprogress import progress_bar
 from ..core import PruningError
 from .apply import apply_
-from .choice import Choice, choose
+from .choice import Choice, choose, shares_of
 from .cost import Costs, kinds
 from .coupling import Coupling
 from .plan import Plan, labels_of
@@ -57,7 +57,8 @@ def race(
 
 # %% ../../nbs/surgery/18_chosen.ipynb #00000006
 def _settled(model, x, c, how, costs=None):
-    return settle(c, x, lambda: (labels_of(c, choose(model, c, how, costs=costs)), lambda gone: ()))
+    shares = shares_of(c, how.sparsity) # before anything is pinned
+    return settle(c, x, lambda: (labels_of(c, choose(model, c, how, costs=costs, shares=shares)), lambda gone: ()))
 
 class Clock:
     "The table of a model, corrected by what was measured"
