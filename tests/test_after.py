@@ -347,6 +347,52 @@ def test_means_are_folded_into_biases_means_and_new_biases():
     assert abs(far(run(m, data))-r.compensation.compensated)<1e-9 and abs(far(run(unread(whole, r.plan), data))-r.compensation.without)<1e-9
     assert f"{r.compensation.without:.3g}" in repr(r) and 'means' in repr(r)
 
+class Up(nn.Module):
+    "A grouped transposed convolution: its weight has the outputs of one group only"
+    def __init__(self, groups=2):
+        torch.manual_seed(0); super().__init__()
+        self.a,self.b,self.c = nn.Conv2d(3,16,1),nn.ConvTranspose2d(16,12,1,groups=groups,bias=False),nn.Conv2d(12,4,1)
+    def forward(self, x): return self.c(self.b(self.a(x).sigmoid()).relu())
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('only', ['a', 'b', None])
+def test_means_make_the_new_bias_of_a_transposed_convolution(groups, only):
+    m = meant(Up(groups))
+    whole = deepcopy(m)
+    r = Pruner(m, data, only=only).prune(.5, compensate=True)
+    assert r.removed and all(f.kind!='new' or len(f.value)==12 for f in r.plan.folds)
+    if only!='b': # its bias is what the removed channels said on average, where outputs stay
+        y,gone = whole.a(data).sigmoid(),torch.ones(16, dtype=bool)
+        gone[[e.keep for e in r.plan.edits if e.param=='a.weight'][0],] = False
+        mean = whole.b(y*gone.view(-1,1,1)).mean((0,2,3))
+        stay = next((list(e.keep) for e in r.plan.edits if e.param=='c.weight'), range(12))
+        assert m.b.bias.shape==(m.b.out_channels,) and torch.allclose(m.b.bias, mean[list(stay)], rtol=1e-9)
+    assert run(m, data).isfinite().all()
+
+def test_a_plan_with_constants_is_of_one_model():
+    m = net()
+    with torch.no_grad(): m.h.weight[:2] = 0 # its tanh is constant
+    whole,average = deepcopy(m),deepcopy(m)
+    with torch.no_grad(): average.head.bias.mul_(.9); average.h.bias.mul_(.9)
+    plan = Pruner(m, x).plan()
+    assert [f.kind for f in plan.folds]==['bias'] and Plan.from_json(plan.to_json())==plan
+    assert plan.folds[0].seen==pytest.approx(m.head.bias.sum().item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"made of other weights: 'head.bias' .* gives a copy its own constants"): apply_(average, plan)
+    assert average.h.out_features==6
+    done = Pruner(m, x).prune(also=[average]).plan
+    assert all(torch.equal(p, q) for p,q in zip(m.parameters(), apply_(whole, Plan.from_json(done.to_json())).parameters()))
+    assert average.h.out_features==4 and all(f.seen is not None for f in done.folds)
+    with pytest.raises(ValueError, match="has been applied before"): apply_(m, plan)
+
+def test_means_know_their_model():
+    m = meant(Means())
+    whole,other = deepcopy(m),deepcopy(m)
+    plan = Pruner(m, data).prune(.25, compensate=True).plan
+    assert len(plan.folds)==4 and all(f.seen is not None for f in plan.folds)
+    assert rel(run(apply_(whole, plan), data), run(m, data))<1e-12
+    with torch.no_grad(): other.d.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="'d' has the sum"): apply_(other, plan)
+
 def test_a_mean_is_what_is_missing_on_average():
     torch.manual_seed(0)
     m = nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,5)).double()

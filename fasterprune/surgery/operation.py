@@ -20,7 +20,7 @@ from .apply import Snapshot, apply_, bare, check_plan, fold_
 from .compensate import Compensation, added, answers, distance, exact_constants, examples, removed_means
 from .coupling import Coupling
 from .liveness import observe
-from .plan import Plan, fold_targets, folds_of
+from .plan import Plan, fold_targets, folds_of, signed
 from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
 from .verify import outputs, relative_error, tolerance
@@ -94,11 +94,11 @@ class Operation:
         self.model,self.x,self.c,self.gone,self.extras,self.saved = model,x,c,gone,extras,[]
         self.batches,self.data = _again(extras.recalibrate),_again(extras.compensate)
         self.copies,self.kinds = [bare(m, plan) for m in extras.also],[type(m).__name__ for m in extras.also]
-        for m in self.copies: check_plan(m, plan)
+        for m in self.copies: check_plan(m, replace(plan, folds=()))
         if any(m is model for m in self.copies): raise ValueError('also is a list of copies of the model, and one of them is the model itself')
         check_plan(model, plan, extras.optimizer)
         means = self.means(model, law)
-        self.law,self.later = ('readers',added(plan.folds, means)) if means else (law,())
+        self.law,self.later = ('readers',signed(model, added(plan.folds, means))) if means else (law,())
         self.plan = replace(plan, folds=() if means else plan.folds)
         self.own = [added(self.constants(m), self.means(m, law)) if law=='masks' else self.means(m, law) for m in self.copies]
 
