@@ -60,18 +60,28 @@ def settle(
         pinned = c.labels.pinned.sum()
         for a in axes: c.labels.pin_axis(a, reason)
         if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it
-            for labels,why in _blame(c, x, gone, ways) or [(np.flatnonzero(gone), reason)]: c.labels.pin(labels, why)
+            for labels,why in _blame(c, x, gone, ways) or _tips(c, x, gone, ways) or [(np.flatnonzero(gone), reason)]: c.labels.pin(labels, why)
         c.refresh()
     raise PruningError(f"no plan was found that runs; the last one failed because {reason}")
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000008
 def _blame(c, x, gone, ways):
     "Labels and reason for each group that cannot be cut even alone"
-    res = []
-    for g in c.groups:
-        alone = np.zeros_like(gone)
-        alone[g.labels[gone[g.labels]]] = True
-        plan = make_plan(c, alone, (), ways.fixes(alone)) if alone.any() else None
-        bad = dry_run(c.model, x, c, alone, plan)[0] if plan and plan.edits else None
-        if bad: res.append((g.labels, bad[1]))
-    return res
+    tried = [(g, _fails(c, x, [g], gone, ways)) for g in c.groups]
+    return [(g.labels, bad[1]) for g,bad in tried if bad]
+
+def _tips(c, x, gone, ways):
+    "Where each group can be cut alone: the one with which it stops working, when they are cut one after another"
+    lo,hi,found = 0,len(c.groups),None # with `lo` groups it works, with `hi` it does not
+    while hi-lo>1:
+        bad = _fails(c, x, c.groups[:(lo+hi)//2], gone, ways)
+        if bad: hi,found = (lo+hi)//2,bad
+        else: lo = (lo+hi)//2
+    found = found or _fails(c, x, c.groups[:hi], gone, ways)
+    return [(c.groups[hi-1].labels, found[1])] if found else []
+
+def _fails(c, x, groups, gone, ways): # What a dry run says of a cut of these groups only
+    part = np.zeros_like(gone)
+    for g in groups: part[g.labels[gone[g.labels]]] = True
+    plan = make_plan(c, part, (), ways.fixes(part)) if part.any() else None
+    return dry_run(c.model, x, c, part, plan)[0] if plan and plan.edits else None

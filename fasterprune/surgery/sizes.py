@@ -30,7 +30,7 @@ class Said:
     "What one call shall say"
     order:str # Which call of the module, counted as in `Call`
     name:str # Of the function
-    sizes:tuple # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts
+    sizes:tuple # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts; for a slice (place in the index, begin, end)
     scale:float|None=None # For a call that takes a number that depends on sizes: the number
     free:int|None=None # A dimension that batch or image size are merged into: -1 is said there, if that is allowed
     part:tuple|None=None # For a norm, mean or variance that keeps its divisor: how many channels there are, and how many there were
@@ -52,7 +52,7 @@ def sized(
     res = {}
     for call in t.calls:
         if call.module!=module: continue
-        said = _said(c, call, kept)
+        said = _taken(c, call, gone) if call.name=='__getitem__' else _said(c, call, kept)
         if said is not None: res.setdefault(call.order, said)
     return Sized(module, tuple(res.values()))
 
@@ -81,7 +81,11 @@ def _said(c, call, kept):
         dim = call.kwargs.get('dim', call.args[2] if len(call.args)>2 else 0)
         if any(o[dim] is not None for o in outs):
             return Said(call.order, call.name, tuple(c.trace.shapes[r.id][dim] if o[dim] is None else o[dim] for o,r in zip(outs, call.outs)))
-    elif call.name in ('view', 'reshape', 'expand', 'unflatten', 'repeat', 'narrow', *makers) and any(s is not None for s in outs[0]):
+    elif call.name=='repeat':
+        old = c.trace.shapes[call.args[0].id]
+        new = tuple(s if i<len(outs[0])-len(old) or old[i-len(outs[0])]==1 else None for i,s in enumerate(outs[0])) # how often, not how many
+        if any(s is not None for s in new): return Said(call.order, call.name, new)
+    elif call.name in ('view', 'reshape', 'expand', 'unflatten', 'narrow', *makers) and any(s is not None for s in outs[0]):
         free = [i for i,a in enumerate(c.labels.env[call.outs[0].id]) if _repeats(c.labels, a)] if call.name in ('view','reshape') else []
         return Said(call.order, call.name, outs[0], None, free[0] if free else None)
     elif call.name in ('layer_norm', 'rms_norm'):
@@ -91,6 +95,25 @@ def _said(c, call, kept):
         return Said(call.order, call.name, (), call.args[1])
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000008
+def _slices(index, ndim): # (place in the index, dimension, slice) for each one; nothing where something else than slices and numbers stands in it
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not (i is None or i is Ellipsis or isinstance(i, (slice,int))) for i in index): return
+    dim = 0
+    for k,i in enumerate(index):
+        if isinstance(i, slice): yield k,dim,i
+        dim += ndim-sum(i is not None and i is not Ellipsis for i in index) if i is Ellipsis else i is not None
+
+def _taken(c, call, gone):
+    "What a slice has to say"
+    axes,res = c.labels.env.get(call.args[0].id, ()),[]
+    for k,dim,s in _slices(call.args[1], len(axes)):
+        if s.step not in (None, 1) or not all(isinstance(n, (int, type(None))) for n in (s.start,s.stop)): continue
+        keep = c.labels.keeps(axes[dim], gone)
+        a,b,_ = s.indices(len(keep))
+        if not keep.all() and (a,b)!=(0,len(keep)): res.append((k, int(keep[:a].sum()), int(keep[:b].sum())))
+    if res: return Said(call.order, call.name, tuple(res))
+
+# %% ../../nbs/surgery/07_sizes.ipynb #0000000a
 def _sizes(args, kwargs, name): # Where the sizes stand: (list of sizes, function that puts new ones there)
     for k in ('shape', 'size'):
         if k in kwargs: return list(kwargs[k]),lambda s: (args, {**kwargs, k:s})
@@ -114,6 +137,9 @@ def say(
         keys = {k:v for k,v in kwargs.items() if k not in ('split_size','split_size_or_sections')}
         return (args[0], list(said.sizes), *args[2:]),keys
     if said.name=='narrow': return (*args[:3], said.sizes[args[1]]),kwargs
+    if said.name=='__getitem__':
+        new = {k:slice(a, b) for k,a,b in said.sizes}
+        return (args[0], tuple(new.get(k, i) for k,i in enumerate(args[1])) if isinstance(args[1], tuple) else new[0]),kwargs
     old,put = _sizes(args, kwargs, said.name)
     if said.name=='unflatten':
         dim = args[1]%args[0].dim()
@@ -123,7 +149,7 @@ def say(
     if said.free is not None and not any(isinstance(n, int) and n==-1 for n in new): new[said.free-len(said.sizes)] = -1
     return put(new)
 
-# %% ../../nbs/surgery/07_sizes.ipynb #00000009
+# %% ../../nbs/surgery/07_sizes.ipynb #0000000b
 class SizeMode(TorchFunctionMode):
     "Let the calls of one module say what was planned"
     def __init__(self,
@@ -148,7 +174,7 @@ class SizedForward:
         with SizeMode(self.sized): return forward_of(self.module)(self.module, *args, **kwargs)
     def __repr__(self): return f"SizedForward({len(self.sized.said)} calls)"
 
-# %% ../../nbs/surgery/07_sizes.ipynb #0000000a
+# %% ../../nbs/surgery/07_sizes.ipynb #0000000c
 def merged(
     old:Sized|None, # What a module says already
     new:Sized, # What a further plan adds
@@ -160,7 +186,8 @@ def merged(
 
 def _both(old, new): # What one call has to say after both: the newest sizes, the first scale, and how many channels there were at first
     sizes = new.sizes or old.sizes
-    if len(old.sizes)==len(new.sizes): sizes = tuple(b if b is not None else a for a,b in zip(old.sizes, new.sizes))
+    if new.name=='__getitem__': sizes = tuple({s[0]:s for s in (*old.sizes, *new.sizes)}.values())
+    elif len(old.sizes)==len(new.sizes): sizes = tuple(b if b is not None else a for a,b in zip(old.sizes, new.sizes))
     part = old.part if new.part is None else new.part if old.part is None else (new.part[0], old.part[1])
     return replace(new, sizes=sizes, scale=new.scale if old.scale is None else old.scale, free=new.free if new.sizes else old.free, part=part)
 
@@ -174,7 +201,7 @@ def install_(
     if old is not None and not isinstance(old, SizedForward): raise ValueError(f"{sized.module!r} has a forward of its own (somebody replaced it), and its sizes cannot be planned")
     m.forward = SizedForward(m, merged(old.sized if isinstance(old, SizedForward) else None, sized))
 
-# %% ../../nbs/surgery/07_sizes.ipynb #00000013
+# %% ../../nbs/surgery/07_sizes.ipynb #00000015
 def candidates(
     c:Coupling,
     gone, # Bool by label
@@ -196,7 +223,7 @@ def candidates(
     if 1<len(found)<=3: res += [{k:v[0]} for k,v in found.items()]
     return res
 
-# %% ../../nbs/surgery/07_sizes.ipynb #00000017
+# %% ../../nbs/surgery/07_sizes.ipynb #00000019
 @contextlib.contextmanager
 def installed(
     model:nn.Module,
@@ -215,7 +242,7 @@ def uninstall_(m:nn.Module, old=None):
     if old is not None: m.forward = old
     elif 'forward' in vars(m): del m.forward
 
-# %% ../../nbs/surgery/07_sizes.ipynb #0000001a
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001c
 @dataclass(frozen=True)
 class Divisor:
     "A call that averages over channels, and keeps the number that it divides by"
@@ -246,7 +273,7 @@ def _cut(l, es, n): # Of the dimensions that one call averages over: the one tha
     free = [e for e in es if not e[0].open and (rows := l.expand(e[0].rows)).any() and not l.pinned[rows].all()]
     return free[0] if len(free)==1 else next((e for e in es if e[0].n==n), None) if not free else None
 
-# %% ../../nbs/surgery/07_sizes.ipynb #0000001b
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001d
 def keep_divisors(
     c:Coupling, # Changed: statistics become readers
     every:bool=True, # Norms, means and variances that can be; else those only that have been exact before
@@ -273,7 +300,7 @@ def _alike(l, axes): # Do these lose the same positions?
     rows = [l.rows(a) for a in axes]
     return all(np.array_equal(r, rows[0]) for r in rows)
 
-# %% ../../nbs/surgery/07_sizes.ipynb #0000001c
+# %% ../../nbs/surgery/07_sizes.ipynb #0000001e
 def divided(
     c:Coupling,
     gone, # Bool by label
