@@ -205,6 +205,29 @@ def test_a_new_bias_joins_its_weight(name):
     for _ in range(7): step(m, opt) # a slow weight is met on the way
     assert m[2].bias.shape==(6,) and not torch.equal(m[2].bias, bias)
 
+# ---- what the report says
+
+def test_the_report_says_which_norms_keep_their_divisor():
+    class Block(nn.Module):
+        def __init__(self, own=False): torch.manual_seed(0); super().__init__(); self.a,self.n,self.b,self.own = nn.Linear(6,12),nn.LayerNorm(12),nn.Linear(12,3),own
+        def forward(self, x):
+            y = self.a(x)
+            return self.b((y-y.mean(-1, keepdim=True))/(y.var(-1, keepdim=True)+1e-5).sqrt() if self.own else self.n(y))
+    t = torch.randn(2,6)
+    r = Pruner(Block(), t, exact_norms=True).prune(.5)
+    assert ('layer_norm keeps its divisor', ['n']) in r.modules() and 'n: layer_norm keeps its divisor' in repr(r)
+    assert ('mean, var keep their divisor', ['']) in Pruner(Block(True), t, exact_norms=True).prune(.5).modules()
+    assert not any('divisor' in what for what,_ in Pruner(Block(), t).prune(.5).modules())
+
+def test_the_report_says_what_a_budget_in_time_came_to():
+    torch.manual_seed(0)
+    m,t = nn.Sequential(nn.Linear(256,512), nn.ReLU(), nn.Linear(512,512), nn.ReLU(), nn.Linear(512,8)),torch.randn(64,256)
+    P = Pruner(m, t)
+    r = P.prune(budget=Budget(latency=.6))
+    assert r.measured is P.measured and r.measured.met and r.measured.target==.6 and repr(r.measured) in repr(r) and 'time ' in repr(r)
+    assert 'clock' in repr(r) and r.measured.clock in ("the wall's", "the processor's own")
+    assert P.prune(.1).measured is None and P.measured is None
+
 # ---- copies
 
 def averaged(m, k=3):

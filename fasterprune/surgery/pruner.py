@@ -47,7 +47,7 @@ class Pruner:
 
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
-        self.coupling = Coupling(self.model, capture_all(self.model, self.x))
+        self.coupling,self.measured = Coupling(self.model, capture_all(self.model, self.x)),None
         for g in self.coupling.groups:
             if not self._may(g): self.coupling.labels.pin(g.labels, 'left alone on request')
         return keep_divisors(self.coupling, self.exact_norms)
@@ -137,7 +137,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras):
     inputs,before = tuple(t.shapes[r.id] for r in t.inputs),(n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole))
     if not plan.edits:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
-        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole))
+        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras)
     try:
         done = op.run_()
@@ -146,9 +146,9 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras):
     except BaseException:
         op.restore_()
         raise
-    return Report(op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), **done)
+    return Report(op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
     if plan.held: why += f" (silent, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.held[:3])})"
-    return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, or give a sparsity' if law=='masks' else 'no unit was removed: the fraction rounds to none in every group') + why
+    return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, or give a sparsity' if law=='masks' else 'no unit was removed: the fraction rounds to none in every group' if plan.units else 'no unit was removed: none may go') + why

@@ -96,6 +96,7 @@ class Report:
     also:tuple=() # `CopyReport` of each copy
     recalibrated:int|None=None # Batches that BatchNorm statistics were estimated on; None where it was not asked for
     compensation:object=None # `Compensation`: what folding the means gained; None where it was not asked for
+    measured:object=None # `Measured`: what a budget in time came to; None where it was not asked for
 
     @property
     def removed(self)->int: "Units removed"; return self.plan.removed
@@ -142,16 +143,22 @@ _counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape')
 
 def _modules(names): return f"{names[0]}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
+def _calls(s): # What a module's calls do, in words
+    names = lambda said: ', '.join(dict.fromkeys(k.name for k in said))
+    sizes,norms = [k for k in s.said if k.sizes or k.scale is not None],[k for k in s.said if k.part is not None]
+    if sizes: yield f"{names(sizes)} {'say' if len(sizes)>1 else 'says'} the planned sizes"
+    if norms: yield f"{names(norms)} {'keep their' if len(norms)>1 else 'keeps its'} divisor"
+
 @patch
 def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
-    "What was done to modules whose code says sizes"
+    "What was done to modules whose code says sizes, or whose norms average over what was cut"
     done,by = {},{}
     hidden = {*_counts_of_layers, *(k for f in ADAPTERS.values() for k in getattr(f, 'attrs', {}))}
     for a in self.plan.attrs:
         if a.name not in hidden: by.setdefault(a.module, []).append(f"{a.name} = {a.value}")
     for m,what in by.items(): done.setdefault(', '.join(what), []).append(m)
     for s in self.plan.sized:
-        if s.said: done.setdefault(f"{', '.join(dict.fromkeys(c.name for c in s.said))} {'say' if len(s.said)>1 else 'says'} the planned sizes", []).append(s.module)
+        for what in _calls(s): done.setdefault(what, []).append(s.module)
     for m in self.adapters: done.setdefault('runs in an adapter', []).append(m)
     return list(done.items())
 
@@ -160,6 +167,7 @@ def _counts(self):
     yield 'units', f"{self.plan.removed} of {self.plan.units} removed, from {len(self.rows())} of {len(self.plan.cuts)} groups"
     yield 'parameters', f"{self.params[0]:,} → {self.params[1]:,}   ({self.compression_ratio:.2f}× smaller)"
     yield 'MACs', f"{self.macs[0]:,} → {self.macs[1]:,}   ({self.theoretical_speedup:.2f}× fewer; convolutions and matrix products, for an input of {' and '.join('×'.join(map(str, s)) for s in self.inputs)})"
+    if self.measured is not None: yield 'time', repr(self.measured)
     if self.uncounted: yield 'not counted', f"{_modules(self.uncounted)}: PyTorch does not say how many MACs"
 
 def _lines(self):
