@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
 from .capture import Call, Ref, size_calls
 from .coupling import Coupling, Read
+from .labels import Kept
 from .rules import tensors_of
 from .labels import Axis
 from .liveness import AVERAGES
@@ -209,13 +210,12 @@ def candidates(
 )->list[dict]: # Attribute → new value, the likeliest first
     "Numbers on a module that could be sizes that change"
     l,m = c.labels,c.model.get_submodule(module)
-    new = {}
-    own = [n for n in c.trace.nodes if n.module==module] or [n for n in c.trace.nodes if n.module.startswith(f"{module}.")] # or of its children
+    new,kept = {},Kept(l, gone)
+    own = [n for n in c.trace.nodes if n.module==module] or [n for n in c.trace.nodes if n.module.startswith(f"{module}.")] or c.trace.nodes # or of its children; of all, where others call its methods
     for n in own:
         for r in (*n.outs, *tensors_of(n)):
             for a in l.env.get(r.id, []):
-                k = l.keeps(a, gone)
-                if not k.all(): new.setdefault(a.n, set()).add(int(k.sum()))
+                if kept.count(a)<a.n: new.setdefault(a.n, set()).add(kept.count(a))
     found = {k:sorted(new[v]) for k,v in vars(m).items() if isinstance(v, int) and not isinstance(v, bool) and v in new and v>1}
     if not found or any(len(v)>1 for v in found.values()): found = {k:v for k,v in found.items() if len(v)==1}
     if not found: return []
