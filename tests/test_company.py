@@ -730,6 +730,24 @@ def test_prune_to_a_budget():
     assert 0<r.macs[1]<=r.macs[0]/2 and r.removed>0
     fit(learn, 1)
 
+def test_prune_with_the_options_of_the_pruner():
+    learn = fit(learner(partial(small_resnet, width=16)), 1)
+    r = learn.prune(.4, context='isomorphic', round_to=4, per='macs', normalizer='none', min_keep=4, max_ratio=.6)
+    assert r.removed and all(after%4==0 and after>=4 and before-after<=.6*before for _,before,after in r.rows())
+    r = learn.prune(budget=Budget(memory=.9), ignore=nn.BatchNorm2d)
+    assert r.removed and r.measured is None
+    fit(learn, 1)
+
+def test_prune_with_exact_norms():
+    learn = fit(learner(lambda: nn.Sequential(nn.Conv2d(1,8,3), nn.Flatten(), nn.LayerNorm(8*36), nn.Linear(8*36,10))), 1)
+    with torch.no_grad(): learn.model[0].weight[:4],learn.model[0].bias[:4] = 0,0
+    with torch.no_grad(): learn.model[2].weight[:4*36],learn.model[2].bias[:4*36] = 0,0
+    x, = example_batch(learn)
+    want = learn.model.eval()(x)
+    with pytest.warns(NoEffectWarning): assert not learn.prune().removed # the statistics would be others
+    assert learn.prune(exact_norms=True).removed==4 and torch.allclose(learn.model.eval()(x), want, rtol=1e-4, atol=1e-5)
+    fit(learn, 1)
+
 def test_prune_shared_kernels():
     learn = fit(learner(), cbs=SparsifyCallback(.5, 'shared_kernel'))
     x, = example_batch(learn)

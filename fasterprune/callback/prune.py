@@ -20,12 +20,18 @@ from ..surgery.pruner import Pruner, Report
 @patch
 def prune(self:Learner,
     sparsity:float|dict|None=None, # Part of the channels to remove, or a dict of layer → part; None removes what is dead
-    *, budget:Budget|None=None, # What shall be left, such as `Budget(macs=.5)`, instead of a sparsity
+    *, budget:Budget|None=None, # Instead: what may be left, such as `Budget(macs=.5)`, in one ranking over all layers
     criterion='l1', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local' or 'global'
-    only=None, # Names of layers that may be cut; None is all
-    ignore=(), # Names of layers that stay
+    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
+    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
+    min_keep:int=1, # Units that each group keeps
+    max_ratio:float=1., # Largest part that each group may lose
+    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
+    per:str|None=None, # 'params' or 'macs': rank by importance per cost
+    only=None, # Names or types of layers that may be cut; None is all
+    ignore=(), # Names or types of layers that stay
+    exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
     x=None, # What the model is called with; None takes two items of a training batch
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
@@ -36,8 +42,9 @@ def prune(self:Learner,
     keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
-    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore).prune(sparsity, budget=budget,
-        criterion=criterion, granularity=granularity, context=context, optimizer=self.opt, also=_plain(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), verify=verify)
+    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
+        granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
+        optimizer=self.opt, also=_plain(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)
         if left.keep: c.hold(left)
