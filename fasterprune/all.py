@@ -24,16 +24,20 @@ from .measure.sensitivity import sensitivity
 from .schedule import Schedule, agp, cosine, dsd, exponential, iterative, linear, one_cycle, one_shot, schedules
 from .sparse.masks import Masks
 from .sparse.sparsifier import Sparsifier
+from .surgery.adapters import adapter
+from .surgery.apply import apply_
 from .surgery.budget import Budget
+from .surgery.choice import PruningWarning
 from .surgery.coupling import couple
 from .surgery.plan import Plan
 from .surgery.pruner import Pruner, Report
+from .surgery.recalibrate import recalibrate_
 from .surgery.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
-__all__ = ['Budget', 'Criterion', 'Granularity', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning', 'Plan', 'Pruner', 'PruningError', 'Report', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'VerificationError', 'agp', 'allocate', 'compare', 'compare_latency', 'compression_ratio', 'contexts', 'cosine', 'couple',
-    'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential', 'file_size', 'granularities', 'image_dls', 'iterative', 'keep_top', 'latency', 'linear',
-    'normalizers', 'one_cycle', 'one_shot', 'plot_compare', 'plot_curves', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask',
-    'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores', 'plot_widths', 'register', 'rule', 'schedules', 'sensitivity',
-    'small_resnet', 'theoretical_speedup']
+__all__ = ['Budget', 'Criterion', 'Granularity', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning', 'Plan', 'Pruner', 'PruningError', 'PruningWarning',
+    'Report', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'VerificationError', 'adapter', 'agp', 'allocate', 'apply_', 'compare', 'compare_latency',
+    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential', 'file_size', 'granularities',
+    'image_dls', 'iterative', 'keep_top', 'latency', 'linear', 'normalizers', 'one_cycle', 'one_shot', 'plot_compare', 'plot_curves',
+    'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules',
+    'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rule', 'schedules', 'sensitivity', 'small_resnet', 'theoretical_speedup']

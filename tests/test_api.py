@@ -5,10 +5,11 @@ import fasterprune, fasterprune.all as fp
 from fastai.learner import Learner
 from fastcore.docments import docments
 
-PUBLIC = set('''Budget Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError Report Schedule Sparsifier SparsifyCallback VerificationError
-    agp allocate compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd evaluate exponential file_size granularities image_dls
-    iterative keep_top latency linear normalizers one_cycle one_shot plot_compare plot_curves plot_granularities plot_groups plot_history plot_lowest plot_mask
-    plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths register rule schedules sensitivity small_resnet theoretical_speedup'''.split())
+PUBLIC = set('''Budget Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError PruningWarning Report Schedule Sparsifier
+    SparsifyCallback VerificationError adapter agp allocate apply_ compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd
+    evaluate exponential file_size granularities image_dls iterative keep_top latency linear normalizers one_cycle one_shot plot_compare plot_curves
+    plot_granularities plot_groups plot_history plot_lowest plot_mask plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths recalibrate_
+    register rule schedules sensitivity small_resnet theoretical_speedup'''.split())
 MODULES = [m.name for m in pkgutil.walk_packages(fasterprune.__path__, 'fasterprune.') if not m.ispkg and m.name.split('.')[-1] not in ('_modidx', '__main__')]
 
 def test_public_names(): assert set(fp.__all__)==PUBLIC, f"new: {sorted(set(fp.__all__)-PUBLIC)}, gone: {sorted(PUBLIC-set(fp.__all__))}; change this list and the CHANGELOG with them"
@@ -25,13 +26,14 @@ def test_registries_are_shown_as_tables():
 SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every normalizer only ignore count x',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count',
-    'Pruner': 'model x * only ignore',
-    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio optimizer verify',
-    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio',
+    'Pruner': 'model x * only ignore exact_norms',
+    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per optimizer also recalibrate compensate verify',
+    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per',
+    'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only attrs', 'apply_': 'model plan optimizer', 'recalibrate_': 'model dl n_batches * n_inp progress',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
     'iterative': 'n kind * start end initial', 'one_shot': 'start initial', 'digits_dls': 'bs valid_pct seed * size device',
-    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio',
+    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio round_to sets',
 }
 def get(path):
     o = fp
@@ -46,7 +48,9 @@ def spelled(f):
 
 @pytest.mark.parametrize('path', SIGNATURES)
 def test_signatures(path): assert spelled(get(path))==SIGNATURES[path]
-def test_learn_prune_has_the_options_of_the_pruner(): assert spelled(Learner.prune)=='self sparsity * budget criterion granularity context only ignore x verify'
+def test_learn_prune_has_the_options_of_the_pruner():
+    of = lambda f: {k:p.default for k,p in inspect.signature(f).parameters.items() if k not in ('self','model','x','optimizer')}
+    assert of(Learner.prune)=={**of(fp.Pruner), **of(fp.Pruner.prune)} and spelled(Learner.prune).startswith('self sparsity * budget criterion')
 
 # ---- documented
 
@@ -58,6 +62,7 @@ def functions(o): # the functions of an object of the surface: itself, or its co
             if own(f) and (k=='__init__' and not dataclasses.is_dataclass(o) or k=='__call__' or not k.startswith('_')) : yield f"{o.__name__}.{k}",f
     elif inspect.isfunction(o): yield o.__name__,o
 
+OWN_NAMES = {('adapter','attrs')} # keywords that are names of the user's, not options
 EVENTS = {'before_fit','before_train','before_batch','before_step','after_step','after_train','after_fit'} # their names say when, and what is in the class
 DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k)) if n.split('.')[-1] not in EVENTS]+[('Learner.prune', Learner.prune)]
 
@@ -66,7 +71,7 @@ def test_documented(name, f):
     if not name.endswith(('__init__', '__call__')) : assert f.__doc__ and '\n' not in f.__doc__.strip(), f"{name} needs a docstring of one line"
     docs = docments(f)
     for p in inspect.signature(f).parameters.values():
-        if p.name in ('self', 'cls'): continue
+        if p.name in ('self', 'cls') or (name,p.name) in OWN_NAMES: continue
         said = docs.get(p.name)
         assert said or p.name in ('model', 'learn'), f"{name}: parameter {p.name!r} is not documented"
         assert p.annotation is not p.empty or said, f"{name}: parameter {p.name!r} has neither a type nor a comment"
@@ -91,4 +96,4 @@ def test_modules_are_documented_and_say_what_is_public(module):
             assert o.__doc__, f"{module}.{n} needs a docstring"
 
 def test_errors_are_kinds_of_what_python_has():
-    assert issubclass(fp.PruningError, RuntimeError) and issubclass(fp.VerificationError, fp.PruningError) and issubclass(fp.NoEffectWarning, UserWarning)
+    assert issubclass(fp.PruningError, RuntimeError) and issubclass(fp.VerificationError, fp.PruningError) and issubclass(fp.NoEffectWarning, UserWarning) and issubclass(fp.PruningWarning, UserWarning)
