@@ -9,8 +9,8 @@ __all__ = ['RULES', 'Site', 'signature', 'tensors_of', 'rule', 'rule_for', 'alia
            'from_nowhere', 'permute', 't', 'transpose', 'unsqueeze', 'squeeze', 'flip', 'as_strided', 'roll', 'slice_',
            'select', 'unbind', 'split', 'split_with_sizes', 'cat', 'stack', 'expand', 'repeat', 'constant_pad_nd',
            'index', 'index_put', 'index_select', 'gather', 'roi_align', 'regroup', 'view', 'channel_shuffle',
-           'pixel_shuffle', 'pixel_unshuffle', 'glu', 'grid_sampler', 'along', 'convolution', 'mm', 'addmm',
-           'batch_norm', 'native_layer_norm', 'native_group_norm', 'embedding', 'unknown', 'step']
+           'pixel_shuffle', 'pixel_unshuffle', 'glu', 'unfold', 'grid_sampler', 'along', 'convolution', 'mm', 'addmm',
+           'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm', 'embedding', 'unknown', 'step']
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000002
 import torch
@@ -368,8 +368,15 @@ def glu(d, s):
 # %% ../../nbs/surgery/03_rules.ipynb #00000022
 def _spatial(d, s, ndim):
     x = s.axes('self') if s['self'] is not None else s.axes('input')
-    for a in x[-ndim:]: d.pin_axis(a, f"{s} mixes positions in space")
-    return [[*x[:-ndim], *[fixed(n) for n in shape[-ndim:]]] for shape in s.out_shapes]
+    left = [_one_at_a_time(s, j) for j in range(ndim)]
+    for a,l in zip(x[-ndim:], left):
+        if not l: d.pin_axis(a, f"{s} mixes positions in space")
+    return [[*x[:-ndim], *[a if l else fixed(n) for a,l,n in zip(x[-ndim:], left, shape[-ndim:])]] for shape in s.out_shapes]
+
+def _one_at_a_time(s, j): # Does a pool leave the positions along its dimension `j` as they are?
+    k = s['kernel_size']
+    at = lambda v: v[j%len(v)] if v else None
+    return bool(k) and at(k)==1 and at(s['stride']) in (None,1) and not at(s['padding'])
 
 for _n in (1,2,3):
     rule(*[o.format(_n) for o in ('max_pool{}d_with_indices', 'max_pool{}d', 'avg_pool{}d', '_adaptive_avg_pool{}d', 'adaptive_avg_pool{}d', 'adaptive_max_pool{}d',
@@ -377,6 +384,14 @@ for _n in (1,2,3):
 rule('upsample_linear1d')(lambda d, s: _spatial(d, s, 1))
 rule('upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_bicubic2d', '_upsample_bicubic2d_aa')(lambda d, s: _spatial(d, s, 2))
 rule('upsample_trilinear3d')(lambda d, s: _spatial(d, s, 3))
+
+@rule('unfold')
+def unfold(d, s):
+    x = list(s.axes('self'))
+    i = (s['dimension'] or 0)%len(x)
+    d.pin_axis(x[i], f"{s} cuts windows out of it")
+    x[i] = fixed(s.out_shapes[0][i])
+    return [[*x, fixed(s['size'])]]
 
 @rule('grid_sampler_2d', 'grid_sampler_3d')
 def grid_sampler(d, s):
@@ -420,6 +435,13 @@ def mm(d, s): return [d.matmul(s, s['self'], s['mat2'])]
 def addmm(d, s):
     a,b = (s['mat1'],s['mat2']) if s.node.op=='addmm' else (s['batch1'],s['batch2'])
     return [d.add_bias(s, s['self'], d.matmul(s, a, b))]
+
+@rule('_grouped_mm', 'grouped_mm_fallback') # a mixture of experts: rows in runs, each with a matrix of its own
+def grouped_mm(d, s):
+    a,b = s.tensors[:2]
+    if len(s.trace.shapes[a.id])!=2 or len(s.trace.shapes[b.id])!=3 or s['bias'] is not None: return unknown(d, s)
+    d.pin_axis(s.axes(b)[0], f"{s} looks matrices up by number")
+    return [d.matmul(s, a, b)]
 
 @rule('native_batch_norm', '_native_batch_norm_legit_no_training', '_native_batch_norm_legit', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm', '_batch_norm_no_update')
 def batch_norm(d, s):
