@@ -103,7 +103,11 @@ def matmul(self:Constants, s, a, b):
         rows,cols = (_axis(_const(x) & _cpu((v==0).movedim(i, 0).flatten(1).all(1))) for x,v,i in ((xa[-2],va,-2), (xb[-1],vb,-1)))
     elif a.id in self.dep: rows,cols = xa[-2],_axis(~(reaches(vb, False)[0] & ~_const(xa[-1])).any(1))
     else: rows,cols = _axis(~(reaches(va.transpose(-1,-2), False)[0] & ~_const(xb[-2])).any(1)),xb[-1]
-    return [*[fixed(i.n) for i in xa[:-2]], rows, cols]
+    return [*[_beside(x, y, va, vb, i) for i,(x,y) in enumerate(zip(xa[:-2], xb[:-2]))], rows, cols]
+
+def _beside(a, b, va, vb, i): # Of many products at once, such as those of heads: both factors are constant, or one is zero
+    zero = lambda x,v: _const(x) & _cpu((v==0).movedim(i, 0).flatten(1).all(1))
+    return _axis(_const(a)&_const(b) | zero(a, va) | zero(b, vb))
 
 @patch
 def add_bias(self:Constants, s, bias, out):
@@ -303,7 +307,7 @@ def dead_labels(
         if not ok.any(): return gone
         gone |= ok
 
-# %% ../../nbs/surgery/05_liveness.ipynb #0000001a
+# %% ../../nbs/surgery/05_liveness.ipynb #0000001c
 AVERAGES = ('native_layer_norm', 'native_group_norm', 'mean', 'var', 'std', 'var_mean') # in these a zero is worth nothing, but for the divisor
 
 def held(
