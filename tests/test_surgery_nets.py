@@ -81,7 +81,7 @@ case('repeat_interleave', lambda s,x: s.c(s.a(x).repeat_interleave(2, 1)), 4, a=
 case('stack_and_sum', lambda s,x: s.c(torch.stack([s.a(x), s.b(x).relu()]).sum(0)), 4, a=C(3,8), b=C(3,8), c=C(8,4))
 case('stack_channels', lambda s,x: s.c(torch.stack([s.a(x), s.b(x).relu()], 2).flatten(1,2)), 4, a=C(3,8), b=C(3,8), c=C(16,4))
 case('unbind', lambda s,x: s.c(sum(s.a(x).unflatten(1, (2,-1)).unbind(1))), 2, a=C(3,8), c=C(4,4))
-case('select_channel', lambda s,x: s.c(y*y[:,3:4].sigmoid()) if (y:=s.a(x)) is not None else 0, 2, a=C(3,8), c=C(8,4), pinned='slices from a fixed position', writers='some', readers='some')
+case('select_channel', lambda s,x: s.c(y*y[:,3:4].sigmoid()) if (y:=s.a(x)) is not None else 0, 2, a=C(3,8), c=C(8,4), pinned='slices from a fixed position')
 case('constant_pad_channels', lambda s,x: s.c((F.pad(s.a(x)[:,:,::2,::2], (0,0,0,0,2,2))+s.b(s.a(x))).relu()), 4, a=C(3,8), b=C(8,12,stride=2), c=C(12,4))
 case('gather_by_index', lambda s,x: s.c(s.a(x)[:,[0,2,1,3,7,6,5,4]]), 0, a=C(3,8), c=C(8,4), pinned='index')
 
@@ -100,7 +100,7 @@ class Bottle(nn.Module):
 case('c2f', c2f, 4+2+2, cv1=C(3,16,1), m=nn.ModuleList([Bottle(8), Bottle(8)]), cv2=C(32,5,1))
 case('split_equal', lambda s,x: s.c((y:=s.a(x).split(4, 1))[0].relu())+s.d(y[1]), 2, a=C(3,8), c=C(4,4), d=C(4,4))
 case('split_sizes', lambda s,x: s.c((y:=s.a(s.z(x).relu()).split([3,5], 1))[0].relu())+s.d(y[1]), 3, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='fails when it is smaller')
-case('slice_fixed', lambda s,x: s.c((y:=s.a(s.z(x).relu()))[:,:3].relu())+s.d(y[:,3:]), 3+2, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='slice', writers='some', readers='some')
+case('slice_fixed', lambda s,x: s.c((y:=s.a(s.z(x).relu()))[:,:3].relu())+s.d(y[:,3:]), 3+2, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='slice')
 case('slice_by_size', lambda s,x: s.c((y:=s.a(x))[:,:y.shape[1]//2].relu())+s.d(y[:,y.shape[1]//2:]), 4, a=C(3,8), c=C(4,4), d=C(4,4))
 def inplace_slice(s, x):
     y,z = s.a(x),s.b(x)
@@ -214,8 +214,8 @@ case('features', lambda s,x: (s.c(z:=s.b(s.a(x).relu())), z), 4, a=C(3,8), b=C(8
 case('asks_value', lambda s,x: s.c((y:=s.a(x).relu())*(2. if y.sum().item()>0 else 2.)), 4, a=C(3,8), c=C(8,4), readers=None)
 case('scale_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))*y.shape[1]**-.5), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
 case('whole_number_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/y.shape[1]), 4, a=C(3,8), b=C(8,6), d=C(6,4), pinned='uses a number that depends on the size', writers='some', readers='some')
-case('tensor_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/torch.tensor(y.shape[1]).sqrt()), 4, a=C(3,8), b=C(8,6), d=C(6,4), pinned='uses a number that depends on the size', writers='some', readers='some')
-case('correlation', lambda s,x: s.d((((y:=s.b(s.a(x).relu()).flatten(2)).transpose(1,2)@y)/torch.tensor(y.shape[1]).sqrt()).unsqueeze(1)), 4, a=C(3,8), b=C(8,6), d=C(1,4), pinned='uses a number that depends on the size', writers='some', readers=None)
+case('tensor_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/torch.tensor(y.shape[1]).sqrt()), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
+case('correlation', lambda s,x: s.d((((y:=s.b(s.a(x).relu()).flatten(2)).transpose(1,2)@y)/torch.tensor(y.shape[1]).sqrt()).unsqueeze(1)), 4+3, a=C(3,8), b=C(8,6), d=C(1,4), reads=None, readers=None)
 case('residual', lambda s,x: s.c((y:=s.a(x).relu())+s.n(s.b(y))), 4, a=C(3,8), b=C(8,8), n=nn.BatchNorm2d(8), c=C(8,4))
 case('boolean_mask', lambda s,x: s.c(torch.where((y:=s.a(x))>0, y, s.b(x)*.1)), 4, a=C(3,8), b=C(3,8), c=C(8,4))
 case('clone_detach_contiguous', lambda s,x: s.c(s.a(x).clone().contiguous().to(torch.float64).detach()), 4, a=C(3,8), c=C(8,4))

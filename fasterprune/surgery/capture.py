@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, dataclasses, logging, weakref
+import contextlib, dataclasses, logging, os, sys, weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,9 +31,9 @@ from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
 __all__ = ['size_calls', 'size_questions', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in',
-           'plainly', 'mutated', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators', 'unchanged',
-           'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in', 'quiet',
-           'fake_trace', 'capture', 'capture_all']
+           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators',
+           'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in',
+           'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Node:
 class Call:
     "A function call in which Python code says a size: `x.view(b, 8, 64)`"
     module:str # Path of the module that was running
-    order:str # 'view 2': the third `view` since the module was entered, those of its children counted
+    order:str # 'Attention.forward view 2': the third `view` that this function called since the module was entered
     name:str # `view`, `expand`, `split`, ...
     outs:tuple # `Ref` of each tensor result
     node:int # Index of the first operator that it caused
@@ -194,10 +194,23 @@ def _written(func): # (position, name) of the arguments that an operator writes 
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000010
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
-    '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
+    '__rmul__', 'mul_', '__imul__', 'tensor', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
     'zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty', 'new_full')
 
 size_questions = ('__get__', 'size', '__len__', 'numel', 'nelement', 'stride', 'sym_size', 'shape')
+
+def caller()->str:
+    "Name of the user's function that called into PyTorch; '' where a layer of PyTorch was called as a module"
+    f = sys._getframe(2)
+    while f is not None:
+        code = f.f_code
+        if code.co_name=='_call_impl' or code.co_name=='__call__' and code.co_filename in _forwards: return ''
+        if not code.co_filename.startswith((_torch, _own)): return getattr(code, 'co_qualname', code.co_name)
+        f = f.f_back
+    return ''
+
+_torch,_own = (os.path.dirname(f)+os.sep for f in (torch.__file__, recurrent.__file__))
+_forwards = tuple(f"{_own}{n}.py" for n in ('capture','sizes')) # where forwards of ours stand in a module's place
 
 class CallLog(TorchFunctionMode):
     "Note the calls in `size_calls`, by module and order, and the tensors whose size is asked for"
@@ -209,9 +222,9 @@ class CallLog(TorchFunctionMode):
         if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
         if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): self.rec.trace.asked.add(self.rec.ref(args[0]).id)
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
-        for f in self.rec.stack: f.calls[name] += 1
-        frame,node = self.rec.stack[-1],len(self.rec.trace.nodes)
-        order = f"{name} {frame.calls[name]-1}"
+        who,frame,node = f"{caller()} {name}",self.rec.stack[-1],len(self.rec.trace.nodes)
+        for f in self.rec.stack: f.calls[who] += 1
+        order = f"{who} {frame.calls[who]-1}"
         out = func(*args, **kwargs)
         as_ref = lambda o: self.rec.ref(o) if isinstance(o, Tensor) else o
         self.rec.trace.calls.append(Call(str(frame), order, name, tuple(self.rec.ref(t) for t in tensors_in(out)), node,
@@ -219,7 +232,7 @@ class CallLog(TorchFunctionMode):
         return out
 
 class Frame(str):
-    "The path of a running module, and how many size calls of each name were made in it"
+    "The path of a running module, and how many size calls of each function and name were made in it"
     def __init__(self, _): self.calls = Counter()
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012

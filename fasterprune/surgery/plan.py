@@ -196,7 +196,7 @@ def make_plan(
     c:Coupling,
     gone:np.ndarray, # By label: these go
     folds:tuple=(), # `Fold`s
-    fixes:dict=None, # Module path → {attribute: value}, or 'calls'
+    fixes:dict=None, # Module path → {attribute: value}, 'calls', or 'numbers': calls, and numbers that stay
 )->Plan:
     "Which positions of which parameters stay when these labels go"
     l,kept = c.labels,Kept(c.labels, gone)
@@ -208,11 +208,11 @@ def make_plan(
     attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
     fixes = fixes or {}
-    attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if f!='calls' for k,v in f.items())
+    attrs += tuple(Attr(m, k, v) for m,f in fixes.items() if isinstance(f, dict) for k,v in f.items())
     cut = {e.param.rpartition('.')[0] for e in edits}
     plain = {m for m in cut if not getattr(ADAPTERS.get(type(c.model.get_submodule(m))), 'watch_only', True)} # these can be smaller in their adapter only
     attrs += tuple(Attr(m, k, v) for m in plain for k,v in ADAPTERS[type(c.model.get_submodule(m))].attrs.items())
-    says = {m:sized(c, gone, m) if fixes.get(m)=='calls' else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if f=='calls'})}
+    says = {m:sized(c, gone, m, fixes[m]=='numbers') if isinstance(fixes.get(m), str) else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if isinstance(f, str)})}
     for s in divided(c, gone): says[s.module] = merged(says.get(s.module), s)
     says = tuple(s for s in says.values() if s.said or s.module in plain)
     return Plan(cuts, tuple(edits), tuple(dict.fromkeys(attrs)), folds, says, tuple(c.pins()), mixed)

@@ -20,25 +20,28 @@ from .sizes import candidates, implicit_scale
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 class Ways:
-    "For each module with sizes in its code, the way that is being tried to change them: attributes, then calls, then none"
+    "For each module with sizes in its code, the way that is being tried to change them: attributes, then calls, then calls and numbers, then none"
     def __init__(self, c:Coupling):
         self.c,self.at,self.kind = c,{},{n:type(m) for n,m in c.model.named_modules()}
-        self.scaled = [(call.module, (call.args[0] if call.args else call.kwargs['query'])) for call in c.trace.calls if call.name=='scaled_dot_product_attention' and implicit_scale(call)]
+        self.scaled = [(call.module, call.args[0] if call.args else call.kwargs['query']) for call in c.trace.calls if call.name=='scaled_dot_product_attention' and implicit_scale(call)]
 
-    def of(self, module, gone): return [None, *candidates(self.c, gone, module), 'calls']
+    def of(self, module, gone)->list: "Its ways"; return [None, *candidates(self.c, gone, module), 'calls', 'numbers']
 
-    def fixes(self, gone)->dict:
-        "Module path → the way that is being tried"
-        at = {**{m:len(self.kind) for m,q in self.scaled if not self.c.labels.keeps(self.c.labels.env[q.id][-1], gone).all()}, **self.at} # a scale that PyTorch makes from the width is one that no attribute holds
-        ways = {m:self.of(m, gone) for m in at}
-        return {m:w for m,i in at.items() if (w := ways[m][min(i, len(ways[m])-1)]) is not None}
+    def now(self, gone)->dict:
+        "Module path → which of its ways is being tried, counted from the end: a scale that PyTorch makes from the width is one that no attribute holds, so these begin with their calls"
+        env = self.c.labels.env
+        return {**{m:-2 for m,q in self.scaled if not self.c.labels.keeps(env[q.id][-1], gone).all()}, **self.at}
+
+    def fixes(self, gone)->dict: "Module path → the way that is being tried"; return {m:w for m,i in self.now(gone).items() if (w := self.of(m, gone)[i]) is not None}
 
     def another(self, module:str, gone)->bool:
         "Try the next way for this module, and for others of its class that are as far; False if there is none"
-        i,last = self.at.get(module, 0),len(self.of(module, gone))-1
-        if i>=last: self.at[module] = 0; return False
+        now = self.now(gone)
+        far = lambda m: now.get(m, -len(self.of(m, gone)))
+        i = far(module)
+        if i==-1: self.at.pop(module, None); return False
         for m,kind in self.kind.items():
-            if m==module or kind is self.kind[module] and self.at.get(m, 0)==i and not isinstance(kind, (nn.Sequential, nn.ModuleList)): self.at[m] = i+1
+            if m==module or kind is self.kind[module] and far(m)==i and not isinstance(kind, (nn.Sequential, nn.ModuleList)): self.at[m] = i+1
         return True
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000007

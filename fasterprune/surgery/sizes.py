@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
-from .capture import Call, Ref, size_calls
+from .capture import Call, Ref, caller, size_calls
 from .coupling import Coupling, Read
 from .labels import Kept
 from .rules import tensors_of
@@ -46,6 +46,7 @@ def sized(
     c:Coupling,
     gone, # Bool by label
     module:str, # Path of a module that has sizes in its code
+    numbers:bool=False, # Shall numbers that it computes with stay as they are?
 )->Sized:
     "What the calls of a module have to say when these labels go"
     l,t = c.labels,c.trace
@@ -53,7 +54,7 @@ def sized(
     res = {}
     for call in t.calls:
         if call.module!=module: continue
-        said = _taken(c, call, gone) if call.name=='__getitem__' else _said(c, call, kept)
+        said = _taken(c, call, gone) if call.name=='__getitem__' else _said(c, call, kept) or (_number(call) if numbers else None)
         if said is not None: res.setdefault(call.order, said)
     return Sized(module, tuple(res.values()))
 
@@ -92,8 +93,12 @@ def _said(c, call, kept):
     elif call.name in ('layer_norm', 'rms_norm'):
         n = len(call.args[1] if len(call.args)>1 else call.kwargs['normalized_shape'])
         if any(s is not None for s in outs[0][-n:]): return Said(call.order, call.name, outs[0][-n:])
-    elif call.name.strip('_') in ('mul','rmul','imul','div','truediv','itruediv') and len(call.args)>1 and isinstance(call.args[1], float):
-        return Said(call.order, call.name, (), call.args[1])
+
+def _number(call):
+    "A number that the code may have computed from a size, such as the scale of an attention"
+    at = 0 if call.name=='tensor' else 1
+    if call.name.strip('_') in ('mul','rmul','imul','div','truediv','itruediv','tensor') and len(call.args)>at and isinstance(call.args[at], float if at else (int,float)):
+        return Said(call.order, call.name, (), call.args[at])
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000008
 def _slices(index, ndim): # (place in the index, dimension, slice) for each one; nothing where something else than slices and numbers stands in it
@@ -133,6 +138,7 @@ def say(
         shape = tuple(o if n is None else n for o,n in zip(args[1] if len(args)>1 else kwargs['normalized_shape'], said.sizes))
         return ((args[0], shape, *args[2:]),kwargs) if len(args)>1 else (args,{**kwargs, 'normalized_shape':shape})
     if said.name=='scaled_dot_product_attention': return args[:6],{**kwargs, 'scale':said.scale}
+    if said.name=='tensor': return (said.scale, *args[1:]),kwargs
     if said.scale is not None: return (args[0], said.scale, *args[2:]),kwargs
     if said.name=='split':
         keys = {k:v for k,v in kwargs.items() if k not in ('split_size','split_size_or_sections')}
@@ -161,8 +167,9 @@ class SizeMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         if name in size_calls:
-            s = self.at.get(f"{name} {self.calls[name]}")
-            self.calls[name] += 1
+            who = f"{caller()} {name}"
+            s = self.at.get(f"{who} {self.calls[who]}")
+            self.calls[who] += 1
             if s is not None:
                 args,kwargs = say(s, args, kwargs)
                 if s.part is not None: func = Exact(func, s.part)
