@@ -13,6 +13,9 @@ x = X(2,3,8,8)
 CASES = { # name → (forward, parts, units that go at one half, part of the reason of a pin)
     'unfold': (lambda s,x: s.c(s.a(x).unfold(2, 3, 2).unfold(3, 3, 2).mean((4,5))), dict(a=C(3,8), c=C(8,4)), 4, ''),
     'unfold_over_channels': (lambda s,x: s.c(s.b(s.a(x)).unfold(1, 4, 2).mean(4)), dict(a=C(3,6), b=C(6,8), c=C(3,4)), 3, 'cuts windows out'),
+    'unfold_2d': (lambda s,x: s.c(s.b(F.unfold(s.a(x), 3, padding=1, stride=2).mT)), dict(a=C(3,8), b=nn.Linear(72,6), c=nn.Linear(6,4)), 4+3, ''),
+    'fold_2d': (lambda s,x: s.c(F.fold(s.b(F.unfold(s.a(x), 2, stride=2).mT).relu().mT, (8,8), 2, stride=2)), dict(a=C(3,8), b=nn.Linear(32,24), c=C(6,4)), 4+3, ''),
+    'fold_of_unfold': (lambda s,x: s.c(F.fold(F.unfold(s.a(x), 3, padding=1).relu(), (8,8), 3, padding=1)), dict(a=C(3,8), c=C(8,4)), 4, ''),
     'pool_over_positions': (lambda s,x: s.c(F.avg_pool2d(s.a(x).flatten(2).mT[:,None], (2,1), (2,1))[:,0]), dict(a=C(3,8), c=nn.Linear(8,4)), 4, ''),
     'max_pool_over_positions': (lambda s,x: s.c(F.max_pool2d(s.a(x).flatten(2).mT[:,None], (3,1), (2,1), (1,0))[:,0]), dict(a=C(3,8), c=nn.Linear(8,4)), 4, ''),
     'pool_over_channels': (lambda s,x: s.c(F.avg_pool2d(s.b(s.a(x)).flatten(2).mT[:,None], (1,2))[:,0]), dict(a=C(3,6), b=C(6,8), c=nn.Linear(4,4)), 3, 'mixes positions'),

@@ -9,8 +9,9 @@ __all__ = ['RULES', 'Site', 'signature', 'tensors_of', 'rule', 'rule_for', 'alia
            'from_nowhere', 'permute', 't', 'transpose', 'unsqueeze', 'squeeze', 'flip', 'as_strided', 'roll', 'slice_',
            'select', 'unbind', 'split', 'split_with_sizes', 'cat', 'stack', 'expand', 'repeat', 'constant_pad_nd',
            'index', 'index_put', 'index_select', 'gather', 'roi_align', 'regroup', 'view', 'channel_shuffle',
-           'pixel_shuffle', 'pixel_unshuffle', 'glu', 'unfold', 'grid_sampler', 'along', 'convolution', 'mm', 'addmm',
-           'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm', 'embedding', 'unknown', 'step']
+           'pixel_shuffle', 'pixel_unshuffle', 'glu', 'unfold', 'im2col', 'col2im', 'grid_sampler', 'along',
+           'convolution', 'mm', 'addmm', 'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm',
+           'embedding', 'unknown', 'step']
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000002
 import torch
@@ -392,6 +393,20 @@ def unfold(d, s):
     d.pin_axis(x[i], f"{s} cuts windows out of it")
     x[i] = fixed(s.out_shapes[0][i])
     return [[*x, fixed(s['size'])]]
+
+@rule('im2col') # nn.Unfold: channels × positions of the window
+def im2col(d, s):
+    *x,c,h,w = s.axes('self')
+    for a in (h,w): d.pin_axis(a, f"{s} mixes positions in space")
+    return [[*x, d.merge([c, fixed(int(np.prod(s['kernel_size'])))]), fixed(s.out_shapes[0][-1])]]
+
+@rule('col2im') # nn.Fold
+def col2im(d, s):
+    *x,c,at = s.axes('self')
+    k = int(np.prod(s['kernel_size']))
+    c,window = d.split(c, [c.n//k, k])
+    for a in (window,at): d.pin_axis(a, f"{s} mixes positions in space")
+    return [[*x, c, *[fixed(n) for n in s.out_shapes[0][-2:]]]]
 
 @rule('grid_sampler_2d', 'grid_sampler_3d')
 def grid_sampler(d, s):
