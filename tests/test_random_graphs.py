@@ -1,151 +1,16 @@
-"Both laws on random convolutional graphs"
+"""Both laws on random graphs: convolutional ones, and ones with attention, norms, recurrent layers and several inputs
+
+The 500 graphs of the second kind: `pytest -m slow tests/test_random_graphs.py`"""
 import warnings
+from collections import Counter
 from copy import deepcopy
-import torch
-import torch.nn.functional as F
+import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.pruner import Pruner
-from laws import WRITTEN, awake, cut, louder, other, rel, run, silence, unread
-
-ACTS = nn.Identity, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Tanh, nn.LeakyReLU, nn.PReLU, nn.Softplus
-SIZES = 2, 3, 4, 6, 8, 12
-
-def act(k, n): return nn.PReLU(n) if ACTS[k%len(ACTS)] is nn.PReLU else ACTS[k%len(ACTS)]()
-
-def norm(k, n): return (nn.Identity(), nn.BatchNorm2d(n), nn.BatchNorm2d(n, affine=False), nn.BatchNorm2d(n), nn.InstanceNorm2d(n, affine=True))[k%5]
-
-def divisors(*ns): return [g for g in range(1, min(ns)+1) if all(n%g==0 for n in ns)]
-
-class Gate(nn.Module):
-    "Squeeze and excitation"
-    def __init__(self, n, k, a): super().__init__(); self.a,self.b,self.act = nn.Conv2d(n,k,1),nn.Conv2d(k,n,1),act(a, k)
-    def forward(self, x): return x*self.b(self.act(self.a(x.mean((2,3), keepdim=True)))).sigmoid()
-
-class Shuffle(nn.Module):
-    def __init__(self, g): super().__init__(); self.g = g
-    def forward(self, x):
-        b,c,h,w = x.shape
-        return x.view(b, self.g, c//self.g, h, w).transpose(1, 2).reshape(b, c, h, w)
-
-class Bare(nn.Module):
-    "A parameter that is added or multiplied"
-    def __init__(self, n, times): super().__init__(); self.p,self.times = nn.Parameter(torch.randn(n,1,1)),times
-    def forward(self, x): return x*self.p if self.times else x+self.p
-
-class Call(nn.Module):
-    "A function as a module"
-    def __init__(self, f): super().__init__(); self.f = f
-    def forward(self, *x): return self.f(*x)
-
-class Graph(nn.Module):
-    "A network from a list of `(kind, a, b, c, d)`, numbers that choose what is built; every tensor that is made can be used again"
-    KINDS = 'conv conv grouped depthwise transposed add add times cat cat chunk gate flip shuffle reuse tied pool down up bare slices'.split()
-    def __init__(self, spec, head):
-        super().__init__()
-        self.steps,self.parts,self.head = [],nn.ModuleList(),head
-        self.seen = [torch.zeros(1,3,8,8)] # one example of each tensor
-        for kind,*numbers in spec: getattr(self, self.KINDS[kind%len(self.KINDS)])(*numbers)
-        self.close(*head)
-
-    def add_step(self, part, *srcs):
-        with torch.no_grad(): out = part.eval()(*[self.seen[i] for i in srcs])
-        self.parts.append(part)
-        self.steps.append((len(self.parts)-1, srcs))
-        self.seen += list(out) if isinstance(out, tuple) else [out]
-    def pick(self, a, like=None):
-        "A tensor made before; of the same shape, or of the same size in space"
-        ok = [i for i,t in enumerate(self.seen) if like is None or t.shape[1:]==like]
-        return ok[-1-a%len(ok)] if ok else None
-    def near(self, a, i): # of the same size in space
-        ok = [j for j,t in enumerate(self.seen) if t.shape[2:]==self.seen[i].shape[2:]]
-        return ok[-1-a%len(ok)]
-    def n(self, i): return self.seen[i].shape[1]
-
-    def conv(self, a, b, c, d, groups=1, kind=nn.Conv2d, out=None, **kw):
-        i,k = self.pick(a),3 if c%2 else 1
-        o = out or SIZES[b%len(SIZES)]
-        self.add_step(nn.Sequential(kind(self.n(i), o, k, padding=k//2 if d%4 else 0 if min(self.seen[i].shape[2:])>3 else k//2, groups=groups, bias=bool(d%3), **kw), norm(c, o), act(d, o)), i)
-    def grouped(self, a, b, c, d):
-        n,o = self.n(self.pick(a)),SIZES[b%len(SIZES)]
-        g = divisors(n, o)
-        self.conv(a, b, c, d, groups=g[c%len(g)])
-    def depthwise(self, a, b, c, d): n = self.n(self.pick(a)); self.conv(a, b, c, d, groups=n, out=n*(1+b%2))
-    def transposed(self, a, b, c, d):
-        n,o = self.n(self.pick(a)),SIZES[b%len(SIZES)]
-        g = divisors(n, o)
-        self.conv(a, b, c, d, groups=g[c%len(g)] if d%2 else 1, kind=nn.ConvTranspose2d)
-    def add(self, a, b, c, d, f=torch.add):
-        i = self.pick(a)
-        j = self.pick(b+1, self.seen[i].shape[1:])
-        if i==j and len(self.seen)>1: # project another one
-            k = self.near(b+1, i)
-            self.add_step(nn.Conv2d(self.n(k), self.n(i), 1), k)
-            j = len(self.seen)-1
-        self.add_step(Call(f), i, j)
-    def times(self, a, b, c, d): self.add(a, b, c, d, torch.mul)
-    def cat(self, a, b, c, d):
-        i = self.pick(a)
-        self.add_step(Call(lambda *x: torch.cat(x, 1)), i, self.near(b, i), *([self.near(d, i)] if c%2 else []))
-    def chunk(self, a, b, c, d):
-        i = self.pick(a)
-        if self.n(i)%2==0: self.add_step(Call(lambda x: tuple(x.chunk(2, 1))), i)
-    def slices(self, a, b, c, d): # add to a part of it
-        i = self.pick(a)
-        j = self.near(b, i)
-        if self.n(j)<=self.n(i):
-            def f(x, y): x = x.clone(); x[:,:y.shape[1]] += y; return x
-            self.add_step(Call(f), i, j)
-    def gate(self, a, b, c, d): i = self.pick(a); self.add_step(Gate(self.n(i), SIZES[b%len(SIZES)], c), i)
-    def flip(self, a, b, c, d): self.add_step(Call(lambda x: x.flip(1+b%3)), self.pick(a))
-    def shuffle(self, a, b, c, d):
-        i = self.pick(a)
-        g = divisors(self.n(i))
-        self.add_step(Shuffle(g[b%len(g)]), i)
-    def bare(self, a, b, c, d): i = self.pick(a); self.add_step(Bare(self.n(i), b%2), i)
-    def pool(self, a, b, c, d):
-        self.add_step((nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False))[b%3], self.pick(a))
-    def down(self, a, b, c, d):
-        i = self.pick(a)
-        if self.seen[i].shape[-1]>=4: self.add_step((nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Conv2d(self.n(i), SIZES[c%len(SIZES)], 3, 2, 1))[b%3], i)
-    def up(self, a, b, c, d):
-        i = self.pick(a)
-        if self.seen[i].shape[-1]<=8: self.add_step(Call(lambda x: F.interpolate(x, scale_factor=2, mode=('nearest','bilinear')[b%2])), i)
-    def reuse(self, a, b, c, d): # a part that was used before, on another tensor
-        old = [(k,s) for k,s in self.steps if isinstance(self.parts[k], (nn.Sequential, Gate))]
-        if not old: return
-        k,(i,) = old[a%len(old)]
-        j = [j for j,t in enumerate(self.seen) if t.shape[1]==self.n(i) and min(t.shape[2:])>=3]
-        if not j: return
-        with torch.no_grad(): self.seen.append(self.parts[k].eval()(self.seen[j[-1-b%len(j)]]))
-        self.steps.append((k, (j[-1-b%len(j)],)))
-    def tied(self, a, b, c, d): # another convolution with the same weight
-        old = [(p[0],s) for k,s in self.steps if isinstance(p := self.parts[k], nn.Sequential) and type(p[0]) is nn.Conv2d and p[0].padding!=(0,0)]
-        if not old: return
-        m,(i,) = old[a%len(old)]
-        new = nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size, padding=m.padding, groups=m.groups)
-        new.weight = m.weight
-        j = [j for j,t in enumerate(self.seen) if t.shape[1]==m.in_channels]
-        self.add_step(nn.Sequential(new, act(d, m.out_channels)), j[-1-b%len(j)])
-
-    def close(self, a, b, c, d):
-        "A classifier on every tensor that nobody has used, and on one more"
-        used = {i for _,srcs in self.steps for i in srcs}
-        ends = dict.fromkeys([i for i in range(len(self.seen)) if i not in used] + [self.pick(a)])
-        flat = Call(lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1)) if b%2 else Call(lambda x: x.mean((2,3)))
-        for i in ends:
-            n = self.n(i)*(4 if b%2 else 1)
-            self.add_step(nn.Sequential(flat, *([nn.Linear(n, 6), act(c, 6), nn.Linear(6, 5)] if d%2 and ACTS[c%len(ACTS)] is not nn.PReLU else [nn.Linear(n, 5)])), i)
-        self.ends = list(range(len(self.seen)-len(ends), len(self.seen)))
-        self.seen = None
-
-    def forward(self, x):
-        made = [x]
-        for k,srcs in self.steps:
-            out = self.parts[k](*[made[i] for i in srcs])
-            made += list(out) if isinstance(out, tuple) else [out]
-        return sum(made[i] for i in self.ends)
+from laws import CONV, TRANSPOSED, WRITTEN, awake, cut, other, rel, run, silence, tensors, unread
+from random_graphs import INPUTS, RMS, Fused, Graph, Mixed, Multihead, Recurrent, Separate, again
 
 number = st.integers(0, 11)
 graphs = st.tuples(st.lists(st.tuples(st.integers(0, len(Graph.KINDS)-1), number, number, number, number), min_size=2, max_size=12), st.tuples(*[number]*4))
@@ -196,3 +61,147 @@ def test_examples_are_of_every_kind(): # the graphs above are not all trivial
         some += len(graph[0])>=6
     see()
     assert {'Conv2d','ConvTranspose2d','BatchNorm2d','InstanceNorm2d','Gate','Shuffle','Bare','Sigmoid','PReLU','MaxPool2d','AvgPool2d'} <= kinds and some > 10
+
+# ---- attention, norms, recurrent layers, several inputs
+
+mixed_graphs = st.tuples(st.lists(st.tuples(st.integers(0, len(Mixed.KINDS)-1), number, number, number, number), min_size=1, max_size=5), st.tuples(*[number]*4), st.integers(0, len(INPUTS)-1))
+NORMS = nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMS
+
+@torch.no_grad()
+def lively(graph, seed=0):
+    "A network of which no part is zero or one by initialisation, and its input"
+    torch.manual_seed(seed)
+    m,x = Mixed(*graph).double(),INPUTS[graph[2]%len(INPUTS)]()
+    for p in m.parameters(): p.copy_(torch.rand_like(p)+.5 if p.dim()<2 else torch.randn_like(p)*(1.5/p[0].numel()**.5 if p.dim()<3 else .5))
+    return awake(m, x, seed),x
+
+def gone(plan): return {(e.param,e.dim): sorted(set(range(e.n))-set(e.keep)) for e in plan.edits}
+
+def reads(m, name):
+    "The dimension along which a parameter reads"
+    path,_,k = name.rpartition('.')
+    c = m.get_submodule(path)
+    return 0 if isinstance(c, TRANSPOSED) else 1 if isinstance(c, CONV+(nn.Linear, nn.MultiheadAttention, nn.RNNBase)) and 'weight' in k else None
+
+@torch.no_grad()
+def emptied(m, plan, readers=True):
+    "A copy of the wide network in which all that writes a channel that goes is zero, and all that reads it"
+    m = deepcopy(m)
+    own = dict(m.named_parameters())
+    for (n,dim),at in gone(plan).items():
+        if n in own and (readers or reads(m, n)!=dim): own[n].index_fill_(dim, torch.tensor(at), 0)
+    return m
+
+def unseen(m, plan):
+    "The same, and no norm sees these channels"
+    m = emptied(m, plan)
+    for (n,_),at in gone(plan).items():
+        c = m.get_submodule(n.rpartition('.')[0])
+        if isinstance(c, NORMS) and n.endswith('weight'): c.register_forward_pre_hook(lambda c, x, at=at: x[0].index_fill(1 if isinstance(c, nn.GroupNorm) else -1, torch.tensor(at), 0))
+    return m
+
+def gradients(m, x):
+    m.zero_grad()
+    sum(t.square().mean() for t in tensors(m(**x) if isinstance(x, dict) else m(*x) if isinstance(x, tuple) else m(x))).backward()
+    return {n:p.grad for n,p in m.named_parameters()}
+
+def same_step(small, wide, plan, x, tol):
+    "Gradients are those of the wide network, as far as they stay"
+    a,b,keep = gradients(small, x),gradients(wide, x),{}
+    for e in plan.edits: keep.setdefault(e.param, []).append((e.dim, torch.tensor(e.keep)))
+    most = max(g.abs().max() for g in b.values() if g is not None)
+    for n,g in a.items():
+        want = b[n]
+        if want is None: assert g is None; continue
+        for dim,k in keep.get(n, ()): want = want.index_select(dim, k)
+        assert g.shape==want.shape and (g-want).abs().max()<=tol*most, n
+
+def chosen(groups, seed, plain):
+    "Some of the groups, heads and their widths alike; with `plain` only those that no statistics are over"
+    g = torch.Generator().manual_seed(seed)
+    return [k.name for k in groups if torch.rand(1, generator=g)<.7 and k.n>1 and not (plain and k.mixed)]
+
+def what(m, plan):
+    "Kinds of parts that a plan makes smaller"
+    at,res = gone(plan),set()
+    for n,c in m.named_modules():
+        rows = lambda k, dim=0: at.get((f"{n}.{k}".lstrip('.'), dim), [])
+        if isinstance(c, (Fused,Separate)):
+            name,size = ('qkv',3*c.h*c.d) if isinstance(c, Fused) else ('q',c.h*c.d)
+            k = sorted(set(range(size))-set(rows(f"{name}.weight")))
+            if isinstance(c, Separate) or c.code%4!=2: heads,dims = {i//c.d%c.h for i in k},{i%c.d for i in k}
+            else: heads,dims = {i//(3*c.d) for i in k},{i%c.d for i in k}
+            res |= {'heads'} if len(heads)<c.h else set()
+            res |= {'head dims'} if len(dims)<c.d else set()
+        if isinstance(c, nn.MultiheadAttention) and (rows('in_proj_weight') or rows('q_proj_weight')): res.add('multihead')
+        if isinstance(c, NORMS) and rows('weight'): res.add(type(c).__name__)
+        if isinstance(c, nn.RNNBase) and rows('weight_hh_l0', 1): res.add(type(c).__name__)
+        if isinstance(c, nn.Embedding) and rows('weight', 1): res.add('Embedding')
+        if rows('p', 2): res.add(type(c).__name__)
+        if rows('table', 1): res.add('position table')
+        if rows('scale'): res.add('LayerScale')
+        if rows('up.weight'): res.add('MLP')
+    return res
+
+WAYS = 'exact', 'exact some', 'plain some', 'plain'
+
+def hold(graph, fraction, way, readers, seed=0):
+    "Both laws on one graph; returns the report and what was cut, or None where it is asleep"
+    m,x = lively(graph, seed)
+    y = again(x)
+    if rel(run(m, x), run(m, again(x, 2)))<1e-6: return None
+    kw = dict(exact_norms='exact' in way)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if 'some' in way: fraction = dict.fromkeys(chosen(Pruner(m, x, **kw).couple().groups, seed, 'plain' in way), fraction)
+        if fraction=={}: return None
+        small = deepcopy(m)
+        r = Pruner(small, x, **kw).prune(fraction, criterion='random')
+        assert r.error is None or r.error<1e-10, r
+        if way!='plain' and not any('softmax' in why for _,why in r.plan.mixed): assert not r.plan.mixed, r
+        if not r.plan.mixed: agree(small, unseen(m, r.plan), r, x, y)
+        else: gradients(small, y)
+        sparse = emptied(m, r.plan, readers)
+        small = deepcopy(sparse)
+        r2 = Pruner(small, x, **kw).prune()
+    fickle = r2.plan.folds and any(isinstance(b, nn.modules.batchnorm._BatchNorm) for b in m.modules()) # what it makes of a constant differs between the modes
+    agree(small, sparse, r2, x, y, step=readers and not fickle)
+    return r,r2,what(m, r.plan)
+
+def agree(small, want, r, x, y, step=True):
+    for z in (x, y): assert rel(run(small.eval(), z), run(want.eval(), z))<1e-10, r
+    if not step: return
+    for z in (x, y): assert rel(run(small.train(), z), run(want.train(), z))<1e-9, r
+    same_step(small, want, r.plan, y, 1e-8)
+
+PARTS = {'Fused','Separate','Multihead','Windows','Channels','MLP','TransformerEncoderLayer','TransformerDecoderLayer','LSTM','GRU','Embedding','Tied','ClassToken','Positions','GatedTokens',
+    'LayerNorm','RMSNorm','RMS','GroupNorm','BatchNorm1d','Conv1d','Conv2d'}
+SHARES = {'heads':.08, 'head dims':.12, 'multihead':.05, 'MLP':.15, 'norms':.25, 'recurrent':.05, 'Embedding':.1, 'LayerScale':.1, 'positions':.03} # of all graphs: what is made smaller
+
+def many(n, **kw):
+    "Both laws on `n` graphs, of which a large share is cut where it matters"
+    tally = Counter()
+    @settings(**{**calm, 'max_examples':n, **kw})
+    @given(mixed_graphs, st.sampled_from([.25, .5, .9]), st.sampled_from(WAYS), st.booleans(), st.integers(0, 9))
+    def check(graph, fraction, way, readers, seed):
+        res = hold(graph, fraction, way, readers, seed)
+        tally['asked'] += 1
+        if res is None: return
+        r,r2,cuts = res
+        norms,rnns = cuts&{k.__name__ for k in NORMS},cuts&{'LSTM','GRU','RNN'}
+        tally.update(['all', way, *cuts, *['norms'][:len(norms)], *['recurrent'][:len(rnns)], *['positions'][:len(cuts&{'ClassToken','Positions'})]])
+        tally.update({f"has {type(p).__name__}" for p in Mixed(*graph).modules()} | {f"input {graph[2]}", f"output {graph[1][3]%4}"})
+        if r.plan.mixed: tally['mixed'] += 1
+        elif readers and not r2.plan.held: # what nobody writes and nobody reads is found
+            tally['found'] += 1
+            assert all(v<=cut(r2.plan).get(k, set()) for k,v in cut(r.plan).items()), r2
+    check()
+    assert tally['all']>=.8*tally['asked'] and tally['mixed']<.3*tally['all'] and tally['found']>.25*tally['all'], tally
+    assert all(tally[k]>=v*tally['all'] for k,v in SHARES.items()), tally
+    assert {f"has {k}" for k in PARTS}|{f"input {k}" for k in range(len(INPUTS))}|{f"output {k}" for k in range(4)}|{*WAYS} <= set(tally), tally
+    return tally
+
+def test_both_laws_with_attention(): many(150)
+
+@pytest.mark.slow
+def test_both_laws_with_attention_500(): many(500)
