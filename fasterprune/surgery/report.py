@@ -141,7 +141,7 @@ def _equal(self):
 
 _counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape') # every standard layer has these set; that goes without saying
 
-def _modules(names): return f"{names[0]}{f' and {len(names)-1} more' if len(names)>1 else ''}"
+def _modules(names): return f"{names[0] or 'the model'}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
 def _calls(s): # What a module's calls do, in words
     names = lambda said: ', '.join(dict.fromkeys(k.name for k in said))
@@ -189,7 +189,7 @@ def _repr_html_(self:Report):
     import html
     body = ''.join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{html.escape(b)}</td></tr>" for a,b in _lines(self))
     cut = self.table()
-    rows = cut.to_html(border=0, formatters={k:_number for k in cut.columns[1:]})
+    rows = cut.to_html(border=0, na_rep='–', formatters={k:_number for k in cut.columns[1:]})
     return f"<table>{body}</table>" + (f"<details><summary>{len(cut)} layers changed</summary>{rows}</details>" if len(cut) else '')
 
 def _number(v): return '–' if pd.isna(v) else f"{v:,}"
