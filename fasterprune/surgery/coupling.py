@@ -70,7 +70,7 @@ class Coupler(Labels):
         self.model,self.trace = model,trace
         self.env = {i:[Axis(n) for n in trace.shapes[i]] for i in trace.names}
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
-        self.reads,self.mixed,self.counts,self.starts,self.writes = [],[],[],[],[]
+        self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
     def free(self, n): return Axis(n) if n>1 else fixed(n)
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
@@ -137,10 +137,10 @@ def _param(self:Coupler, a, p, role):
 # %% ../../nbs/surgery/04_coupling.ipynb #0000000a
 @patch
 def _count(self:Coupler, s, attr:str, a:Axis):
-    "Note that a module's attribute counts the positions of an axis; pin it where no module does"
+    "Note that a module's attribute counts the positions of an axis, or that the code says their number: a dry run will see whether it follows"
     m = self.model.get_submodule(s.node.module)
     if getattr(m, attr, None)==a.n and isinstance(m, (nn.modules.conv._ConvNd, nn.GroupNorm)): self.counts.append((s.node.module, attr, a))
-    else: self.pin_axis(a, f"{s} has its number of {attr} written in the code")
+    else: self.numbers.append((s.node.index, 'group' if attr=='num_groups' else attr, a))
 
 @patch
 def matmul(self:Coupler, s, a, b):

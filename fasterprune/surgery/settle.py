@@ -32,7 +32,10 @@ class Ways:
         env = self.c.labels.env
         return {**{m:-2 for m,q in self.scaled if not self.c.labels.keeps(env[q.id][-1], gone).all()}, **self.at}
 
-    def fixes(self, gone)->dict: "Module path → the way that is being tried"; return {m:w for m,i in self.now(gone).items() if (w := self.of(m, gone)[i]) is not None}
+    def fixes(self, gone)->dict:
+        "Module path → the way that is being tried"
+        ways = {m:(self.of(m, gone), i) for m,i in self.now(gone).items()}
+        return {m:w[max(i, -len(w))] for m,(w,i) in ways.items() if w[max(i, -len(w))] is not None}
 
     def another(self, module:str, gone)->bool:
         "Try the next way for this module, and for others of its class that are as far; False if there is none"
