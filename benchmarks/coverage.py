@@ -46,6 +46,7 @@ def read_rows(path:Path)->dict:
 def problems(r:dict)->list:
     "What is wrong with a row: nothing if it passes"
     res = [f"{k}: {v}" for k,v in r.get('fail', {}).items() if not k.startswith('peer')]
+    if weak(r): res.append(f"the law says little: outputs differ by {r['law']['signal']:.0e} between inputs")
     res += [f"no {k}" for k in ('captured', 'removed', 'forward_1', 'forward_2', 'backward') if not r.get(k) and not r.get('fail')]
     if (law := r.get('law')) and law['error'] is None: res.append(f"law not checked: {law['text']}")
     if r.get('ours_s', 0)>10: res.append(f"{r['ours_s']:.1f} s, mostly {slowest_stage(r)}")
@@ -55,6 +56,7 @@ def problems(r:dict)->list:
     return res
 
 def behind(r:dict)->bool: "Does the peer reach 40 % where we do not?"; return bool(r.get('peer_works')) and r.get('peer_kept', 1)<=.4<r.get('kept', 0)
+def weak(r:dict)->bool: "Do the outputs of the pruned model hardly depend on its input?"; s = (r.get('law') or {}).get('signal'); return s is not None and s<1e-6
 def ratio(r:dict)->float|None: "Our time over the peer's, if that did anything"; return r['ours_s']/r['peer_s'] if 'ours_s' in r and r.get('peer_kept', 1)<.99 else None
 def pins(r:dict)->str: return '; '.join(f"{n} ({k} of {a}): {why}" for n,k,a,why in r.get('pins', [])[:3]) or 'nothing'
 def slowest_stage(r:dict)->str: return ' '.join(f"{k} {v:.1f} s" for k,v in sorted(r.get('stages', {}).items(), key=lambda kv: -kv[1])[:2])
