@@ -78,3 +78,31 @@ def test_dead_experts():
     r = Pruner(small, rows).prune()
     assert r.removed==8 and small.up.shape==(3,16,24) and small.down.shape==(3,16,24)
     assert rel(small(rows), m(rows)) < 1e-5
+
+# --- weight_norm: a filter that goes takes its length along; the norm of a filter is over its inputs, so these stay
+
+def normed(old):
+    wn = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings(record=True): a,b = wn(C(3,8)),wn(C(6,8))
+    return nn.Sequential(a, nn.ReLU(), C(8,6), nn.ReLU(), b, nn.ReLU(), C(8,4)).double().eval()
+
+@torch.no_grad()
+@pytest.mark.parametrize('old', [False,True], ids=['parametrized','hook'])
+def test_weight_norm(old):
+    m = normed(old)
+    small = deepcopy(m)
+    r = Pruner(small, x).prune(.5)
+    assert r.removed==4+4 and r.error<1e-10 and small(x).shape==(2,4,8,8) and small[0].weight.shape==(4,3,3,3) and small[4].weight.shape==(4,6,3,3)
+    gone = {e.param:[i for i in range(e.n) if i not in e.keep] for e in r.plan.edits if e.dim==1}
+    for k in (2,6): m[k].weight[:,gone[f'{k}.weight']] = 0
+    for y in (x, other(x)): assert rel(run(small, y), run(m, y)) < 1e-10
+
+@torch.no_grad()
+@pytest.mark.parametrize('old', [False,True], ids=['parametrized','hook'])
+def test_dead_filters_of_weight_norm(old):
+    m = normed(old)
+    g = m[0].weight_g if old else m[0].parametrizations.weight.original0
+    g[[1,4]] = 0; m[0].bias[[1,4]] = 0
+    small = deepcopy(m)
+    assert Pruner(small, x).prune().removed==2 and small(x).shape==(2,4,8,8) and small[0].weight.shape==(6,3,3,3)
+    for y in (x, other(x)): assert rel(run(small, y), run(m, y)) < 1e-10

@@ -11,7 +11,7 @@ __all__ = ['RULES', 'Site', 'signature', 'tensors_of', 'rule', 'rule_for', 'alia
            'index', 'index_put', 'index_select', 'gather', 'roi_align', 'regroup', 'view', 'channel_shuffle',
            'pixel_shuffle', 'pixel_unshuffle', 'glu', 'unfold', 'im2col', 'col2im', 'grid_sampler', 'along',
            'convolution', 'mm', 'addmm', 'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm',
-           'embedding', 'unknown', 'step']
+           'weight_norm', 'embedding', 'unknown', 'step']
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000002
 import torch
@@ -472,6 +472,14 @@ def native_layer_norm(d, s):
 def native_group_norm(d, s):
     x = d.group_norm(s)
     return [x] + [[fixed(n) for n in shape] for shape in s.out_shapes[1:]]
+
+@rule('_weight_norm_interface') # each slice of a weight along `dim` over its norm, times a number of its own
+def weight_norm(d, s):
+    v,i = list(s.axes('v')),s['dim']
+    for j,a in enumerate(v):
+        if j!=i: d.pin_axis(a, f"{s} divides by the norm over it")
+    v[i] = d.same(v[i], s.axes('g')[i])
+    return [v, list(s.axes('g'))]
 
 @rule('embedding')
 def embedding(d, s):
