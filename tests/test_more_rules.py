@@ -11,6 +11,10 @@ from test_surgery_nets import C, Net, P, X
 
 x = X(2,3,8,8)
 CASES = { # name → (forward, parts, units that go at one half, part of the reason of a pin)
+    'every_second': (lambda s,x: s.c((y:=s.a(x))[:,::2].relu()*y[:,1::2].sigmoid()), dict(a=C(3,16), c=C(8,4)), 4, ''),
+    'every_third_back': (lambda s,x: s.c(torch.stack([(y:=s.a(x))[:,2::3].relu(), y[:,::3], y[:,1::3].tanh()], 2).flatten(1, 2)), dict(a=C(3,12,bias=False), c=C(12,4)), 2, ''),
+    'every_third_of_eight': (lambda s,x: s.c(s.b(s.a(x))[:,::3]), dict(a=C(3,6), b=C(6,8), c=C(3,4)), 3, 'takes every 3th'),
+    'from_the_third': (lambda s,x: s.c(s.b(s.a(x))[:,2::2]), dict(a=C(3,6), b=C(6,8), c=C(3,4)), 3, 'takes every 2th'),
     'unfold': (lambda s,x: s.c(s.a(x).unfold(2, 3, 2).unfold(3, 3, 2).mean((4,5))), dict(a=C(3,8), c=C(8,4)), 4, ''),
     'unfold_over_channels': (lambda s,x: s.c(s.b(s.a(x)).unfold(1, 4, 2).mean(4)), dict(a=C(3,6), b=C(6,8), c=C(3,4)), 3, 'cuts windows out'),
     'unfold_2d': (lambda s,x: s.c(s.b(F.unfold(s.a(x), 3, padding=1, stride=2).mT)), dict(a=C(3,8), b=nn.Linear(72,6), c=nn.Linear(6,4)), 4+3, ''),

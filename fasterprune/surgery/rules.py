@@ -182,10 +182,19 @@ def slice_(d, s):
     x,i,step = list(s.axes('self')),s['dim'],s['step'] or 1
     n = x[i].n
     if s.out_shapes[0]==s.shape('self'): return [x]
-    if step!=1: d.pin_axis(x[i], f"{s} takes every {step}th position")
+    if step!=1: return _every(d, s, x, i, step)
     start = range(n)[slice(s['start'], s['end'], step)].start
     d.begins(s, x[i], start)
     x[i] = d.take(x[i], np.arange(n)[slice(s['start'], s['end'], step)])
+    return [x]
+
+def _every(d, s, x, i, step): # x[..., 1::2]: one of each `step` positions, and they go together
+    a,at = x[i],np.arange(x[i].n)[slice(s['start'], s['end'], step)]
+    why = f"{s} takes every {step}th position"
+    whole = step<a.n and a.n%step==0 and len(at)==a.n//step
+    outer,inner = d.split(a, [len(at), step]) if whole else (None,a)
+    d.pin_axis(inner, why)
+    x[i] = outer if whole else d.take(a, at)
     return [x]
 
 @rule('select', 'select_copy')
