@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False):
         super().__init__()
-        self.training,self.exact = training,exact
+        self.training,self.exact,self.check = training,exact,None
         self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
         self.listen,self.run,self.seen,self.at = listen,run or plainly,{},{}
 
@@ -298,15 +298,21 @@ def _refill(v, content):
 # %% ../../nbs/surgery/01_capture.ipynb #00000017
 class Adapted:
     "An adapter bound to a module"
-    def __init__(self, module:nn.Module): self.module = module
-    def __call__(self, *args, **kwargs): return forward_of(self.module)(self.module, *args, **kwargs)
+    def __init__(self, module:nn.Module, check:Callable|None=None): self.module,self.check = module,check
+    def __call__(self, *args, **kwargs):
+        out = forward_of(self.module)(self.module, *args, **kwargs)
+        if self.check is not None: self.check(self.module, args, kwargs, out)
+        return out
 
 @contextlib.contextmanager
-def adapted(model:nn.Module):
+def adapted(
+    model:nn.Module,
+    check:Callable|None=None, # Is given each such module, its arguments and what its adapter returned
+):
     "Let modules that have an adapter run through it"
     ms = [m for m in model.modules() if type(m) in ADAPTERS and 'forward' not in vars(m)]
     try:
-        for m in ms: m.forward = Adapted(m)
+        for m in ms: m.forward = Adapted(m, check)
         yield
     finally:
         for m in ms: vars(m).pop('forward', None)
@@ -337,11 +343,14 @@ def swapped(
     own = state_of(model)
     new = {id(own[n]):t for n,t in state.items()}
     places = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k,t in d.items() if id(t) in new]
+    flat = [(vars(m), vars(m)['_flat_weights']) for m in model.modules() if isinstance(m, nn.RNNBase)] # which it calls its operator with
     try:
         for d,k,t in places: d[k] = new[id(t)]
+        for d,ws in flat: d['_flat_weights'] = [new.get(id(w), w) for w in ws]
         yield
     finally:
         for d,k,t in places: d[k] = t
+        for d,ws in flat: d['_flat_weights'] = ws
 
 def record(
     model:nn.Module, # Any module
@@ -355,7 +364,7 @@ def record(
     for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with unchanged(model), adapted(model), plain_operators(model, rec.training), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
+    with unchanged(model), adapted(model, rec.check), plain_operators(model, rec.training), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
         out = model(*args, **kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")

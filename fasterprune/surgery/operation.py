@@ -23,7 +23,7 @@ from .liveness import observe
 from .plan import Plan, fold_targets, folds_of, signed
 from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
-from .verify import outputs, relative_error, tolerance
+from .verify import check_adapters, outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000005
 @dataclass(frozen=True)
@@ -66,13 +66,16 @@ def cut_(
     verify:bool=True,
 )->tuple: # The error and its precision
     "Apply a plan and check its law; going back is left to the caller"
-    if verify: want,dtype = reference(model, x, c, gone, law)
+    if verify:
+        check_adapters(model, x, c.trace.training)
+        want,dtype = reference(model, x, c, gone, law)
     apply_(model, plan, optimizer)
     error = None
     if verify:
         error = relative_error(got := outputs(model, x, dtype=dtype, training=c.trace.training), want)
         dtype = dtype or got[0].dtype
         if not error<=_limit(model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
+        if not any(t.numel() for t in want): return None,'the outputs for this example are empty'
     return error,str(dtype).removeprefix('torch.') if verify else ''
 
 def _limit(model, plan, dtype): # a folded constant is rounded to the precision of the parameter that takes it

@@ -134,7 +134,7 @@ def in_adapters(
 
 # %% ../../nbs/surgery/15_report.ipynb #0000000d
 def _equal(self):
-    if self.error is None: return 'not verified'
+    if self.error is None: return f"not verified{': ' if self.dtype else ''}{self.dtype}"
     to = 'the model before' if self.law=='masks' else 'the model in which nobody reads them'
     if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
     return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype})"
