@@ -14,7 +14,7 @@ command = [sys.executable, '-m', 'fasterprune']
 def quick():
     "Latencies are not what is tested here"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('fasterprune.cli._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
+        m.setattr('fasterprune.job._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
         yield
 
 @pytest.fixture(scope='module')
@@ -83,7 +83,7 @@ def test_wrong_input_is_one_line(tmp_path):
 def test_help():
     p = subprocess.run([*command, '--help'], capture_output=True, text=True)
     assert p.returncode == 0
-    for o in ('sparsity', 'granularity', 'criterion', 'context', 'schedule', 'epochs', 'data', 'out', 'seed'): assert f'--{o}' in p.stdout
+    for o in ('sparsity', 'granularity', 'criterion', 'context', 'schedule', 'epochs', 'data', 'out', 'seed', 'budget', 'round-to', 'per'): assert f'--{o}' in p.stdout
 
 @pytest.mark.parametrize('kw,text', [
     (dict(sparsity=50), 'sparsity is a fraction in [0, 1], not 50; did you mean 0.5?'),
@@ -94,6 +94,12 @@ def test_help():
     (dict(criterion='l3'), "no criterion 'l3'; choose from 'l1', 'l2'"),
     (dict(context='everywhere'), "no context 'everywhere'; choose from 'local', 'global'"),
     (dict(schedule='apg'), "no schedule 'apg'; did you mean 'agp'?"),
+    (dict(budget='macs'), "budget: macs is a number, as in macs=0.5, not ''"),
+    (dict(budget='flops=.5'), "budget: no cost 'flops'; choose from 'params', 'macs', 'latency', 'memory'"),
+    (dict(budget='macs=50.5'), 'macs of a budget is a fraction in (0, 1]'),
+    (dict(budget='macs=.5', granularity='weight'), "channels are pruned by granularity 'filter' or 'shared_kernel', not 'weight'"),
+    (dict(round_to=0), 'round_to is a whole number of units, at least 1, not 0'),
+    (dict(per='flops'), "per: no cost 'flops'; choose from 'params', 'macs'"),
     (dict(epochs=0), 'epochs is a whole number, at least 1, not 0'),
     (dict(seed=-1), 'seed is a whole number, at least 0, not -1'),
     (dict(data='nowhere'), "no data 'nowhere'; it must be 'digits', 'mnist', 'cifar', or a folder"),
@@ -130,6 +136,18 @@ def test_options_have_an_effect(kw):
 def test_context_has_an_effect():
     a,b = (run_job(Job(epochs=1, context=c, criterion='l2')) for c in ('local', 'global'))
     assert a.report.rows() != b.report.rows() and b.equal
+
+@pytest.mark.parametrize('kw', [dict(budget='macs=.3', round_to=4), dict(budget='params=.4,macs=.5', context='isomorphic'), dict(context='isomorphic', round_to=8), dict(budget='macs=.5', per='macs', granularity='shared_kernel')])
+def test_planned_jobs(kw):
+    "What is removed after the training is what was planned before it"
+    r = run_job(Job(epochs=1, **kw))
+    assert r.equal and r.report.removed and all(b%kw.get('round_to', 1)==0 for _,_,b in r.report.rows()), r.report
+    d,p = r.comparison['dense'],r.comparison['pruned']
+    left = [getattr(p, k)/getattr(d, k)/float(v) for k,v in (b.split('=') for b in kw.get('budget', '').split(',') if b)]
+    assert not left or .85<max(left)<=1
+    assert r.updates[-1]['sparsity']==pytest.approx(r.updates[-1]['requested']) and all(f"--{k.replace('_', '-')} {v}" in r.job.command for k,v in kw.items())
+    page = job_page(r, {n: b'\x89PNG\r\n\x1a\n'+bytes(16) for n in pictures})
+    assert kw.get('budget', 'of the units become zero') in page
 
 def test_schedule_has_an_effect():
     asked = {s: [schedule_of(Job(schedule=s))(k/3, .5) for k in range(4)] for s in ('agp', 'one_shot', 'linear')}

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB,NBS = ROOT/'fasterprune',ROOT/'nbs'
-ORDER = ('core', 'schedule', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'persist', 'callback', 'data', 'cli', 'all', '__main__')
+ORDER = ('core', 'schedule', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'persist', 'callback', 'data', 'job', 'cli', 'all', '__main__')
 NOTEBOOKS = {}
 for p in sorted(NBS.rglob('*.ipynb')): # module → notebook
     m = re.search(r'#\|\s*default_exp\s+([\w.]+)', p.read_text(encoding='utf-8'))
@@ -56,7 +56,7 @@ def test_no_cycles():
         path.pop(); done.add(m)
     for m in PATHS: visit(m)
 
-ONLY = dict(fastai=('callback', 'data', 'cli'), matplotlib=('measure.plots',), safetensors=('persist',), onnx=('persist',))
+ONLY = dict(fastai=('callback', 'data', 'job', 'cli'), matplotlib=('measure.plots',), safetensors=('persist',), onnx=('persist',))
 @pytest.mark.parametrize('m', PATHS)
 def test_each_library_in_its_place(m):
     for name,_,line in imports(m):
