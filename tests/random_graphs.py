@@ -260,10 +260,7 @@ class RMS(nn.Module):
 class Turned(nn.Module):
     "A module for channels in the second dimension, over tokens"
     def __init__(self, m): super().__init__(); self.m = m
-    def forward(self, x):
-        x = x.transpose(1, 2)
-        if isinstance(self.m, nn.BatchNorm1d): x = x.contiguous() # of other strides, fake tensors and real ones differ, and linear layers take another path
-        return self.m(x).transpose(1, 2)
+    def forward(self, x): return self.m(x.transpose(1, 2)).transpose(1, 2)
 
 def token_norm(k, c):
     g = divisors(c)
