@@ -172,31 +172,48 @@ def test_unknown_layers_are_refused(kw, text):
 # names, while what cannot be cut is found out
 
 class Picky(nn.Module):
-    "Its code wants eight channels of `a`, whatever they are, or of its first half"
-    def __init__(self, half=False):
+    "Its code wants eight channels of `a`"
+    def __init__(self):
         super().__init__()
-        self.a,self.b,self.c,self.half = nn.Conv2d(3,8,1),nn.Conv2d(8,8,1),nn.Conv2d(8,4,1),half
+        self.a,self.b,self.c = nn.Conv2d(3,8,1),nn.Conv2d(8,8,1),nn.Conv2d(8,4,1)
     def forward(self, x):
         x = self.a(x).relu()
-        if self.half: x = torch.cat([x[:,:4]*torch.ones(1,4,1,1).expand(-1,-1,6,6), x[:,4:]], 1)
-        elif x.shape[1]!=8: raise ValueError('eight')
+        if x.shape[1]!=8: raise ValueError('eight')
         return self.c(self.b(x*2).relu())
 
-@pytest.mark.parametrize('half', [False, True])
-def test_named_groups_that_a_dry_run_pins_are_left_out(half):
-    m = Picky(half).eval()
+class FourHeads(nn.Module):
+    "Its code wants four heads"
+    def __init__(self): super().__init__(); self.qkv,self.out = nn.Linear(6,48),nn.Linear(16,6)
+    def forward(self, x):
+        q,k,v = self.qkv(x).view(len(x), -1, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        a = (q@k.transpose(-2, -1)).softmax(-1)
+        if a.shape[1]!=4: raise ValueError('four')
+        return self.out((a@v).transpose(1, 2).flatten(2))
+
+def test_named_groups_that_a_dry_run_pins_are_left_out():
+    m = Picky().eval()
     P = Pruner(m, X)
     P.couple()
-    assert {'a','b'}<=set(P.coupling.by_name) # both could be named
+    assert {'a','b'}==set(P.coupling.by_name) # both can be named
     plan = P.plan({'a':.5, 'b':.25})
-    assert ('b', 8, 6) in plan.rows() and any('a' in n for n,*_ in plan.pins) and sum(a-b for _,a,b in plan.rows())<=4+2
+    assert plan.rows()==[('b', 8, 6)] and any(n=='a' and 'eight' in why for n,_,_,why in plan.pins)
     P.prune({'a':.5, 'b':.25})
-    assert m(X).isfinite().all() and m.b.out_channels==6
+    assert m(X).isfinite().all() and (m.a.out_channels,m.b.out_channels)==(8,6)
     only = Pruner(Picky(), X)
     assert not only.plan({'a':.5}).edits
     with pytest.warns(NoEffectWarning, match='left alone: .*eight'): only.prune({'a':.5})
     with pytest.raises(ValueError, match="no group 'd'"): P.plan({'a':.5, 'd':.5})
     with pytest.raises(ValueError, match="'c' cannot be pruned: the output of the model keeps its shape"): P.plan({'a':.5, 'c':.5})
+
+def test_named_groups_that_get_another_name():
+    m,x = FourHeads().eval(),torch.randn(2,5,6)
+    P = Pruner(m, x)
+    P.couple()
+    names = set(P.coupling.by_name)
+    assert any('[outer]' in n for n in names)
+    r = P.prune({n:.5 for n in names})
+    now = {g.name for g in P.coupling.groups}
+    assert now=={'qkv'} and r.removed==2 and r.error<1e-10 and m(x).shape==(2,5,6) # the width of the heads, which has the name for itself
 
 # warnings
 
