@@ -68,6 +68,7 @@ def new_attributes(
         def shape(k): t = getattr(m, k, None); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
         if n not in counts and not any(id(t) in by_tensor for t in [*m._parameters.values(), *m._buffers.values()]): continue
         values = {**counts.get(n, {}), **_sizes(m, shape, counts.get(n, {}))}
+        values = {k:(v,) if isinstance(v, int) and isinstance(getattr(m, k), tuple) else v for k,v in values.items()}
         res += [(m, k, v) for k,v in values.items() if getattr(m, k)!=v]
     return res
 

@@ -83,6 +83,7 @@ class Trace:
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
     calls:list = field(default_factory=list) # `Call`s in which Python code says a size
     asked:set = field(default_factory=set) # `Ref` ids of tensors whose size the code asked for
+    own:dict = field(default_factory=dict) # Module path → {call: the sizes that its code said by itself}, of modules that say planned ones
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
 
@@ -221,6 +222,7 @@ class CallLog(TorchFunctionMode):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
         if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): self.rec.trace.asked.add(self.rec.ref(args[0]).id)
+        if name=='multi_head_attention_forward': self.rec.trace.asked.update(self.rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
         who,frame,node = f"{caller()} {name}",self.rec.stack[-1],len(self.rec.trace.nodes)
         for f in self.rec.stack: f.calls[who] += 1

@@ -9,6 +9,7 @@ __all__ = ['particular', 'says', 'mismatch', 'numbers_of', 'notices', 'predicted
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000002
 import copy
+from dataclasses import replace
 from functools import lru_cache
 import numpy as np
 from torch import nn
@@ -43,9 +44,9 @@ def mismatch(
         for k,a in said.get(old.index, ()):
             if Site(new, None, {})[k]!=kept.count(a): return [a],f"{code} has its number of {k.removesuffix('s')}s written in it",old.module
         if old.index in starts and (a := _misplaced(l, kept, *starts[old.index], new)) is not None: return [a],f"{code} slices from a fixed position",old.module
-        if other or t.fake: # does it compute with another number, or with one that came from such a one?
+        if (changed := numbers_of(old, not t.fake)!=numbers_of(new, not t.fake)) or other: # does it compute with another number, or with one that came from such a one?
             refs = tensors_of(old)
-            if not (t.fake and numbers_of(old)!=numbers_of(new)) and not any(r in other for r in refs): continue
+            if not changed and not any(r in other for r in refs): continue
             if not all(r in other for r in refs): return _met(l, old),f"{old.op} in {old.module or 'the model'} uses a number that depends on the size",old.module
             other.update(old.outs)
 
@@ -86,11 +87,12 @@ def _raised_in(e, model):
 
 def numbers_of(
     node:Node,
+    fractions:bool=False, # Only those that are no whole numbers, for the values may have decided how many there are of something
 )->list[str]: # Nine digits
     "What an operator computes with, such as the scale of an attention, but no sizes"
     if not (names := _numeric(node.func)) and not node.value: return []
     args = {n:node.kwargs.get(n, node.args[i] if i<len(node.args) else None) for i,n in names}
-    return [f"{a:.9g}" for a in [*args.values(), *node.value] if isinstance(a, (int,float)) and not isinstance(a, bool)]
+    return [f"{a:.9g}" for a in [*args.values(), *node.value] if isinstance(a, (int,float)) and not isinstance(a, bool) and not (fractions and a==round(a, 0))]
 
 @lru_cache(maxsize=None)
 def _numeric(func): # (position, name) of the arguments that are numbers, or tensors that may be numbers
@@ -137,11 +139,11 @@ def dry_run(
     rec = Recorder(training=c.trace.training)
     try:
         if c.trace.fake:
-            with attributes(new_attributes(model, plan)), installed(model, plan.sized): fake_trace(model, x, planned_shapes(model, plan), rec)
+            with attributes(new_attributes(model, plan)), installed(model, plan.sized) as rec.trace.own: fake_trace(model, x, planned_shapes(model, plan), rec)
         else:
             small = copy.deepcopy(model)
-            apply_(small, plan)
-            record(small, x, rec)
+            apply_(small, replace(plan, sized=()))
+            with installed(small, plan.sized) as rec.trace.own: record(small, x, rec)
     except Exception as e: # whatever the user's code raises is an answer: it cannot run at these sizes
         found = mismatch(c, gone, rec.trace.nodes, rec.trace.shapes)
         if found: return found,rec.trace

@@ -79,7 +79,7 @@ class Plan:
         d = json.loads(text)
         tup = lambda o: tuple(tup(i) for i in o) if isinstance(o, list) else o
         kinds = dict(cuts=Cut, edits=Edit, attrs=Attr, folds=Fold)
-        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free'], tup(s.get('part'))) for s in o['said']))
+        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free'], tup(s.get('part')), tup(s.get('own'))) for s in o['said']))
         kinds = {**{k:lambda o, t=t: t(**{a:tup(b) for a,b in o.items()}) for k,t in kinds.items()}, 'sized':said}
         return cls(**{k: tuple(kinds[k](o) for o in v) if k in kinds else tup(v) for k,v in d.items()})
 

@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/settle.html.md"""
 __all__ = ['Ways', 'settle']
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000002
+from dataclasses import replace
 import numpy as np
 from torch import nn
 from ..core import PruningError
@@ -16,7 +17,7 @@ from .capture import Trace
 from .coupling import Coupling
 from .dryrun import dry_run
 from .plan import Plan, make_plan, spare
-from .sizes import candidates, implicit_scale
+from .sizes import candidates, implicit_scale, with_own
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 class Ways:
@@ -60,7 +61,7 @@ def settle(
         gone = spare(c, gone)
         plan = make_plan(c, gone, folds(gone), ways.fixes(gone))
         bad,trace = dry_run(c.model, x, c, gone, plan) if plan.edits else (None,c.trace)
-        if bad is None: return plan,gone,trace
+        if bad is None: return replace(plan, sized=with_own(plan.sized, trace.own)),gone,trace
         axes,reason,module = bad
         if ways.another(module, gone): continue
         pinned = c.labels.pinned.sum()
