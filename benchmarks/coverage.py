@@ -27,7 +27,7 @@ def last_json(text:str)->dict|None:
 def run_one(spec:str, timeout:float, peer:bool)->dict:
     "The row of one model; a crash or a hang is a row too"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    cmd,start = [sys.executable, str(HERE/'one.py'), spec, 'peer' if peer else 'no-peer', str(timeout/3)],time.time()
+    cmd,start = [sys.executable, str(HERE/'one.py'), spec, 'peer' if peer else 'no-peer', str(timeout/6)],time.time()
     try:
         p = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=timeout)
         out,err,end = p.stdout,p.stderr,f"exit status {p.returncode}"
@@ -110,7 +110,7 @@ def arguments():
     p = argparse.ArgumentParser(description='Prune every model of a list by half, beside the peer, one process a model.')
     p.add_argument('--only', nargs='+', metavar='NAME', help='part of a name in zoo.txt, or any source:name')
     p.add_argument('--out', type=Path, default=CACHE, help=f'rows as JSON lines; a second call resumes there ({CACHE})')
-    p.add_argument('--timeout', type=float, default=300, help='seconds for a model; each engine gets a third')
+    p.add_argument('--timeout', type=float, default=600, help='seconds for a model; each run of an engine gets a sixth')
     p.add_argument('--fresh', action='store_true', help='run again what has a row already')
     p.add_argument('--no-peer', action='store_true', help='leave the peer out')
     p.add_argument('--jobs', type=int, default=1, help='models at a time; with more than one the seconds say nothing')

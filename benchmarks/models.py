@@ -27,6 +27,8 @@ def torchvision(name):
     if any(d in name for d in DETECTORS+('deeplab', 'fcn', 'lraspp')): kw['weights_backbone'] = None
     if name in ('googlenet', 'inception_v3'): kw['init_weights'] = False # minutes of truncated normals
     m = models.get_model(name, **kw)
+    for h in (m, getattr(m, 'roi_heads', None)): # random scores are below every threshold, and no box is no test
+        if hasattr(h, 'score_thresh'): h.score_thresh = 0.
     return m,torchvision_input(name, m)
 
 def torchvision_input(name, m):
