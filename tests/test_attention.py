@@ -153,3 +153,24 @@ def test_budgets_are_met(budget):
 @pytest.mark.parametrize('kw', [dict(sparsity=.5, budget=Budget(macs=.5)), dict(budget=.5), dict(budget=Budget(params=10))])
 def test_budget_refusals(kw):
     with pytest.raises((ValueError, TypeError), match='not both|Budget\\(macs=0.5\\)|cannot be met'): Pruner(resnet18(num_classes=10), img(64)(1)).prune(**kw)
+
+class Merged(nn.Module): # heads stand in the batch
+    def __init__(self, c=24, h=4):
+        super().__init__()
+        self.h,self.a,self.qkv,self.p,self.z = h,nn.Linear(7, c),nn.Linear(c, 3*c),nn.Linear(c, c),nn.Linear(c, 5)
+    def forward(self, x):
+        x = self.a(x)
+        b,n,c = x.shape
+        q,k,v = (t.reshape(b, n, self.h, c//self.h).transpose(1, 2).reshape(b*self.h, n, c//self.h) for t in self.qkv(x).chunk(3, -1))
+        y = (q @ k.transpose(1, 2) * .4).softmax(-1) @ v
+        return self.z(self.p(y.reshape(b, self.h, n, -1).transpose(1, 2).reshape(b, n, -1)))
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_heads_that_are_merged_with_the_batch(batch):
+    "A planned size follows the batch and the number of tokens, also where it was planned for a batch of one, and twice"
+    m = Merged().double().eval()
+    for fraction in (.5, .3):
+        r = Pruner(m, torch.randn(batch,6,7).double()).prune(fraction)
+        assert r.error<1e-10 and r.removed
+        whole = torch.randn(5,9,7).double()
+        assert torch.allclose(m(whole), torch.cat([m(x[None]) for x in whole]))

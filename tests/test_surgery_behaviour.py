@@ -9,6 +9,7 @@ from torch.nn.modules import module as nn_module
 from fasterprune.data import small_resnet
 from fasterprune.core import NoEffectWarning, VerificationError
 from fasterprune.surgery import apply as apply_module, operation as operation_module
+from fasterprune.surgery.adapters import ADAPTERS, adapter
 from fasterprune.surgery.apply import apply_
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.plan import Plan
@@ -407,3 +408,32 @@ def test_compiled_models():
     m = net()
     r = Pruner(torch.compile(m), x).prune(.5)
     assert r.removed==12 and m.a.out_channels==6
+
+# --- adapters are compared with what they stand for
+
+class Insists(nn.Module):
+    def __init__(self): super().__init__(); self.g = nn.Parameter(torch.ones(16))
+    def forward(self, x):
+        if x.shape[1]!=16: raise ValueError('16 please')
+        return x*self.g
+
+@pytest.mark.parametrize('factor', [1., 2.])
+def test_a_wrong_adapter_is_refused(factor):
+    net,x = nn.Sequential(nn.Linear(8,16), Insists(), nn.Linear(16,4)),torch.randn(4,8)
+    with torch.no_grad(): net[0].weight[:8],net[0].bias[:8] = 0,0
+    before = net(x).detach()
+    adapter(Insists)(lambda m,x: factor*x*m.g)
+    try:
+        if factor==1: assert Pruner(net, x).prune().removed==8
+        else:
+            with pytest.raises(VerificationError, match='the adapter of Insists does not compute what'): Pruner(net, x).prune()
+        assert torch.allclose(net(x), before, atol=1e-6) and net[0].out_features==(8 if factor==1 else 16)
+    finally: del ADAPTERS[Insists]
+
+class Nothing(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(8,16),nn.Linear(16,4)
+    def forward(self, x): y = self.b(self.a(x).relu()); return y[y>1e6]
+
+def test_empty_outputs_verify_nothing():
+    r = Pruner(Nothing(), torch.randn(4,8)).prune(.5)
+    assert r.removed==8 and r.error is None and 'not verified: the outputs for this example are empty' in repr(r)
