@@ -93,7 +93,7 @@ NATIVE = {'mm', 'bmm', 't', 'permute', 'transpose', 'view', '_unsafe_view', 'exp
 # %% ../../nbs/surgery/00_shapes.ipynb #0000000e
 class Shapes:
     "Run operators on fake tensors"
-    def __init__(self): self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self): self.mode,self.made = FakeTensorMode(allow_non_fake_inputs=True),{}
 
     def like(self,
         t:Tensor, # Any tensor
@@ -108,8 +108,12 @@ class Shapes:
         device:torch.device, # Where it shall seem to be
     )->FakeTensor:
         "A fake tensor around a meta tensor, which it remembers"
-        f = FakeTensor(self.mode, meta, device)
-        f.meta = meta
+        if device not in self.made: # making the first one takes many checks, and what they find is the same for all
+            first = FakeTensor(self.mode, meta, device)
+            self.made[device] = first.fake_device,dict(first.__dict__)
+        device,state = self.made[device]
+        f = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
+        f.__dict__.update(state, meta=meta)
         return f
 
     def __call__(self, key:tuple, func:Callable, args:tuple, kwargs:dict):
