@@ -35,6 +35,9 @@ def run_one(spec:str, timeout:float, peer:bool)->dict:
         out,err,end = (e.stdout or b'').decode(),(e.stderr or b'').decode(),f"stopped after {timeout:.0f} s"
     row = last_json(out) or dict(model=spec, at='start')
     if row['at']!='done': row.setdefault('fail', {})['process'] = ' '.join([f"{end} in step {row['at']!r}", *err.strip().splitlines()[-1:]])
+    if row['at']=='peer': # it takes the process with it: ours alone, then
+        row = run_one(spec, timeout, False)
+        row.setdefault('fail', {})['peer'] = end
     return {**row, 'wall':time.time()-start}
 
 def read_rows(path:Path)->dict:
@@ -56,6 +59,7 @@ def problems(r:dict)->list:
     return res
 
 def behind(r:dict)->bool: "Does the peer reach 40 % where we do not?"; return bool(r.get('peer_works')) and r.get('peer_kept', 1)<=.4<r.get('kept', 0)
+def tried_peer(r:dict)->bool: return 'peer_works' in r or 'peer' in r.get('fail', {})
 def weak(r:dict)->bool: "Do the outputs of the pruned model hardly depend on its input?"; s = (r.get('law') or {}).get('signal'); return s is not None and s<1e-6
 def ratio(r:dict)->float|None: "Our time over the peer's, if that did anything"; return r['ours_s']/r['peer_s'] if 'ours_s' in r and r.get('peer_kept', 1)<.99 else None
 def pins(r:dict)->str: return '; '.join(f"{n} ({k} of {a}): {why}" for n,k,a,why in r.get('pins', [])[:3]) or 'nothing'
@@ -78,7 +82,7 @@ def cells(r:dict)->list:
     head = [r['model'].removeprefix('torchvision:'), r.get('captured', 'NO'), yes(r.get('removed')), *(yes(r.get(k)) for k in ('forward_1', 'forward_2', 'backward')), error]
     verify = max(0, law['seconds']-r['ours_s']) if law and 'ours_s' in r else None
     return [*head, *('-' if not a else 'out' if a[k]=='output' else yes(a[k]) for k in ATTENTION), num(r.get('kept')), num(r.get('macs_kept')), num(r.get('ours_s')), num(verify),
-        '-' if works is None and 'peer' not in r.get('fail', {}) else yes(works), num(r.get('peer_kept')), num(r.get('peer_macs_kept')), num(r.get('peer_s')), num(ratio(r))]
+        '-' if works is None and not tried_peer(r) else yes(works), num(r.get('peer_kept')), num(r.get('peer_macs_kept')), num(r.get('peer_s')), num(ratio(r))]
 
 def titles(name, rows, say)->list: return [f"{name}: {len(rows)}", *(f"  {r['model']}: {say(r)}" for r in rows)]
 
@@ -92,7 +96,7 @@ def summary(rows:list)->list:
     "Lines that say what was met and what not"
     bad,slow = [r for r in rows if problems(r)],sorted((r for r in rows if 'ours_s' in r), key=lambda r: -r['ours_s'])
     works = [r for r in rows if r.get('peer_works')]
-    return [f"passed: {len(rows)-len(bad)} of {len(rows)}; the peer: {len(works)} of {sum('peer_works' in r or 'peer' in r.get('fail', {}) for r in rows)}, of which {sum(r['peer_kept']<=.4 for r in works)} keep at most 40 % of the parameters (ours {sum(r.get('kept', 1)<=.4 for r in rows)})",
+    return [f"passed: {len(rows)-len(bad)} of {len(rows)}; the peer: {len(works)} of {sum(map(tried_peer, rows))}, of which {sum(r['peer_kept']<=.4 for r in works)} keep at most 40 % of the parameters (ours {sum(r.get('kept', 1)<=.4 for r in rows)})",
         f"our time / the peer's, median: {median_ratio(works)} where it works; {median_ratio(rows)} where it ends",
         f"slowest of ours: {', '.join(f'''{r['model']} {r['ours_s']:.1f} s''' for r in slow[:3])}; over 10 s: {sum(r['ours_s']>10 for r in slow)}",
         *titles('not passed', bad, lambda r: ' | '.join(problems(r))),

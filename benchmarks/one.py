@@ -1,5 +1,5 @@
 "One model, both engines, one process: prints the row as JSON, again after each step, the last line counts"
-import gc, json, os, signal, statistics, sys, time, warnings
+import gc, json, os, resource, signal, statistics, sys, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from copy import deepcopy
 import torch
@@ -54,7 +54,7 @@ def last_layers(m, report)->list:
 class limit:
     "Raise TimeoutError in the block after so many seconds"
     def __init__(self, seconds): self.seconds = seconds
-    def __enter__(self): signal.signal(signal.SIGALRM, self.stop); signal.setitimer(signal.ITIMER_REAL, self.seconds)
+    def __enter__(self): signal.signal(signal.SIGALRM, self.stop); signal.setitimer(signal.ITIMER_REAL, self.seconds, 1) # again each second: the code inside may catch it
     def __exit__(self, *_): signal.setitimer(signal.ITIMER_REAL, 0)
     def stop(self, *_): raise TimeoutError(f"not done after {self.seconds:.0f} s")
 
@@ -110,6 +110,17 @@ def louder(m):
     return m
 
 @torch.no_grad()
+def awake(m, x):
+    "BatchNorms with the statistics of two images, as after training; untrained ones let the signal fade too"
+    norms = [l for l in m.modules() if isinstance(l, nn.modules.batchnorm._BatchNorm) and l.running_mean is not None]
+    if not norms: return m
+    was = [l.momentum for l in norms]
+    for l in norms: l.train().momentum = 1.
+    call(m, tree_map(lambda t: torch.randn(t.shape) if isinstance(t, torch.Tensor) and t.is_floating_point() else t, batch_of(x, 2)))
+    for l,k in zip(norms, was): l.momentum = k
+    return m.eval()
+
+@torch.no_grad()
 def alive(m, x)->float|None:
     "How much the outputs differ between two inputs, relative to the largest; None where their shapes differ"
     gen = torch.Generator().manual_seed(1)
@@ -119,7 +130,8 @@ def alive(m, x)->float|None:
 
 def verified(row, model, x, how=.5, key='law'):
     "The law checked on a fresh copy"
-    m = deepcopy(model) if is_detector(row['model']) else louder(deepcopy(model)) # louder scores would all be 1, in no order
+    m = awake(deepcopy(model), x)
+    if not is_detector(row['model']): louder(m) # louder scores would all be 1, in no order
     start = time.perf_counter()
     r = Pruner(m, x).prune(how)
     seconds = time.perf_counter()-start
@@ -171,5 +183,7 @@ def run(spec, with_peer=True, seconds=100.):
 if __name__=='__main__':
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
+    most = int(.8*os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')) # more is an error here, and not the end of other processes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     spec,with_peer,seconds = sys.argv[1],sys.argv[2:3]!=['no-peer'],float((sys.argv[3:4] or [100])[0])
     run(spec, with_peer, seconds).emit()
