@@ -31,9 +31,9 @@ from ..core import as_call, eval_mode, PruningError
 
 # %% auto #0
 __all__ = ['size_calls', 'size_questions', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in',
-           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators',
-           'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in',
-           'quiet', 'fake_trace', 'capture', 'capture_all']
+           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'modules_of', 'module_stack', 'same_noise',
+           'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe',
+           'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -238,13 +238,24 @@ class Frame(str):
     def __init__(self, _): self.calls = Counter()
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012
+def modules_of(model:nn.Module)->list:
+    "(name, module) as `named_modules` gives them, at once"
+    res,seen = [],set()
+    def walk(m, name):
+        if m is None or id(m) in seen: return
+        seen.add(id(m))
+        res.append((name, m))
+        for k,c in m._modules.items(): walk(c, f"{name}.{k}" if name else k)
+    walk(model, '')
+    return res
+
 @contextlib.contextmanager
 def module_stack(
     model:nn.Module, # The model that will run
     stack:list, # Filled with the paths of the running modules, outermost first
 ):
     "Keep `stack` at the paths of the modules that are running"
-    paths = {id(m):n for n,m in model.named_modules()}
+    paths = {id(m):n for n,m in modules_of(model)}
     pre = nn_module.register_module_forward_pre_hook(lambda m,_: stack.append(Frame(paths.get(id(m), stack[-1] if stack else ''))))
     def pop(m, i, o): stack.pop() # returns None: a hook's result would replace the output
     post = nn_module.register_module_forward_hook(pop, always_call=True)
@@ -280,7 +291,7 @@ def plain_operators(
 @contextlib.contextmanager
 def unchanged(model:nn.Module):
     "Put back the attributes of all modules, and the contents of their lists, dicts and sets"
-    parts = [(d, d.copy(), [(v, v.copy()) for v in d.values() if type(v) in (list, dict, set)]) for m in model.modules() for d in (vars(m), m._buffers)]
+    parts = [(d, d.copy(), [(v, v.copy()) for v in d.values() if type(v) in (list, dict, set)]) for _,m in modules_of(model) for d in (vars(m), m._buffers)]
     try: yield
     finally:
         for d,old,inside in parts:
@@ -312,7 +323,7 @@ def adapted(
     check:Callable|None=None, # Is given each such module, its arguments and what its adapter returned
 ):
     "Let modules that have an adapter run through it"
-    ms = [m for m in model.modules() if type(m) in ADAPTERS and 'forward' not in vars(m)]
+    ms = [m for _,m in modules_of(model) if type(m) in ADAPTERS and 'forward' not in vars(m)]
     try:
         for m in ms: m.forward = Adapted(m, check)
         yield
@@ -323,7 +334,7 @@ def adapted(
 def state_of(model:nn.Module)->dict[str,Tensor]:
     "Parameters and buffers by name, each shared tensor once"
     params,buffers,seen = {},{},set()
-    for n,m in model.named_modules():
+    for n,m in modules_of(model):
         for found,own in ((params,m._parameters), (buffers,m._buffers)):
             for k,t in own.items():
                 if t is None or id(t) in seen: continue
@@ -344,8 +355,9 @@ def swapped(
     "Let a model compute with other tensors for a while"
     own = state_of(model)
     new = {id(own[n]):t for n,t in state.items()}
-    places = [(d, k, t) for m in model.modules() for d in (m._parameters, m._buffers) for k,t in d.items() if id(t) in new]
-    flat = [(vars(m), vars(m)['_flat_weights']) for m in model.modules() if isinstance(m, nn.RNNBase)] # which it calls its operator with
+    parts = [m for _,m in modules_of(model)]
+    places = [(d, k, t) for m in parts for d in (m._parameters, m._buffers) for k,t in d.items() if id(t) in new]
+    flat = [(vars(m), vars(m)['_flat_weights']) for m in parts if isinstance(m, nn.RNNBase)] # which it calls its operator with
     try:
         for d,k,t in places: d[k] = new[id(t)]
         for d,ws in flat: d['_flat_weights'] = [new.get(id(w), w) for w in ws]

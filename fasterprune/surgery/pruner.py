@@ -48,8 +48,9 @@ class Pruner:
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
         self.coupling,self.measured = Coupling(self.model, capture_all(self.model, self.x)),None
-        for g in self.coupling.groups:
-            if not self._may(g): self.coupling.labels.pin(g.labels, 'left alone on request')
+        left = [g for g in self.coupling.groups if not self._may(g)]
+        for g in left: self.coupling.labels.pin(g.labels, 'left alone on request')
+        if left: self.coupling.refresh()
         return keep_divisors(self.coupling, self.exact_norms)
 
     def _may(self, g:Group)->bool: return (self.only is None or is_of(g, self.only)) and not is_of(g, self.ignore or ())

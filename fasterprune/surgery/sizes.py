@@ -322,7 +322,7 @@ def keep_divisors(
             c.exact += (Divisor(call, node, ref, dim, a, before[1] if before else a.n),)
             l.reads.append(Read(node, ref, dim, axis, a, None, axis.n//a.n))
             l.mixed.remove(e)
-    c.refresh()
+    if c.exact: c.refresh()
     return c
 
 def _alike(l, axes): # Do these lose the same positions?
