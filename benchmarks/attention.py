@@ -65,15 +65,16 @@ def attention(c)->dict|None:
     "Are heads, head dimensions, embedding and MLP free groups? With the reason where not; None without attention"
     rows,used,per = [],set(),dict(heads=set(), head_dim=set(), embed=set())
     for path,reads in products(c).items():
+        if len(reads)<2: continue # queries with keys, and what comes of it with values
         sides,row = [axes(c, r) for r in reads],dict(module=path)
         batch,inner = [a for b,_ in sides for a in b],[o for _,o in sides]
         wide = [a for r in reads for a in embedding_axes(c, r)]
         names = dict(heads=groups_in(c, batch), head_dim=groups_in(c, sum(inner, [])), embed=groups_in(c, wide)-groups_in(c, batch)-groups_in(c, sum(inner, [])))
-        ok = dict(heads=bool(names['heads']) or n_heads(c, path)==1, head_dim=all(groups_in(c, i) for i in inner), embed=all(groups_in(c, [a]) for a in wide) and bool(wide))
+        ok = dict(heads=bool(names['heads']) or n_heads(c, path)==1 or all(a.n==1 for a in batch), head_dim=all(groups_in(c, i) for i in inner), embed=all(groups_in(c, [a]) for a in wide) and bool(wide))
         for k,why in (('heads', batch), ('head_dim', sum(inner, [])), ('embed', wide)):
             row[k] = ok[k]
             if not ok[k]: row[f'{k}_why'] = reasons(c, path, why)
-            if k=='embed' and row.get('embed_why')==[OUTPUT]: row[k] = 'output' # what the model returns keeps its width
+            if k=='embed' and OUTPUT in row.get('embed_why', ()): row[k] = 'output' # what the model returns keeps its width
             per[k] |= names[k]
         rows.append(row)
     if not rows: return None
