@@ -23,7 +23,7 @@ def _pooled(criterion, w, dim): # One score for each position along `dim`; piece
     rest = list(range(1, w.dim()))
     pool = lambda s: s if not rest else s.amax(rest) if criterion.pool=='max' else s.mean(rest) if criterion.pool=='mean' else s.sum(rest)
     if not criterion.pointwise: return pool(element_scores(criterion, w.movedim(0, dim)).movedim(dim, 0))
-    return torch.cat([pool(element_scores(criterion, p)) for p in w.split(max(1, (1<<17)//max(w[0].numel(), 1)))])
+    return torch.cat([pool(element_scores(criterion, p)) for p in w.split(max(1, (1<<15)//max(w[0].numel(), 1)))])
 
 def member_scores(
     criterion:Criterion, # Whose weights are pooled
@@ -32,7 +32,9 @@ def member_scores(
     n:int, # Number of units
 )->Tensor: # (n,), double precision
     "Score the units of a group by one parameter"
-    s = _pooled(criterion, w, m.dim)
+    return _by_unit(criterion, _pooled(criterion, w, m.dim), m, n)
+
+def _by_unit(criterion, s, m, n): # From positions of a dimension to units
     unit = torch.as_tensor(m.unit, device=s.device) # several positions may be one unit
     out = s.new_zeros(n).scatter_reduce(0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
     return out if criterion.finish is None else criterion.finish(out)
@@ -45,12 +47,15 @@ def group_scores(
     *, granularity:str='filter', # 'filter': by the weights that write a unit; 'shared_kernel': by those that read it
 )->dict[str,Tensor]: # Group name → (n,) scores, high = keep
     "One score for each unit of each group: the mean over the layers that it runs through"
-    state,res = state_of(model),{}
+    state,res,pooled = state_of(model),{},{} # heads and head dimensions are positions of the same weights
     role = 'scale' if criterion.reads=='norm' else sides[granularity]
+    def score(m, n):
+        if (m.param,m.dim) not in pooled: pooled[m.param,m.dim] = _pooled(criterion, state[m.param], m.dim)
+        return _by_unit(criterion, pooled[m.param,m.dim], m, n).cpu()
     for g in groups:
         ms = [m for m in g.role(role) if criterion.reads=='norm' or state[m.param].ndim>1]
         if not ms: raise ValueError(_nothing_to_score(criterion, g, role))
-        s = torch.stack([member_scores(criterion, state[m.param], m, g.n).cpu() for m in ms]).mean(0)
+        s = torch.stack([score(m, g.n) for m in ms]).mean(0)
         res[g.name] = layer_scores(criterion, s, g.name)
     return res
 
