@@ -106,9 +106,10 @@ def scores_for(
     c:Coupling,
     groups:list, # `Group`s to score
     how:Choice,
+    pooled:dict|None=None, # As for `group_scores`
 )->dict[str,Tensor]: # Group name → scores that can be ranked in the choice's context
     "Scores as a choice ranks them"
-    scores = group_scores(model, groups, how.criterion, granularity=how.granularity)
+    scores = group_scores(model, groups, how.criterion, granularity=how.granularity, pooled=pooled)
     if how.normal: scores = {n:how.normal(s) for n,s in scores.items()}
     if how.per is None: return scores
     costs = unit_costs(c, groups, how.per)
@@ -120,6 +121,7 @@ def choose(
     how:Choice,
     *, costs=None, # For a budget: function of the labels that go → cost by kind, where it is not the usual
     shares:list|None=None, # From `shares_of`, before anything was pinned; None looks names up now
+    pooled:dict|None=None, # As for `group_scores`
 )->dict: # Group name → bool, True = stays
     "The units that stay, by a criterion"
     share = how.sparsity
@@ -128,7 +130,7 @@ def choose(
         if not share: return {}
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
-    scores,sets = scores_for(model, c, groups, how),alike(model, groups) if how.context=='isomorphic' else None
+    scores,sets = scores_for(model, c, groups, how, pooled),alike(model, groups) if how.context=='isomorphic' else None
     if how.budget is not None: return within(c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     return {n:k.numpy() for n,k in allocate(scores, share, context=how.context, sets=sets, **how.caps).items()}
 

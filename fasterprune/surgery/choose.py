@@ -45,9 +45,10 @@ def group_scores(
     groups:list, # `Group`s of its coupling
     criterion:Criterion, # By `as_criterion`
     *, granularity:str='filter', # 'filter': by the weights that write a unit; 'shared_kernel': by those that read it
+    pooled:dict|None=None, # What was pooled before of weights that have not changed since, and what is now
 )->dict[str,Tensor]: # Group name → (n,) scores, high = keep
     "One score for each unit of each group: the mean over the layers that it runs through"
-    state,res,pooled = state_of(model),{},{} # heads and head dimensions are positions of the same weights
+    state,res,pooled = state_of(model),{},{} if pooled is None else pooled # heads and head dimensions are positions of the same weights
     role = 'scale' if criterion.reads=='norm' else sides[granularity]
     def score(m, n):
         if (m.param,m.dim) not in pooled: pooled[m.param,m.dim] = _pooled(criterion, state[m.param], m.dim)
