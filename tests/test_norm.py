@@ -188,7 +188,7 @@ w = torch.ones(2, 3)
     (lambda: Criterion('mine', torch.abs, finish=2), "criterion 'mine': finish is a function, not 2"),
     (lambda: Criterion('mine', torch.abs, layer='lamp'), "criterion 'mine': layer is a function, not 'lamp'"),
     (lambda: Criterion('mine', torch.abs, pool='avg'), "criterion 'mine': no pool 'avg'; choose from 'sum', 'mean', 'max'"),
-    (lambda: Criterion('mine', torch.abs, reads='bias'), "criterion 'mine' reads 'weight' or 'norm', not 'bias'"),
+    (lambda: Criterion('mine', torch.abs, reads='bias'), "criterion 'mine' reads 'weight', 'norm' or 'readers', not 'bias'"),
     (lambda: register(torch.abs), 'register takes a Criterion, not'),
     (lambda: unit_scores(Criterion('mine', lambda w: w.sum(1)), w, (1,)), "criterion 'mine' returned shape (2,) for a weight of shape (2, 3); it must return a real score for each weight"),
     (lambda: unit_scores(Criterion('mine', lambda w: 3), w, (1,)), "criterion 'mine' returned 3 for a weight of shape (2, 3)"),
