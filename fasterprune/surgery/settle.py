@@ -13,10 +13,9 @@ import numpy as np
 from torch import nn
 from ..core import PruningError
 from .capture import Trace
-from .capture import Trace
 from .coupling import Coupling
 from .dryrun import dry_run
-from .plan import Plan, make_plan, spare
+from .plan import Plan, cuts_of, make_plan, mended, spare
 from .sizes import candidates, implicit_scale, with_own
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
@@ -55,15 +54,18 @@ def settle(
     decide, # Called in each round, with the pins so far: gives (labels that go, function of them that gives the folds)
 )->tuple[Plan,np.ndarray,Trace]: # The plan; by label: what goes; and what the smaller network will run
     "Make plans until one works"
-    ways = Ways(c)
+    ways,cuts = Ways(c),None
     for _ in range(300):
-        gone,folds = decide()
-        gone = spare(c, gone)
-        plan = make_plan(c, gone, folds(gone), ways.fixes(gone))
+        if cuts is None: # something was pinned
+            gone,folds = decide()
+            gone = spare(c, gone)
+            cuts = cuts_of(c, gone, folds(gone))
+        plan = mended(c, gone, cuts, ways.fixes(gone))
         bad,trace = dry_run(c.model, x, c, gone, plan) if plan.edits else (None,c.trace)
         if bad is None: return replace(plan, sized=with_own(plan.sized, trace.own)),gone,trace
         axes,reason,module = bad
         if ways.another(module, gone): continue
+        cuts = None
         pinned = c.labels.pinned.sum()
         for a in axes: c.labels.pin_axis(a, reason)
         if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it
