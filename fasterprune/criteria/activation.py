@@ -12,8 +12,7 @@ __all__ = ['MOMENTS', 'LOUDNESS', 'zero_share', 'apoz', 'moments', 'pooled_entro
 from functools import partial
 import torch
 from torch import nn, Tensor
-from torch.nn.modules.conv import _ConvNd
-from ..core import wide
+from ..core import layer_types, wide
 from .base import Criterion, Seen, Statistic, criteria, register
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000007
@@ -175,7 +174,7 @@ def contributions(
     seed:int=0, # Draws them
 )->Tensor: # [N*entries, n]
     "What each unit adds to some entries of its reader's output"
-    if not isinstance(layer, (_ConvNd, nn.Linear)): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
+    if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
     g,res,dim = torch.Generator().manual_seed(seed),[],x.dim()-1 if isinstance(layer, nn.Linear) else 1
     x = x.detach().requires_grad_()
     with torch.enable_grad(): y = layer.forward(x).flatten(1)
@@ -212,7 +211,8 @@ def nisp_step(
     transposed:bool=False, # Is it a transposed convolution?
 )->Tensor: # (I,) scores of what it reads
     "Hand importance back through one layer"
-    m = wide(w).abs().flatten(2).sum(2) if w.dim()>2 else wide(w).abs()
+    m = wide(w.detach()).abs()
+    if m.dim()>2: m = m.flatten(2).sum(2)
     m = m.transpose(0, 1) if transposed and groups==1 else m
     if groups==1: return s.to(m)@m
     return torch.einsum('gio,go->gi' if transposed else 'goi,go->gi', m.unflatten(0, (groups, -1)), s.to(m).view(groups, -1)).flatten()
