@@ -1,0 +1,163 @@
+"CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what `criteria.py` measures on: `python benchmarks/cifar.py` trains"
+import argparse, io, random, time, warnings
+from functools import partial
+from pathlib import Path
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import fit_one_cycle # patches Learner
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, Recorder
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from torch import nn
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent.parent
+DATA,CACHE = HERE.parent/'shared'/'data'/'cifar10_jpeg.npz',HERE/'.cache'
+MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
+
+# -- images ---------------------------------------------------------------------------------------
+def decoded(path=DATA, cache=CACHE):
+    "`dict` of uint8 images [n,32,32,3] and int64 labels of both parts; JPEGs are decoded once"
+    from PIL import Image
+    kept = cache/'cifar10_uint8.npz'
+    if not kept.exists():
+        if not Path(path).exists(): raise FileNotFoundError(f"no CIFAR-10 at {str(path)!r}: a file of JPEGs with train_jpeg, train_offsets, train_labels and the same for test; give its place with --data")
+        z,out = np.load(path),{}
+        for part in ('train','test'):
+            raw,at = z[f'{part}_jpeg'].tobytes(),z[f'{part}_offsets']
+            out[f'{part}_x'] = np.stack([np.asarray(Image.open(io.BytesIO(raw[a:b])).convert('RGB')) for a,b in zip(at, at[1:])])
+            out[f'{part}_y'] = z[f'{part}_labels'].astype(np.int64)
+        cache.mkdir(exist_ok=True)
+        part = kept.with_suffix('.part.npz')
+        np.savez(part, **out); part.replace(kept)
+    z = np.load(kept)
+    return {k:torch.from_numpy(z[k]) for k in z.files}
+
+def normalised(x):
+    "uint8 [n,h,w,3] → float [n,3,h,w], in the memory format that convolutions like"
+    scale = 255*torch.tensor(STD)
+    return ((x.float()-255*torch.tensor(MEAN))/scale).permute(0,3,1,2)
+
+class Images:
+    "Batches from tensors; padded by 4, cropped and flipped for training"
+    def __init__(self, x, y, augment, seed=0):
+        self.x,self.y,self.augment = F.pad(x, (0,0,4,4,4,4)) if augment else x,y,augment
+        self.rng = torch.Generator().manual_seed(seed)
+    def __len__(self): return len(self.y)
+    def batch(self, idx):
+        idx = torch.as_tensor(idx)
+        if not self.augment: return normalised(self.x[idx]),self.y[idx]
+        n,r = len(idx),torch.arange(32)
+        dy,dx,flip = (torch.randint(k, (n,1), generator=self.rng) for k in (9,9,2))
+        rows,cols = dy+r,dx+torch.where(flip==1, 31-r, r)
+        return normalised(self.x[idx[:,None,None], rows[:,:,None], cols[:,None,:]]),self.y[idx]
+
+def loader(images, bs, shuffle, seed=0):
+    "A fastai `DataLoader` that takes whole batches"
+    dl = DataLoader(range(len(images)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=lambda idx: images.batch(idx), device=torch.device('cpu'), num_workers=0)
+    dl.rng = random.Random(seed)
+    return dl
+
+def loaders(d, bs=128, seed=0, augment=True):
+    "Training and test batches"
+    return DataLoaders(loader(Images(d['train_x'], d['train_y'], augment, seed), bs, True, seed), loader(Images(d['test_x'], d['test_y'], False), 500, False), device='cpu')
+
+# -- network --------------------------------------------------------------------------------------
+class Block(nn.Module):
+    "Two convolutions and a shortcut, which is a 1×1 convolution where the shape changes (option B of arXiv 1512.03385)"
+    def __init__(self, n_in, n_out, stride=1):
+        super().__init__()
+        self.conv1,self.bn1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),nn.BatchNorm2d(n_out)
+        self.conv2,self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False),nn.BatchNorm2d(n_out)
+        self.relu = nn.ReLU()
+        self.short = nn.Identity() if n_in==n_out and stride==1 else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+    def forward(self, x): return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))+self.short(x))
+
+class ResNet(nn.Module):
+    "The network of He et al. for CIFAR-10, of 6n+2 layers"
+    def __init__(self, n=3, width=16, classes=10):
+        super().__init__()
+        self.conv1,self.bn1,self.relu = nn.Conv2d(3, width, 3, 1, 1, bias=False),nn.BatchNorm2d(width),nn.ReLU()
+        stage = lambda i,o,s: nn.Sequential(Block(i, o, s), *(Block(o, o) for _ in range(n-1)))
+        self.stage1,self.stage2,self.stage3 = stage(width, width, 1),stage(width, 2*width, 2),stage(2*width, 4*width, 2)
+        self.fc = nn.Linear(4*width, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
+    def forward(self, x): return self.fc(self.stage3(self.stage2(self.stage1(self.relu(self.bn1(self.conv1(x)))))).mean((2,3)))
+
+def resnet20(): return ResNet(3).to(memory_format=torch.channels_last)
+
+# -- training -------------------------------------------------------------------------------------
+class Bf16(Callback):
+    "bfloat16 where autocast thinks it safe, on the processor"
+    order = MixedPrecision.order
+    def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.done()
+    def after_cancel_batch(self): self.done()
+    def after_cancel_fit(self): self.done()
+    def done(self):
+        if getattr(self, 'cast', None) is not None: self.cast.__exit__(None, None, None)
+        self.cast = None
+
+class Kept(Callback):
+    "Everything that is needed to go on, after each epoch, and a line about it"
+    order = Recorder.order+20
+    def __init__(self, path, said=print): self.path,self.said = Path(path),said
+    def before_fit(self): self.began = time.perf_counter()
+    def after_epoch(self):
+        part = self.path.with_suffix('.part')
+        torch.save(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.path_spent()), part)
+        part.replace(self.path)
+        loss,valid,acc = [float(v) for v in self.recorder.values[-1]]
+        self.said(f"epoch {self.epoch+1:>2} of {self.n_epoch}   training loss {loss:.4f}   test accuracy {acc:.4f}   {self.path_spent():.0f} s", flush=True)
+    def path_spent(self): return getattr(self, 'before', 0.)+time.perf_counter()-self.began
+
+def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
+    "SGD with momentum and weight decay in the gradient, as in the papers"
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    learn = Learner(dls, model, loss_func=loss, opt_func=partial(SGD, decouple_wd=False), metrics=accuracy, wd=wd, wd_bn_bias=True, cbs=Bf16() if bf16 else None)
+    learn.remove_cb(ProgressCallback)
+    return learn
+
+def trained(data=DATA, cache=CACHE, epochs=24, lr=.2, bs=128, bf16=True, seed=0, said=print):
+    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache if it is there, from the last epoch if it was stopped"
+    final,half = cache/'resnet20.pt',cache/'resnet20.half.pt'
+    if final.exists(): return torch.load(final, weights_only=True)
+    d = decoded(data, cache)
+    torch.manual_seed(seed)
+    learn = learner(resnet20(), loaders(d, bs, seed), bf16=bf16)
+    start,kept = 0,Kept(half, said)
+    learn.add_cb(kept)
+    learn.create_opt()
+    if half.exists():
+        s = torch.load(half, weights_only=False) # our own file; fastai's optimizer states are lists of its own kind
+        learn.model.load_state_dict(s['model']); learn.opt.load_state_dict(s['opt'])
+        start,kept.before = s['epoch'],s['spent']
+        learn.dls.train.rng = random.Random(seed+start)
+    with learn.no_logging(): learn.fit_one_cycle(epochs, lr, div=10, pct_start=.2, moms=(.9,.9,.9), start_epoch=start)
+    acc = correct(learn.model, d)
+    res = dict(model=learn.model.state_dict(), accuracy=acc, seconds=kept.path_spent(), epochs=epochs)
+    torch.save(res, final); half.unlink(missing_ok=True)
+    return res
+
+def correct(model, d, bs=500, bf16=False):
+    "Fraction of the test images that are classified rightly, all of them, without autocast"
+    model.eval()
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        return sum((model(normalised(d['test_x'][i:i+bs])).argmax(1)==d['test_y'][i:i+bs]).sum().item() for i in range(0, len(d['test_y']), bs))/len(d['test_y'])
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--data', type=Path, default=DATA); p.add_argument('--cache', type=Path, default=CACHE)
+    p.add_argument('--epochs', type=int, default=24); p.add_argument('--lr', type=float, default=.2); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    warnings.simplefilter('ignore')
+    r = trained(a.data, a.cache, a.epochs, a.lr, a.bs)
+    print(f"ResNet-20: {r['accuracy']:.4f} on the test images after {r['epochs']} epochs, {r['seconds']:.0f} s")

@@ -1,0 +1,230 @@
+"Which criterion keeps a network best? ResNet-20 on CIFAR-10, two to four times fewer multiplications: `python benchmarks/criteria.py`"
+import argparse, json, os, time, warnings
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+import torch
+from fastai.callback.core import Callback, CancelValidException
+from fastprogress import fastprogress
+from fasterprune.all import Budget, Pruner, criteria
+from fasterprune.criteria.norm import random
+from fasterprune.surgery.coupling import couple
+from cifar import CACHE, DATA, Images, correct, decoded, learner, loader, loaders, normalised, resnet20, trained
+
+SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION,CHOICE = (2,3,4),(0,1,2),150,128,8,2000
+HOW = dict(budget='one ranking over all layers', uniform='the same part of each layer')
+
+# -- one measurement ------------------------------------------------------------------------------
+@lru_cache(1)
+def ready(data, cache):
+    "Images, and the trained network"
+    d,m = decoded(data, cache),resnet20()
+    m.load_state_dict(torch.load(cache/'resnet20.pt', weights_only=True)['model'])
+    g = torch.Generator().manual_seed(10_000)
+    pick = torch.randperm(len(d['train_y']), generator=g)[:CHOICE] # training images that choose what is tuned, so that test images do not
+    return d,m.eval(),dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
+
+def calibration(d, seed):
+    "Batches of training images without augmentation, the same for every criterion"
+    at = torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(100+seed))[:CALIBRATION*BATCH].split(BATCH)
+    return [(normalised(d['train_x'][i]),d['train_y'][i]) for i in at]
+
+@lru_cache(None)
+def uniform(speedup):
+    "Group → the least part that reaches a speedup: the same for all, but that the first groups may be a 64th behind"
+    m,x = resnet20().eval(),torch.randn(2,3,32,32)
+    groups = [g.name for g in couple(m, x).groups if g.primary]
+    shares = lambda step: {n:(step//len(groups)+(i>=len(groups)-step%len(groups)))/64 for i,n in enumerate(groups)} # a step: one group loses a 64th more
+    def reached(step):
+        r = Pruner(deepcopy(m), x).prune(shares(step), criterion='first_k', verify=False)
+        return r.macs[1]/r.macs[0]<=1/speedup
+    low,high = 0,len(groups)*60
+    while high-low>1: low,high = (low,mid) if reached(mid := (low+high)//2) else (mid,high)
+    return shares(high)
+
+def smaller(m, name, how, speedup, seed, batches):
+    "A pruned copy, and the report; criteria that need no data are given none"
+    c,x = random(seed) if name=='random' else criteria[name],batches[0][0][:2]
+    asked = dict(budget=Budget(macs=1/speedup), max_ratio=.9) if how=='budget' else dict(sparsity=uniform(speedup))
+    if needs_data(c): asked.update(data=batches, n_batches=len(batches), loss_func=torch.nn.CrossEntropyLoss())
+    small = deepcopy(m)
+    began = time.perf_counter()
+    r = Pruner(small, x).prune(criterion=c, verify=False, **asked)
+    return small,r,time.perf_counter()-began
+
+def needs_data(c): return 'data' in c.needs
+
+def recalibrated(m, d, seed):
+    "BatchNorm statistics of the smaller network, from training images"
+    m,bns = deepcopy(m),[]
+    for k in m.modules():
+        if isinstance(k, torch.nn.BatchNorm2d): k.reset_running_stats(); k.momentum = None; bns.append(k)
+    m.train()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=FAST):
+        for x,_ in calibration(d, 50+seed): m(x)
+    return m.eval()
+
+class Untested(Callback):
+    "Test images are looked at once, after the training"
+    def before_validate(self): raise CancelValidException
+
+def tuned(m, d, seed):
+    "The same short training for all: images, order and crops depend on the seed alone"
+    pick = torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(200+seed))[:STEPS*BATCH]
+    dls = loaders(d, BATCH, seed)
+    dls.loaders[0] = loader(Images(d['train_x'][pick], d['train_y'][pick], True, seed), BATCH, True, seed)
+    torch.manual_seed(seed)
+    learn = learner(deepcopy(m), dls, bf16=FAST)
+    learn.add_cb(Untested())
+    with learn.no_logging(): learn.fit_one_cycle(1, .05, div=5, pct_start=.2, moms=(.9,.9,.9))
+    return learn.model.eval()
+
+def measure(job, data, cache):
+    "One row"
+    stage,name,how,speedup,seed = (job[k] for k in ('stage','criterion','how','speedup','seed'))
+    d,m,choice = ready(data, cache)
+    torch.set_num_threads(1); warnings.simplefilter('ignore')
+    row,began = dict(job),time.perf_counter()
+    if name=='dense': small = m
+    else:
+        try: small,r,row['cut_s'] = smaller(m, name, how, speedup, seed, calibration(d, seed))
+        except Exception as e: return row|dict(refused=f"{type(e).__name__}: {e}"[:400])
+        row.update(macs=r.macs[1]/r.macs[0], params=r.params[1]/r.params[0])
+    if stage=='shot':
+        again = recalibrated(small, d, seed)
+        row.update(accuracy=correct(small, d, bf16=FAST), recalibrated=correct(again, d, bf16=FAST), choice=correct(again, choice, bf16=FAST))
+    else: row.update(accuracy=correct(tuned(small, d, seed), d, bf16=FAST))
+    return row|dict(seconds=time.perf_counter()-began)
+
+# -- what is measured -----------------------------------------------------------------------------
+FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)())
+KEY = ('stage','criterion','how','speedup','seed')
+key = lambda r: tuple(r[k] for k in KEY)
+
+def shots(names):
+    "One shot: where neither the network nor the data changes with the seed, one run says it all"
+    seeds = lambda n: SEEDS if n=='random' or needs_data(criteria[n]) else SEEDS[:1]
+    yield dict(stage='shot', criterion='dense', how='budget', speedup=1, seed=0)
+    for how in HOW:
+        for n in sorted(names, key=lambda n: n!='random'):
+            for v in SPEEDUPS:
+                for s in seeds(n): yield dict(stage='shot', criterion=n, how=how, speedup=v, seed=s)
+
+def best(rows, names, k=2):
+    "(criterion, how) of the best `k` of each family, by training images after recalibration, mean over speedups and seeds; random in both"
+    found = {}
+    for n in names:
+        if n=='random': continue
+        for how in HOW:
+            v = [r['choice'] for r in rows if key(r)[:3]==('shot',n,how) and 'choice' in r]
+            if v and len({r['speedup'] for r in rows if key(r)[:3]==('shot',n,how) and 'choice' in r})==len(SPEEDUPS):
+                if mean(v)>found.get(n, (0,))[0]: found[n] = (mean(v),how)
+    families = {}
+    for n in found: families.setdefault(criteria[n].family, []).append(n)
+    chosen = [n for ns in families.values() for n in sorted(ns, key=lambda n: -found[n][0])[:k]]
+    return [('random',h) for h in HOW]+[(n,found[n][1]) for n in chosen]
+
+def tunings(rows, names):
+    "Short fine-tuning of the best, of random, and of the network that nothing was removed from"
+    for s in SEEDS:
+        yield dict(stage='tuned', criterion='dense', how='budget', speedup=1, seed=s)
+        for v in SPEEDUPS:
+            for n,how in best(rows, names): yield dict(stage='tuned', criterion=n, how=how, speedup=v, seed=s)
+
+def read(path): return [json.loads(l) for l in path.read_text().splitlines() if l.strip()] if path.exists() else []
+
+def run(jobs, a, until):
+    "Measure what is not there yet, a line for each; False if time ran out"
+    done = {key(r) for r in read(a.rows)}
+    left = [j for j in jobs if key(j) not in done]
+    with ProcessPoolExecutor(a.workers, mp_context=get_context('spawn')) as pool:
+        waiting,it = set(),iter(left)
+        n = 0
+        while True:
+            while len(waiting)<a.workers and time.time()<until and (j := next(it, None)): waiting.add(pool.submit(measure, j, a.data, a.cache))
+            if not waiting: break
+            ready = {f for f in waiting if f.done()}
+            if not ready: time.sleep(.05); continue
+            for f in ready:
+                waiting.discard(f); r = f.result(); n += 1
+                with a.rows.open('a') as out: out.write(json.dumps(r)+'\n')
+                said = r.get('refused') or f"{r['accuracy']:.4f}"+(f"  recalibrated {r['recalibrated']:.4f}" if 'recalibrated' in r else '')+f"  MACs {r.get('macs', 1):.3f}  {r['seconds']:.1f} s"
+                print(f"{n:>4}/{len(left)} {r['stage']:<5} {r['criterion']:<14} {r['how']:<7} {r['speedup']}× seed {r['seed']}  {said}", flush=True)
+    return n==len(left)
+
+# -- what is said ---------------------------------------------------------------------------------
+def cell(rows, stage, name, how, speedup, field='accuracy'):
+    "Accuracies of the seeds"
+    return [100*r[field] for r in rows if key(r)[:4]==(stage,name,how,speedup) and field in r]
+
+def said(v): return '' if not v else f"{mean(v):.2f}" if len(v)==1 else f"{mean(v):.2f} ± {stdev(v):.2f}"
+
+def ordered(names): return ['random',*sorted((n for n in names if n!='random'), key=lambda n: (criteria[n].family, n))]
+
+def table(rows, names):
+    "Markdown: accuracy on all test images, percent"
+    dense = cell(rows, 'shot', 'dense', 'budget', 1)
+    out = [f"Dense: {said(dense)} %; after the same fine-tuning {said(cell(rows, 'tuned', 'dense', 'budget', 1))} %. Accuracy in percent, mean ± standard deviation of the seeds (one number: the seed changes nothing).", '']
+    kinds = [('one shot','shot','accuracy'),('one shot, BatchNorm recalibrated','shot','recalibrated'),(f'{STEPS} steps of fine-tuning','tuned','accuracy')]
+    for title,stage,field in kinds:
+        for how,what in HOW.items():
+            lines = [(n,[said(cell(rows, stage, n, how, v, field)) for v in SPEEDUPS]) for n in ordered(names)]
+            if not any(any(c) for _,c in lines): continue
+            out += [f"**{title[0].upper()+title[1:]}; {what}**", '', '| criterion | family | '+' | '.join(f'{v}×' for v in SPEEDUPS)+' |', '|---|---|'+'---|'*len(SPEEDUPS)]
+            out += [f"| {n} | {criteria[n].family} | "+' | '.join(c)+' |' for n,c in lines if any(c)]+['']
+    why = {(r['criterion'],r['how']):r['refused'] for r in rows if 'refused' in r and r['criterion'] in names}
+    return '\n'.join(out+[f"- {n}, {HOW[h]}: {w}" for (n,h),w in why.items()])
+
+def picture(rows, names, path):
+    "Accuracy above or below random at the same speedup and in the same ranking, and how far random itself spreads"
+    import matplotlib; matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    panels = [(t,s,f,h) for t,s,f in (('one shot','shot','accuracy'),('recalibrated','shot','recalibrated'),('fine-tuned','tuned','accuracy')) for h in HOW]
+    panels = [p for p in panels if any(cell(rows, p[1], n, p[3], v, p[2]) for n in names if n!='random' for v in SPEEDUPS)]
+    shown = [n for n in ordered(names) if n!='random' and any(cell(rows, s, n, h, v, f) for _,s,f,h in panels for v in SPEEDUPS)]
+    if not shown: return
+    fig,axs = plt.subplots(1, len(panels), figsize=(2.9*len(panels)+1, .24*len(shown)+1.3), sharey=True, layout='constrained', squeeze=False)
+    for ax,(title,stage,field,how) in zip(axs[0], panels):
+        for v,c,dy in zip(SPEEDUPS, ('#0072B2','#009E73','#D55E00'), (-.22,0,.22)):
+            base = cell(rows, stage, 'random', how, v, field)
+            if not base: continue
+            if len(base)>1: ax.axvspan(-2*stdev(base), 2*stdev(base), color=c, alpha=.07, lw=0)
+            for y,n in enumerate(shown):
+                if got := cell(rows, stage, n, how, v, field): ax.errorbar(mean(got)-mean(base), y+dy, xerr=stdev(got) if len(got)>1 else None, fmt='o', ms=3.2, lw=.9, color=c, label=f'{v}×' if n==shown[0] else None)
+        ax.axvline(0, color='black', lw=.9); ax.set_title(f"{title}\n{HOW[how]}", fontsize=8.5, loc='left'); ax.grid(axis='x', color='#E6E6E6', lw=.6)
+        ax.spines[['top','right']].set_visible(False); ax.tick_params(labelsize=7.5); ax.set_xlabel('points above random', fontsize=8)
+    axs[0,0].set_yticks(range(len(shown)), [f"{n} ({criteria[n].family})" for n in shown]); axs[0,0].set_ylim(len(shown)-.4, -.6)
+    marks = [plt.Line2D([], [], marker='o', ls='', color=c, ms=4, label=f'{v}× fewer multiplications') for v,c in zip(SPEEDUPS, ('#0072B2','#009E73','#D55E00'))]
+    fig.legend(handles=marks, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+    fig.savefig(path, dpi=130); plt.close(fig)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--data', type=Path, default=DATA, help='the file of JPEGs'); p.add_argument('--cache', type=Path, default=CACHE, help='folder of what is kept')
+    p.add_argument('--only', nargs='*', help='names of criteria; all by default'); p.add_argument('--workers', type=int, default=os.cpu_count() if (os.cpu_count() or 1)<3 else 2)
+    p.add_argument('--minutes', type=float, default=115, help='stop then; a second call goes on'); p.add_argument('--report', action='store_true', help='only say what there is')
+    p.add_argument('--again', nargs='*', help='forget the rows of these criteria; without names, those that were refused'); p.add_argument('--shots', action='store_true', help='no fine-tuning')
+    a = p.parse_args()
+    a.rows,until = a.cache/'criteria.jsonl',time.time()+60*a.minutes
+    names = ordered(a.only or list(criteria))
+    if unknown := [n for n in names if n not in criteria]: raise SystemExit(f"no criterion {unknown[0]!r}; there are {', '.join(criteria)}")
+    fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
+    if a.again is not None and a.rows.exists(): a.rows.write_text(''.join(json.dumps(r)+'\n' for r in read(a.rows) if not (r['criterion'] in a.again if a.again else 'refused' in r)))
+    if not a.report:
+        if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return
+        torch.set_num_threads(a.workers); warnings.simplefilter('ignore')
+        net = trained(a.data, a.cache)
+        print(f"ResNet-20: {net['accuracy']:.4f} on the test images after {net['epochs']} epochs, {net['seconds']:.0f} s", flush=True)
+        torch.set_num_threads(1)
+        whole = run(list(shots(names)), a, until) and (a.shots or run(list(tunings(read(a.rows), names)), a, until))
+        if not whole: print('time ran out; the same command goes on')
+    rows = read(a.rows)
+    text = table(rows, names)
+    (a.cache/'criteria.md').write_text(text+'\n'); picture(rows, names, a.cache/'criteria.png')
+    print(f"\n{text}\n\n{a.cache/'criteria.md'}, {a.cache/'criteria.png'}")
+
+if __name__=='__main__': main()
