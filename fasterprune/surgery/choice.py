@@ -17,9 +17,10 @@ from torch import nn, Tensor
 from ..allocation import allocate, check_allocation
 from ..core import no_such
 from ..criteria import norm # registers the criteria
-from ..criteria.base import Criterion, as_criterion, as_normalizer
+from ..criteria.base import Criterion, as_criterion, as_normalizer, ranking, reductions
+from ..criteria.stats import Evidence
 from .budget import Budget, within
-from .choose import alike, group_scores, sides
+from .choose import alike, check_where, group_scores, sides
 from .cost import unit_costs
 from .coupling import Coupling, Group
 from .plan import Plan
@@ -40,6 +41,8 @@ class Choice:
     budget:Budget|None=None # Instead of a sparsity: what may be left
     round_to:int=1 # The units that stay in a group are a multiple of this, or all
     per:str|None=None # 'params' or 'macs': rank by importance per cost
+    reduce:str|None=None # How the scores of a unit's layers combine; None: as the criterion says, mostly the mean
+    evidence:Evidence|None=None # For a criterion that has to see the model run
 
     def __post_init__(self):
         if self.granularity not in sides: raise ValueError(f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; others can be set to zero with a Sparsifier")
@@ -52,6 +55,10 @@ class Choice:
         if self.min_keep<1: raise ValueError(f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
         if self.per is not None and self.per not in currencies: raise ValueError(f"per: {no_such('cost', self.per, currencies)}, or None for scores as they are")
         if self.normalizer is not None: as_normalizer(self.normalizer)
+        if self.reduce is not None and self.reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
+        if self.per is not None and self.criterion.selector: raise ValueError(f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; use per=None")
+        check_where(self.criterion, self.granularity)
+        self.normal # refuses what cannot be ranked
 
     @property
     def caps(self)->dict: "What no group may lose"; return dict(min_keep=self.min_keep, max_ratio=self.max_ratio, round_to=self.round_to)
@@ -60,7 +67,7 @@ class Choice:
     def normal(self):
         "The normaliser of a ranking over several groups; None within one"
         if self.budget is None and self.context=='local': return None
-        return as_normalizer(self.normalizer or ('none' if self.criterion.comparable or self.context=='isomorphic' else 'mean'))
+        return ranking(self.criterion, self.normalizer, alike=self.context=='isomorphic', asks='a budget' if self.budget is not None else f"context={self.context!r}")
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000006
 def group_of(
@@ -107,9 +114,10 @@ def scores_for(
     groups:list, # `Group`s to score
     how:Choice,
     pooled:dict|None=None, # As for `group_scores`
+    keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → scores that can be ranked in the choice's context
     "Scores as a choice ranks them"
-    scores = group_scores(model, groups, how.criterion, granularity=how.granularity, pooled=pooled)
+    scores = group_scores(model, groups, how.criterion, granularity=how.granularity, pooled=pooled, evidence=how.evidence, reduce=how.reduce, keep=keep)
     if how.normal: scores = {n:how.normal(s) for n,s in scores.items()}
     if how.per is None: return scores
     costs = unit_costs(c, groups, how.per)
@@ -130,7 +138,8 @@ def choose(
         if not share: return {}
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
-    scores,sets = scores_for(model, c, groups, how, pooled),alike(model, groups) if how.context=='isomorphic' else None
+    keep = {n:int(k.sum()) for n,k in allocate({g.name:torch.zeros(g.n) for g in groups}, share, **how.caps).items()} if how.criterion.selector else None
+    scores,sets = scores_for(model, c, groups, how, pooled, keep),alike(model, groups) if how.context=='isomorphic' else None
     if how.budget is not None: return within(c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     return {n:k.numpy() for n,k in allocate(scores, share, context=how.context, sets=sets, **how.caps).items()}
 

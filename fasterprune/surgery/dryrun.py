@@ -61,7 +61,8 @@ def _shapes(self:Comparison, old, new, shapes, code):
 def _said(self:Comparison, old, new, code):
     for k,a in self.said.get(old.index, ()):
         if Site(new, None, {})[k]!=self.kept.count(a): return [a],f"{code} has its number of {k.removesuffix('s')}s written in it"
-    if old.index in self.starts and (a := _misplaced(self.l, self.kept, *self.starts[old.index], new)) is not None: return [a],f"{code} slices from a fixed position"
+    if old.index not in self.starts or not self.t.fake and self.kept.count(self.starts[old.index][0])==self.starts[old.index][0].n: return None # where values decide, they may say where it begins
+    if (a := _misplaced(self.l, self.kept, *self.starts[old.index], new)) is not None: return [a],f"{code} slices from a fixed position"
 
 @patch
 def _numbers(self:Comparison, old, new):

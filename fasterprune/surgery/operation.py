@@ -23,7 +23,7 @@ from .liveness import observe
 from .plan import Plan, fold_targets, folds_of, signed
 from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
-from .verify import check_adapters, outputs, relative_error, tolerance
+from .verify import Decisions, check_adapters, outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000005
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def reference(
     c:Coupling, # Of it, or of a model with the same operators
     gone:np.ndarray, # By label
     law:str, # 'masks' or 'readers'
+    decisions:Decisions|None=None, # Told what the values decide
 )->tuple: # Tensors, and what they were computed in: None is the model's own precision
     "Outputs by the law, in double precision if the model can, else in its own"
-    kw = dict(training=c.trace.training, **(dict(c=c, gone=gone) if law=='readers' else {}))
+    kw = dict(training=c.trace.training, around=decisions and decisions.note, **(dict(c=c, gone=gone) if law=='readers' else {}))
     try: return outputs(model, x, **kw),torch.float64
     except Exception: return outputs(model, x, dtype=None, **kw),None
 
@@ -66,13 +67,15 @@ def cut_(
     verify:bool=True,
 )->tuple: # The error and its precision
     "Apply a plan and check its law; going back is left to the caller"
+    decisions = None if c.trace.fake else Decisions()
     if verify:
         check_adapters(model, x, c.trace.training)
-        want,dtype = reference(model, x, c, gone, law)
+        want,dtype = reference(model, x, c, gone, law, decisions)
     apply_(model, plan, optimizer)
     error = None
     if verify:
-        error = relative_error(got := outputs(model, x, dtype=dtype, training=c.trace.training), want)
+        error = relative_error(got := outputs(model, x, dtype=dtype, training=c.trace.training, around=decisions and decisions.repeat), want)
+        if decisions is not None: error = max(error, decisions.error)
         dtype = dtype or got[0].dtype
         if not error<=_limit(model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
         if not any(t.numel() for t in want): return None,'the outputs for this example are empty'

@@ -17,6 +17,7 @@ from ..criteria.base import as_criterion, has_values
 from .budget import Budget
 from .capture import capture, capture_all
 from .choice import Choice, is_of, layers_of, warn_of_emptied
+from .choose import evidence_for
 from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
@@ -72,15 +73,17 @@ def _chosen(self:Pruner, how):
     return plan,gone,small
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000009
-def _choice(sparsity, budget, criterion, *how): # None removes what is dead
-    dead = sparsity is None and budget is None
-    how = Choice(0. if dead else sparsity, as_criterion(criterion), *how[:-2], budget, *how[-2:])
-    return None if dead else how
+def _choice(p, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, *how): # None removes what is dead
+    criterion,dead,(data,n_batches,loss_func) = as_criterion(criterion),sparsity is None and budget is None,how[-1]
+    how = Choice(0. if dead else sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio, budget, *how[:-1])
+    if dead: return None
+    return replace(how, evidence=evidence_for(criterion, p.model, data, p.x, n_batches=n_batches, loss_func=loss_func)) if criterion.stats else how
 
 def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
     bare = next((p for p in model.parameters() if not has_values(p)), None)
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
+    if how is not None and how.criterion.stats: raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, or choose by 'first_k'")
     if how is None: raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, or give a sparsity and criterion='first_k'")
     if extras and (extras.verify or extras.compensate or extras.recalibrate): raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model with its weights, or pass verify=False")
 
@@ -96,9 +99,13 @@ def plan(self:Pruner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
+    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    n_batches:int|None=8, # How many of them, at most; None is all
+    loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
+    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
 )->Plan:
     "What `prune` would do; nothing is changed"
-    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
+    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
     self.couple()
     return (self._dead() if how is None else self._chosen(how))[0]
@@ -116,6 +123,10 @@ def prune(self:Pruner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
+    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    n_batches:int|None=8, # How many of them, at most; None is all
+    loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
+    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
     optimizer=None, # Keeps its state for what stays
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
@@ -123,7 +134,7 @@ def prune(self:Pruner,
     verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt leaves the model half cut
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how = _choice(sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per)
+    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
     _check_values(self.model, how, extras)
     self.couple()
