@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import no_such, wide
-from .base import Criterion, Seen, Statistic, register
+from .base import Criterion, Statistic, register
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000005
 def _units(v, what='units are a matrix [n, D] of weights', dim=2): # Checked, double precision
@@ -297,7 +297,7 @@ def chip_scores(
     a = _units(a, 'activations are [N, n, S], by sample, channel and position', 3)
     return torch.stack([_independence(x) for x in a]).mean(0).clamp(min=0)
 
-def _chip(b): return dict(lost=chip_scores(b.a)*len(b.a), n=torch.tensor(float(len(b.a)), dtype=torch.float64))
+def _chip(b): return dict(lost=chip_scores(b.a)*len(b.a), n=torch.full((), len(b.a), dtype=torch.float64, device=b.a.device))
 def _mean_lost(s): return s['lost']/s['n']
 def _chip_of(s): return s['chip']
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import no_such, wide
-from .base import Criterion, Seen, Statistic, register
+from .base import Criterion, Statistic, register
 from .correlation import greedy_redundancy, similarity
 
 # %% ../../nbs/criteria/05_information.ipynb #00000005
@@ -47,7 +47,7 @@ def _entropy(counts, n): # Of the cells in the last dimension, and how many are 
 
 def _table(b, y, n, k): # [C, n, k] counts
     c = torch.arange(len(b), device=b.device)[:, None]
-    return torch.bincount(((c*n+b)*k+y).flatten(), minlength=len(b)*n*k).view(-1, n, k).double()
+    return torch.bincount(((c*n+b)*k+y).flatten(), minlength=len(b)*n*k).view(-1, n, k)
 
 # %% ../../nbs/criteria/05_information.ipynb #00000008
 def binned_information(
@@ -63,9 +63,9 @@ def binned_information(
     if bins is None: bins = min(max(n//(5*k), 4), 16)
     if isinstance(bins, bool) or not isinstance(bins, int) or bins<2: raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
     if n<5*bins*k: warnings.warn(f"{n} samples of {k} classes are few for {bins} bins: noise will seem to say something; take {5*bins*k} or more (n_batches=...)", stacklevel=2)
-    res, (hy, my) = [], _entropy(torch.bincount(y).double(), n)
+    res, (hy, my) = [], _entropy(wide(torch.bincount(y)), n)
     for p in z.split(max(1, (1<<23)//(bins*k+n)), 1): # channels, some at a time
-        t = _table(_bins(p, bins), y, bins, k).to(z.device)
+        t = wide(_table(_bins(p, bins), y, bins, k))
         (hb, mb), (hby, mby) = _entropy(t.sum(2), n), _entropy(t.flatten(1), n)
         i = hb+hy-hby+((mb+my-mby-1)/(2*n) if corrected else 0)
         if clipped: i = i.clamp(0, hy.item())
@@ -77,7 +77,7 @@ pools = dict(mean=lambda a: a.mean(2), max=lambda a: a.amax(2))
 
 def _pooled(b, pool): return dict(z=pools[pool](b.a), y=b.y)
 def _binned(s, key, bins): return binned_information(s[key]['z'], s[key]['y'], bins=bins)
-def _samples(pool): return Statistic(f'{pool}_by_class', partial(_pooled, pool=pool), merge='cat', needs=('labels',))
+def _samples(pool): return Statistic(f'{pool}_by_class', partial(_pooled, pool=pool), merge='cat', needs=('labels',), cap=20_000)
 
 def mi_binned(
     *, bins:int|None=None, # Of equal frequency; None: as many as the samples allow, from 4 to 16
@@ -128,16 +128,20 @@ def renyi_information(
     return (sums[1]/sums[0]).log2()-(same.mean()).log2()
 
 # %% ../../nbs/criteria/05_information.ipynb #00000020
+def _count(n, b): return torch.full((), n, dtype=torch.float64, device=b.a.device)
+
 def _renyi(b):
-    _classes(b.y, len(b.a))
     parts = [(a,y) for a,y in zip(b.a.tensor_split(-(-len(b.a)//128)), b.y.tensor_split(-(-len(b.a)//128))) if len(y.unique())>1]
     none = torch.zeros(b.a.shape[1], dtype=torch.float64, device=b.a.device)
-    return dict(bits=sum((renyi_information(a, y)*len(a) for a,y in parts), none), n=torch.tensor(float(sum(len(a) for a,_ in parts)), dtype=torch.float64))
+    return dict(bits=sum((renyi_information(a, y)*len(a) for a,y in parts), none), n=_count(sum(len(a) for a,_ in parts), b))
 
-def _mean_bits(s): return s['bits']/s['n'].to(s['bits'])
+def _mean_bits(s):
+    if not s['n']>0: raise ValueError("all samples of each mini-batch are of one class, and of what is known already nothing can be learned; shuffle the data")
+    return (s['bits']/s['n']).clamp(min=0)
+
 def _renyi_of(s): return s['renyi2']
 
-register(Criterion('mi_renyi2', channel=_renyi_of, stats=(Statistic('renyi2', _renyi, finish=_mean_bits, needs=('labels',)),), family='information', source='Sarvani 2022, arXiv 2202.10716; order 2', note='mutual information of the map with the label, by kernels', normalizer='minmax'));
+register(Criterion('mi_renyi2', channel=_renyi_of, stats=(Statistic('renyi2', _renyi, finish=_mean_bits, needs=('labels',)),), family='information', source='Sarvani 2022, arXiv 2202.10716; order 2', note='mutual information of the map with the label, by kernels'));
 
 # %% ../../nbs/criteria/05_information.ipynb #00000028
 def gauss_information(
@@ -155,15 +159,15 @@ def gauss_scores(
 )->Tensor: # (n,), in [0, 1]
     "The part of a channel's variance that no other explains, pair by pair"
     live, s = var>0, wide(torch.zeros_like(var))
-    if live.any(): s[live] = (1-greedy_redundancy(gauss_information(rho[live][:, live]), var[live]).mul(-2).exp().sub(1).neg()).clamp(min=1e-15).to(s)
+    if live.any(): s[live] = (-2*greedy_redundancy(gauss_information(rho[live][:, live]), var[live])).exp().to(s)
     return s
 
 def _sums(b):
-    z = b.a.mean(2).double()
-    return dict(n=torch.tensor(float(len(z)), dtype=torch.float64), s=z.sum(0), ss=z.T@z)
+    z = wide(b.a.mean(2))
+    return dict(n=_count(len(z), b), s=z.sum(0), ss=z.T@z)
 
 def _covariance(s):
-    n = s['n'].to(s['s'])
+    n = s['n']
     mean, square = s['s']/n, s['ss'].diagonal()/n
     cov = s['ss']/n-mean[:, None]*mean
     var = cov.diagonal().where(cov.diagonal()>1e-10*square, 0.) # the rest is rounding
