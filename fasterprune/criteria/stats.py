@@ -275,7 +275,7 @@ def found(self:Listener,
     res = {}
     for s,p in wanted:
         state = self.states.get((s.name,p))
-        res[s.name,p] = None if state is None else s.done({k:across_ranks(state[k], s.rule(k), s.cap) for k in sorted(state)})
+        res[s.name,p] = None if state is None else s.done({k:across_ranks(state[k], s.rule(k), s.cap) for k in state})
     return res
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000013
@@ -408,14 +408,16 @@ def _linear(model): # Norms and activation functions let everything through
 def _flow(l, x, by): # the sum of all paths
     bad = next((n for n,m in l.modules.items() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention))), None) if by=='flow' else None
     if bad is not None: raise ValueError(f"a flow multiplies weights along paths, and {bad!r} ({type(l.modules[bad]).__name__}) divides by what comes in; use a criterion with data, such as 'taylor_w'")
-    leaf = lambda p: wide(p.detach()).abs().requires_grad_() if p.is_floating_point() else p
+    names = list(dict.fromkeys(k for es in l.weights.values() for s,p in es if s.by==by for k in l.params_of(p)))
+    asked = {id(l.params[k]) for k in names}
+    leaf = lambda p: wide(p.detach()).abs().requires_grad_(id(p) in asked) if p.is_floating_point() else p
     values = {n:leaf(p) for n,p in l.model.named_parameters(remove_duplicate=False)}
     own = {id(p):n for n,p in l.params.items()}
     values = {n:values[own[id(p)]] for n,p in l.params.items()} # tied weights stay tied
     buffers = {n:wide(b).abs() if b.is_floating_point() else b for n,b in l.model.named_buffers()}
-    ones = lambda t: torch.ones_like(wide(t)) if isinstance(t, Tensor) and t.is_floating_point() else t
+    device = next((p.device for p in l.model.parameters()), None)
+    ones = lambda t: t if not isinstance(t, Tensor) else torch.ones_like(wide(t.as_subclass(Tensor)), device=device) if t.is_floating_point() else t.to(device)
     args,kwargs = tree_map(ones, as_call(x))
-    names = list(dict.fromkeys(k for es in l.weights.values() for s,p in es if s.by==by for k in l.params_of(p)))
     l.begin(n_samples(args, kwargs))
     l.on()
     try:
