@@ -207,9 +207,13 @@ def test_apoz_with_eps_reads_any_activation():
     assert 'relu' in criteria['apoz'].needs and 'relu' not in apoz(.01).needs
     assert torch.allclose(scores(apoz(.1), Seen(a=a)), 1-zero_share(a, .1))
 
-def test_apoz_refuses_what_is_never_zero():
-    with pytest.raises(ValueError, match=r"none of these activations is exactly 0, so they do not come from a ReLU; count small ones with criterion=apoz\(eps=0.01\)"):
-        scores('apoz', Seen(a=torch.rand(8, 4, 36)+.1))
+def test_apoz_refuses_to_rank_what_is_never_zero():
+    c, s = criteria['apoz'], scores('apoz', Seen(a=torch.rand(8, 4, 36)+.1))
+    with pytest.raises(ValueError, match=r"no activation of 'conv' is exactly 0 where it is read: .* criterion=apoz\(eps=0.01\), use 'mean_act', or leave this layer out with ignore='conv'"): c.layer(s, 'conv')
+    assert apoz(.1).layer is None
+    for ok in (scores(c, Seen(a=maps())), torch.ones(1), torch.tensor([1., .9]), torch.zeros(3)): assert c.layer(ok, 'conv') is ok
+    half = (scores(c, Seen(a=maps()))+s)/2 # read behind a ReLU by one layer, behind a pooling by another
+    assert c.layer(half, 'conv') is half
 
 def test_hrank_random_maps_are_all_alike():
     r = scores('hrank', Seen(a=maps(N=2, n=8, side=32)[:,4:], shape=(1, 32, 32)))

@@ -27,18 +27,19 @@ def zero_share(
 def _zeros(b, eps): return dict(share=zero_share(b.a, eps)*len(b.a), n=wide(torch.tensor(len(b.a))))
 def _per_sample(d): return d['share']/d['n']
 
-def _apoz(s):
-    if (s['zeros']==0).all(): raise ValueError("apoz counts zeros, and none of these activations is exactly 0, so they do not come from a ReLU; count small ones with criterion=apoz(eps=0.01), or use 'mean_act'")
-    return 1-s['zeros']
+def _only(s): return next(iter(s.values()))
+def _small(s): return 1-_only(s)
 
-def _small(s): return 1-s['zeros']
+def _some_zero(s, key): # of all units of a layer, wherever they are read
+    if len(s)>1 and (s==s[0]).all() and s[0]>=1: raise ValueError(f"apoz counts zeros, and no activation of {key!r} is exactly 0 where it is read: not behind a ReLU, or behind one and an average; count small ones with criterion=apoz(eps=0.01), use 'mean_act', or leave this layer out with ignore={key!r}")
+    return s
 
 def apoz(
     eps:float=0., # Activations up to this count as zero; above 0 it may be used without a ReLU
 )->Criterion:
     "Score a unit by how often it is not zero"
     if isinstance(eps, bool) or not isinstance(eps, (int,float)) or not 0<=eps<float('inf'): raise ValueError(f"apoz: eps is a number ≥ 0, not {eps!r}")
-    return Criterion('apoz', channel=_small if eps else _apoz, stats=(Statistic('zeros', partial(_zeros, eps=eps), finish=_per_sample),), needs=() if eps else ('relu',),
+    return Criterion('apoz', channel=_small, layer=None if eps else _some_zero, stats=(Statistic(f'zeros up to {eps:g}', partial(_zeros, eps=eps), finish=_per_sample),), needs=() if eps else ('relu',),
                      family='activation', source='Hu 2016, arXiv 1607.03250', note=f'how often it is above {eps:g}' if eps else 'how often it is not zero')
 
 register(apoz());
@@ -109,14 +110,12 @@ def _ranks(b, tol):
     r = map_ranks(b.a.unflatten(2, (-1, shape[0]*shape[1])), shape)
     return dict(share=wide(r.sum((0, 2)))/r.shape[2], n=wide(torch.tensor(len(r))))
 
-def _rank_of_maps(s): return s['ranks']
-
 def hrank(
     tol:float|None=None, # Part of the largest singular value that still counts; None is max(H, W) times float32's precision
 )->Criterion:
     "Score a unit by the mean rank of its maps"
     if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int,float)) or not 0<=tol<1): raise ValueError(f"hrank: tol is a part of the largest singular value, from 0 to below 1, or None, not {tol!r}")
-    return Criterion('hrank', channel=_rank_of_maps, stats=(Statistic('ranks', partial(_ranks, tol=tol), finish=_per_sample),), normalizer=None,
+    return Criterion('hrank', channel=_only, stats=(Statistic('ranks' if tol is None else f'ranks above {tol:g}', partial(_ranks, tol=tol), finish=_per_sample),), normalizer=None,
                      family='activation', source='Lin 2020, arXiv 2002.10179', note='mean rank of its maps')
 
 register(hrank());
@@ -190,7 +189,7 @@ def _gram(b, entries):
     return dict(gram=x.T@x)
 
 def _thinet(s, k): # the order does not depend on how many stay
-    order = thinet_order(s['gram'])
+    order = thinet_order(_only(s))
     return torch.empty(len(order), dtype=torch.float64, device=order.device).scatter_(0, order, torch.arange(len(order), device=order.device).double())
 
 def thinet(
@@ -198,7 +197,7 @@ def thinet(
 )->Criterion:
     "Choose the units whose removal changes the reader's output least"
     if isinstance(entries, bool) or not isinstance(entries, int) or entries<1: raise ValueError(f"thinet: entries is a whole number of at least 1, not {entries!r}")
-    return Criterion('thinet', channel=_thinet, stats=(Statistic('gram', partial(_gram, entries=entries)),), selector=True, normalizer=None,
+    return Criterion('thinet', channel=_thinet, stats=(Statistic(f'gram of {entries}', partial(_gram, entries=entries)),), selector=True, normalizer=None,
                      family='activation', source='Luo 2017, arXiv 1707.06342', note='what the reader would miss least, together')
 
 register(thinet());
@@ -219,7 +218,6 @@ def nisp_step(
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000045
 def _handed_back(b): return dict(s=wide(b.g.sum((0, 2))))
-def _nisp(s): return s['handed_back']
 
-register(Criterion('nisp', channel=_nisp, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',
+register(Criterion('nisp', channel=_only, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',
                    family='activation', source='Yu 2018, arXiv 1711.05908', note='importance handed back from the outputs through absolute weights'));

@@ -25,14 +25,14 @@ def products(
 def _by_sample(b): return dict(s=products(b.a, b.g).abs().sum(0)/b.a.shape[2], n=wide(torch.tensor(len(b.a))))
 def _signed(b): return dict(s=products(b.a, b.g).sum(0)/b.a.shape[2], n=wide(torch.tensor(len(b.a))))
 def _size_of_mean(d): return d['s'].abs()/d['n']
-def _taylor_act(s): return s['act_grad']
+def _only(s): return next(iter(s.values()))
 
 def taylor_act(
     per_sample:bool=True, # Take absolute values for each sample? False cancels; it is there to reproduce others
 )->Criterion:
     "Score a unit by activation times gradient"
     if not isinstance(per_sample, bool): raise TypeError(f"taylor_act: per_sample is True or False, not {per_sample!r}")
-    return Criterion('taylor_act', channel=_taylor_act, stats=(Statistic('act_grad', _by_sample if per_sample else _signed, finish=_size_of_mean, by='gradient'),), normalizer='l2',
+    return Criterion('taylor_act', channel=_only, stats=(Statistic('act_grad' if per_sample else 'act_grad of all', _by_sample if per_sample else _signed, finish=_size_of_mean, by='gradient'),), normalizer='l2',
                      family='taylor', source='Molchanov 2017, arXiv 1611.06440', note='activation times gradient, by sample' if per_sample else 'activation times gradient; samples cancel')
 
 register(taylor_act());
@@ -51,9 +51,8 @@ register(Criterion('taylor_abs', _taylor_abs, stats=(Statistic('weight_grad_size
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000018
 def _gate(b): return dict(s=wide(b.w*b.g).sum(1).square(), n=wide(torch.ones((), device=b.w.device)))
-def _taylor_gate(s): return s['gate_square']
 
-register(Criterion('taylor_gate', channel=_taylor_gate, stats=(Statistic('gate_square', _gate, finish=_mean, at='norm', by='gradient'),), comparable=True, needs=('norm',),
+register(Criterion('taylor_gate', channel=_only, stats=(Statistic('gate_square', _gate, finish=_mean, at='norm', by='gradient'),), comparable=True, needs=('norm',),
                    family='taylor', source='Molchanov 2019, arXiv 1906.10771', note='gradient of a gate behind the normalisation, squared'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #0000001c
@@ -69,9 +68,8 @@ register(Criterion('fisher_w', _fisher_w, stats=(Statistic('fisher', _grad_squar
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000021
 def _together(b): return dict(s=wide(b.p).square().sum(0))
-def _group_fisher(s): return s['group']
 
-register(Criterion('group_fisher', channel=_group_fisher, stats=(Statistic('group', _together, at='group', by='gradient'),), comparable=True,
+register(Criterion('group_fisher', channel=_only, stats=(Statistic('group', _together, at='group', by='gradient'),), comparable=True,
                    family='taylor', source='Liu 2021, arXiv 2108.00708', note='activation times gradient over all readers together, squared by sample'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000026
