@@ -9,6 +9,7 @@ __all__ = ['Sparsifier']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000002
 import warnings
+from functools import partial
 import numpy as np
 import torch
 from torch import nn
@@ -16,11 +17,11 @@ from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm # registers the criteria
-from ..criteria.base import as_criterion, as_normalizer, unit_scores
+from ..criteria.base import as_criterion, as_normalizer, ranking, reductions, unit_scores
 from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module
 from ..surgery.capture import state_of
-from ..surgery.choose import group_scores, sides
+from ..surgery.choose import check_where, evidence_for, group_scores, sides, weight_stats
 from ..surgery.coupling import couple
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000005
@@ -36,6 +37,11 @@ class Sparsifier:
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
+        data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+        n_batches:int|None=8, # How many of them, at most; None is all
+        loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
+        reduce:str|None=None, # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+        evidence=None, # Instead of data: a function that gives the `Evidence` when it is needed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Sparsifier needs an nn.Module, not {model!r}")
         if x is not None: as_call(x)
@@ -43,11 +49,16 @@ class Sparsifier:
         self.criterion,self.normalizer = as_criterion(criterion),normalizer
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
+        if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+        check_where(self.criterion, self.granularity.name)
+        if context=='global': ranking(self.criterion, normalizer)
+        if self.criterion.stats and evidence is None: evidence_for(self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
+        self.reduce,self.evidence = reduce,evidence or partial(evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
         layers = select_layers(self.model, only, ignore)
         self.coupled = self.granularity.name in sides
         if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
-        self.scores() # a criterion that cannot score this model says so now
+        if not self.criterion.stats: self.scores() # a criterion that cannot score this model says so now
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
@@ -69,7 +80,6 @@ def _couple(self:Sparsifier, x, layers, ignore):
 
 @patch
 def _layers(self:Sparsifier, layers, only):
-    if self.criterion.reads!='weight': raise ValueError(f"criterion {self.criterion.name!r} scores whole channels by their normalisation, so it needs granularity='filter', not {self.granularity.name!r}")
     if only is not None: [unit_dims(m, self.granularity) for m in layers.values()] # refuses a layer that was asked for and cannot
     self.layers = {n:(m, unit_dims(m, self.granularity)) for n,m in layers.items() if self.granularity.dims(kind_of(m)) is not None}
     if not self.layers: raise ValueError(f"no layer of this model has units of granularity {self.granularity.name!r} ({self.granularity.meaning}); it is defined for {', '.join(self.granularity.layers)}")
@@ -117,14 +127,27 @@ def _part(self:Sparsifier, share):
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000009
 @patch
-def scores(self:Sparsifier)->dict: # Layer or group name → scores, high = keep
+def scores(self:Sparsifier,
+    keep:dict|None=None, # For a selector: layer or group name → units that stay
+)->dict: # Layer or group name → scores, high = keep
     "Score every unit; for a global ranking, normalised"
-    if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.name)
-    else: s = {n: unit_scores(self.criterion, m.weight, d, n) for n,(m,d) in self.layers.items()}
+    evidence = self.evidence() if self.criterion.stats else None
+    if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.name, evidence=evidence, reduce=self.reduce, keep=keep)
+    else: s = self._layer_scores(evidence, keep or {})
     if self.context=='local': return s
-    raw = self.criterion.comparable or self.granularity.name=='weight' or max(self.totals.values())==1 # one unit is its own mean
-    f = as_normalizer(self.normalizer or ('none' if raw else 'mean'))
+    raw = self.granularity.name=='weight' or max(self.totals.values())==1 # one unit is its own mean
+    f = ranking(self.criterion, self.normalizer, alike=raw)
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
+
+@patch
+def _layer_scores(self:Sparsifier, evidence, keep):
+    names = {n:f"{n}.weight" if n else 'weight' for n in self.layers}
+    stats,res = weight_stats(self.criterion, self.model, list(names.values()), evidence),{}
+    for n,(m,d) in self.layers.items():
+        if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {self.criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")
+        try: res[n] = unit_scores(self.criterion, m.weight, d, n, s=stats[names[n]], k=keep.get(n))
+        except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
+    return res
 
 @patch
 def costs(self:Sparsifier)->dict: # Layer or group name → parameters of one unit
@@ -140,11 +163,13 @@ def masks(self:Sparsifier,
     *, regrow:bool=False, # May units that are zero now be chosen to stay?
 )->Masks:
     "Choose what becomes zero; the model is not changed"
-    sparsity,s = self.check(sparsity),self.scores()
+    sparsity,costs = self.check(sparsity),self.costs() if self.count=='params' else None
+    none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if self.criterion.stats or self.criterion.selector else {}
+    keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs).items()} if self.criterion.selector else None
+    s = none if self.criterion.stats and self.part(sparsity)==0 else self.scores(keep) # nothing to choose: nothing to gather
     if not regrow:
         for n,z in self.zeros().items():
             if not (n in self.born_zero and z.all()): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
-    costs = self.costs() if self.count=='params' else None
     keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs)
     return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
 
