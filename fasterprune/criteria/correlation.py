@@ -111,7 +111,8 @@ def redundancy_scores(
     if isinstance(top, bool) or not isinstance(top, int) or top<1: raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
     v = _units(v)
     live, s = v.any(1), v.new_zeros(len(v))
-    c = similarity(v[live], centre=centre) if live.any() else v.new_zeros(0, 0)
+    if not live.any(): return s
+    c = similarity(v[live], centre=centre)
     if not signed: c.abs_()
     if mode=='greedy' or len(c)<2: r = greedy_redundancy(c, v[live].norm(dim=1))
     else: r = c.fill_diagonal_(-torch.inf).topk(1 if mode=='max' else min(top, len(c)-1)).values.mean(1)
@@ -212,9 +213,10 @@ def _how_many(k, n): # Checked; None is half
     return k
 
 def _chosen(a, d, size): # One unit of each cluster above all others: the nearest to its centre; of equals the largest, then the last
-    first = np.lexsort((-np.arange(len(a)), -size, np.round(d, 12), a))
+    d = np.round(d/max(d.max(), 1e-300), 9) # closer than that is rounding
+    first = np.lexsort((-np.arange(len(a)), -size, d, a))
     first = first[np.r_[True, np.diff(a[first])!=0]]
-    s = (1e-12+d)/(2e-12+2*d.max()) # of the others, those that are farthest from what stays for them
+    s = .5*d+1e-12 # of the others, those that are farthest from what stays for them
     s[first] = 1+np.bincount(a)[a[first]]/len(a)
     return s
 
