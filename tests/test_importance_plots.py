@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from torch import nn
-from fasterprune.criteria.base import Criterion, criteria, normalizers
+from fasterprune.criteria.base import Criterion, Statistic, criteria, normalizers
 from fasterprune.measure.importance import *
 from fasterprune.measure.plots import lowest_counts, plot_lowest, plot_scores
 from fasterprune.sparse.sparsifier import Sparsifier
@@ -72,6 +72,22 @@ def test_a_criterion_that_ranks_within_a_layer_only(net):
     c = Criterion('alone', torch.abs, normalizer=None)
     with pytest.raises(ValueError, match="'alone' ranks units within one layer only.*normalizer='none'"): importance(net, X, c)
     assert importance(net, X, c, normalizer='none').normalizer=='none'
+
+def test_criteria_that_look_at_data(net):
+    seen = Statistic('energy', energy)
+    c = Criterion('energetic', channel=lambda s: s['energy'], stats=(seen,))
+    batches = [(torch.randn(4,2,8,8), torch.zeros(4, dtype=torch.long)) for _ in range(3)]
+    one,all_ = importance(net, X, c, normalizer='none', data=batches, n_batches=1).scores,importance(net, X, c, normalizer='none', data=batches, n_batches=None).scores
+    assert [len(v) for v in one.values()]==[6,20] and all((all_[n]>=v).all() and (all_[n]>v).any() for n,v in one.items())
+    assert torch.equal(importance(net, X, c, data=batches[:1]).scores['stem.0'], normalizers['mean'](one['stem.0']))
+    with pytest.raises(ValueError, match="'energetic' needs data"): importance(net, X, c)
+
+def energy(b): return dict(s=b.a.square().double().sum((0,2)))
+
+@pytest.mark.parametrize('granularity, n', [('kernel', [12,36,120]), ('shared_kernel', [6,20]), ('weight', [108,324,1080,100])])
+def test_other_units(net, granularity, n):
+    s = importance(net, X, granularity=granularity)
+    assert [len(v) for v in s.scores.values()]==n and len(s.table())==len(n)
 
 # -- where the lowest come from -------------------------------------------------------------------
 def some(seed=0, sizes=(5,17,40), ties=False):

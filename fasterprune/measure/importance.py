@@ -45,13 +45,16 @@ def importance(
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; to find the groups
     criterion='l1', # A name, a `Criterion` or a function
     *, normalizer=None, # Name or function; None: what a ranking over layers uses with this criterion
-    granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
+    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    n_batches:int|None=8, # How many of them, at most; None is all
+    loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
+    granularity:str='filter', # What one unit is
     only=None, # Names, prefixes or types of layers; None is all
 )->Importance:
     "Score every unit of a model, and make the scores comparable"
     c = as_criterion(criterion)
     name,f = _normaliser(c, normalizer)
-    s = Sparsifier(model, x, granularity=granularity, criterion=c, only=only).scores()
+    s = Sparsifier(model, x, granularity=granularity, criterion=c, only=only, data=data, n_batches=n_batches, loss_func=loss_func).scores()
     return Importance({n:f(v.flatten()).cpu() for n,v in s.items()}, c.name, name)
 
 # %% ../../nbs/measure/06_importance.ipynb #0000000f
