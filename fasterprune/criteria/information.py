@@ -67,7 +67,7 @@ def binned_information(
     for p in z.split(max(1, (1<<23)//(bins*k+n)), 1): # channels, some at a time
         t = wide(_table(_bins(p, bins), y, bins, k))
         (hb, mb), (hby, mby) = _entropy(t.sum(2), n), _entropy(t.flatten(1), n)
-        i = hb+hy-hby+((mb+my-mby-1)/(2*n) if corrected else 0)
+        i = hb+hy-hby+((mb+my-mby-1).to(hb)/(2*n) if corrected else 0)
         if clipped: i = i.clamp(0, hy.item())
         res.append(i.masked_fill(mb==1, 0.))
     return torch.cat(res)
@@ -187,11 +187,11 @@ def mrmr_scores(
     n = len(relevance)
     if redundancy.shape!=(n, n): raise ValueError(f"{n} channels do not fit a redundancy of shape {tuple(redundancy.shape)}; it must have a row and a column for each")
     r, m, s = wide(relevance).cpu().numpy(), wide(redundancy).cpu().numpy(), np.zeros(n)
-    said, left = np.zeros(n), np.where(r>0, 0., -np.inf) # -inf: after all others; nan: chosen
+    said, left = np.zeros(n), np.where(r>0, 0., -1e9) # after all others
     for k in range(n):
         worth = r-said/max(k, 1)+left
-        i = n-1-int(np.nanargmax(worth[::-1])) # of equals the last, as everywhere
-        s[i], left[i] = n-k, np.nan
+        i = n-1-int(worth[::-1].argmax()) # of equals the last, as everywhere
+        s[i], left[i] = n-k, -np.inf
         said += m[:, i]
     return torch.as_tensor(s, device=relevance.device)
 
