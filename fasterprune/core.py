@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/core.html.md"""
 
 # %% auto #0
 __all__ = ['layer_types', 'n_removed', 'check_fraction', 'no_such', 'Registry', 'prunable_layers', 'select_layers',
-           'check_sparsity', 'module_of', 'eval_mode', 'as_call', 'wide', 'PruningError', 'VerificationError',
-           'NoEffectWarning']
+           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'as_call', 'wide', 'PruningError',
+           'VerificationError', 'NoEffectWarning']
 
 # %% ../nbs/00_core.ipynb #00000002
 import difflib, math
@@ -138,18 +138,33 @@ def module_of(
     raise ValueError(no_such('parameter', param_name, [n for n,_ in model.named_parameters()]))
 
 # %% ../nbs/00_core.ipynb #00000023
+def modules_of(model:nn.Module)->list:
+    "(name, module) as `named_modules` gives them, at once"
+    res,seen = [],set()
+    def walk(m, name):
+        if m is None or id(m) in seen: return
+        seen.add(id(m))
+        res.append((name, m))
+        for k,c in m._modules.items(): walk(c, f"{name}.{k}" if name else k)
+    walk(model, '')
+    return res
+
+# %% ../nbs/00_core.ipynb #00000026
 @contextmanager
 def eval_mode(
     model:nn.Module, # Every submodule's own mode comes back at the end
 ):
     "Put a model in evaluation mode for a while"
-    was = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try: yield model
+    was = [(m, m.training) for _,m in modules_of(model)]
+    try:
+        for m,t in was:
+            if t: m.training = False # not `eval()`, which a module may have made to do more
+        yield model
     finally:
-        for m,t in was: m.training = t
+        for m,t in was:
+            if m.training!=t: m.training = t
 
-# %% ../nbs/00_core.ipynb #00000026
+# %% ../nbs/00_core.ipynb #00000029
 def as_call(
     x, # A tensor, a tuple or list of positional arguments, or a dict of keyword arguments
 )->tuple: # A tuple and a dict for `model(*args, **kwargs)`
@@ -159,14 +174,14 @@ def as_call(
     if isinstance(x, Mapping): return (), dict(x)
     raise TypeError(f"an example input is a tensor, a tuple of positional or a dict of keyword arguments, not {type(x).__name__} {x!r}")
 
-# %% ../nbs/00_core.ipynb #00000029
+# %% ../nbs/00_core.ipynb #0000002c
 def wide(
     t:Tensor, # Any real numbers
 )->Tensor: # float64; float32 on a device without it
     "Widen a tensor for exact sums"
     return t.float() if t.device.type == 'mps' else t.double()
 
-# %% ../nbs/00_core.ipynb #0000002c
+# %% ../nbs/00_core.ipynb #0000002f
 class PruningError(RuntimeError): "A network could not be pruned; it is as it was before"
 class VerificationError(PruningError): "A pruned network did not compute what it should; it was put back as it was"
 class NoEffectWarning(UserWarning): "A request was valid but changed nothing"

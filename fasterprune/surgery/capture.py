@@ -7,7 +7,6 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
 import contextlib, dataclasses, logging, os, sys, weakref
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,19 +20,19 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import recurrent # registers adapters
 from .adapters import ADAPTERS, forward_of
 from .shapes import Shapes
-from ..core import as_call, eval_mode, PruningError
+from ..core import as_call, eval_mode, modules_of, PruningError
 
 # %% auto #0
 __all__ = ['size_calls', 'size_questions', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in',
-           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'modules_of', 'module_stack', 'same_noise',
-           'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe',
-           'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
+           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators',
+           'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in',
+           'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000005
 @dataclass(frozen=True)
@@ -103,7 +102,12 @@ class Trace:
 # %% ../../nbs/surgery/01_capture.ipynb #00000008
 def used_refs(trace:Trace)->set:
     "`Ref`s that some operator takes or the model returns"
-    return {*trace.outputs, *(r for n in trace.nodes for r in tree_leaves((n.args, n.kwargs)) if isinstance(r, Ref))}
+    res,todo = set(trace.outputs),[v for n in trace.nodes for v in (*n.args, *n.kwargs.values())]
+    for v in todo: # grows
+        if type(v) is Ref: res.add(v)
+        elif isinstance(v, (list, tuple)): todo += v
+        elif isinstance(v, dict): todo += v.values()
+    return res
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000a
 def tensors_in(
@@ -225,7 +229,7 @@ class CallLog(TorchFunctionMode):
         if name=='multi_head_attention_forward': self.rec.trace.asked.update(self.rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
         if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
         who,frame,node = f"{caller()} {name}",self.rec.stack[-1],len(self.rec.trace.nodes)
-        for f in self.rec.stack: f.calls[who] += 1
+        for f in self.rec.stack: f.calls[who] = f.calls.get(who, 0)+1
         order = f"{who} {frame.calls[who]-1}"
         out = func(*args, **kwargs)
         as_ref = lambda o: self.rec.ref(o) if isinstance(o, Tensor) else o
@@ -235,20 +239,9 @@ class CallLog(TorchFunctionMode):
 
 class Frame(str):
     "The path of a running module, and how many size calls of each function and name were made in it"
-    def __init__(self, _): self.calls = Counter()
+    def __init__(self, _): self.calls = {}
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012
-def modules_of(model:nn.Module)->list:
-    "(name, module) as `named_modules` gives them, at once"
-    res,seen = [],set()
-    def walk(m, name):
-        if m is None or id(m) in seen: return
-        seen.add(id(m))
-        res.append((name, m))
-        for k,c in m._modules.items(): walk(c, f"{name}.{k}" if name else k)
-    walk(model, '')
-    return res
-
 @contextlib.contextmanager
 def module_stack(
     model:nn.Module, # The model that will run
@@ -452,7 +445,7 @@ def capture_all(
 )->Trace:
     "As `capture`, with the branches that run in training mode only"
     trace = capture(model, x)
-    idle = {n for n,_ in model.named_parameters()} - trace.used
+    idle = {n for n,t in state_of(model).items() if isinstance(t, nn.Parameter)} - trace.used
     around = lambda path: {path.rpartition('.')[0], *around(path.rpartition('.')[0])} if path else {''}
     training = tuple(sorted({n for p in idle for n in around(p.rpartition('.')[0])}))
     if not idle: return trace

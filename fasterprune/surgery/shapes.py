@@ -82,9 +82,14 @@ def mean(x, dim=None, keepdim=False, *, dtype=None):
 
 # %% ../../nbs/surgery/00_shapes.ipynb #0000000a
 @formula('convolution')
-def convolution(x, w, b, *how):
-    "As PyTorch's own, where nothing lies in an unusual order"
-    if x.is_contiguous() and w.is_contiguous(): return torch.ops.aten.convolution.default(x, w, b, *how)
+def convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups):
+    "A position for each place of the kernel; as PyTorch's own where that is not simple"
+    if not (x.is_contiguous() and w.is_contiguous()): return
+    fits = x.dim()==w.dim()>2 and x.shape[1]==w.shape[1]*groups and w.shape[0]%groups==0 and x.dtype==w.dtype and (b is None or b.shape==w.shape[:1] and b.dtype==x.dtype)
+    plain = fits and not transposed and 1 not in x.shape[1:] and len(stride)==len(padding)==len(dilation)==x.dim()-2
+    n = plain and [(i+2*p-d*(k-1)-1)//s+1 for i,k,s,p,d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
+    if plain and min(n)>0: return empty(x, (x.shape[0], w.shape[0], *n))
+    return torch.ops.aten.convolution.default(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
 
 # %% ../../nbs/surgery/00_shapes.ipynb #0000000c
 NATIVE = {'mm', 'bmm', 't', 'permute', 'transpose', 'view', '_unsafe_view', 'expand', 'clone', '_softmax', 'slice', 'select', 'split', 'split_with_sizes', 'unbind', 'unsqueeze',
