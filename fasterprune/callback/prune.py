@@ -29,6 +29,10 @@ def prune(self:Learner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
+    data=None, # For a criterion that has to see the model run; None is the training data
+    n_batches:int|None=8, # How many batches of it, at most; None is all
+    loss_func=None, # For a criterion that needs gradients; None is the learner's
+    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
     only=None, # Names or types of layers that may be cut; None is all
     ignore=(), # Names or types of layers that stay
     exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
@@ -44,6 +48,7 @@ def prune(self:Learner,
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
         granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
+        data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
         optimizer=self.opt, also=_plain(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)

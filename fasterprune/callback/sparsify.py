@@ -20,12 +20,14 @@ from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.torch_core import no_random, to_device
 from fastcore.basics import patch
 from ..allocation import check_allocation
-from ..criteria.base import as_criterion, as_normalizer
+from ..core import no_such
+from ..criteria.base import as_criterion, as_normalizer, ranking, reductions
+from ..criteria.stats import Listener, check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..schedule import as_schedule
 from ..sparse.masks import Masks, plain_module
 from ..sparse.sparsifier import Sparsifier
-from ..surgery.choose import sides
+from ..surgery.choose import check_where, evidence_for, sides
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000006
 def is_training(
@@ -117,14 +119,21 @@ class SparsifyCallback(Callback):
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
         x=None, # What the model is called with; None takes two items of a training batch
+        n_batches:int|None=8, # How many training batches before each choice a criterion sees that has to see the model run; None is all
+        reduce:str|None=None, # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
     ):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
         self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(schedule)
         if every!='epoch' and (isinstance(every, bool) or not isinstance(every, int) or every<1): raise ValueError(f"every is 'epoch' or a number of training batches, not {every!r}")
         if normalizer is not None: as_normalizer(normalizer)
-        self.context,self.every,self.normalizer,self.only,self.ignore,self.count,self.x = context,every,normalizer,only,ignore,count,x
+        check_where(self.criterion, self.granularity.name)
+        if context=='global': ranking(self.criterion, normalizer)
+        check_n_batches(n_batches)
+        if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+        self.context,self.every,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,normalizer,only,ignore,count,x,n_batches,reduce
         self._on,self._log,self._last,self._columns,self.masks = False,[],None,[],None
+        self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000f
 @patch
@@ -132,15 +141,17 @@ def before_fit(self:SparsifyCallback):
     self._take_down()
     if not is_training(self.learn): return
     coupled = self.granularity.name in sides
-    x = self.x if self.x is not None or not coupled else example_batch(self.learn)
+    flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
+    self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
     self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
-        normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count)
+        normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence)
     self._sparsifier.check(self.sparsity)
     self._keeper = _keeper(self.learn)
     self._log,self._last,self.masks,self._found = [],None,None,self._keeper.masks
     self._columns = [ValueMetric(self.measured_sparsity, 'sparsity'), ValueMetric(self.measured_compression, 'compression')]
     self.learn.metrics = self.learn.metrics + self._columns
     self._on = True
+    if self.criterion.stats: self._prick_up()
 
 def _keeper(learn):
     "The learner's `KeepZeros`, made if there is none; it stays when this callback goes"
@@ -155,8 +166,11 @@ def after_fit(self:SparsifyCallback):
 
 @patch
 def _take_down(self:SparsifyCallback):
-    "Take the columns away again"
+    "Take the columns away again, and all that listened"
     self._on = False
+    for e in (self._ear, self._whole):
+        if e is not None: e.off()
+    self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
     if self._columns: self.learn.metrics = [m for m in self.learn.metrics if not any(m is c for c in self._columns)]
     self._columns = []
 
@@ -176,9 +190,18 @@ def before_train(self:SparsifyCallback):
 
 @patch
 def before_batch(self:SparsifyCallback):
-    if not self._on or self.every=='epoch' or not self.learn.training: return
-    at = self.learn.epoch*len(self.learn.dls.train)+self.learn.iter
+    if not self._on or not self.learn.training: return
+    if self.criterion.stats: self._now = [(tuple(self.learn.xb), self.learn.yb[0] if len(self.learn.yb)==1 else tuple(self.learn.yb))]
+    if self.every!='epoch': self._update_here()
+    if self.criterion.stats: self._listen()
+
+@patch
+def _update_here(self:SparsifyCallback):
+    at = self._at()
     if at%self.every==0 or self._last is None: self._update(at//self.every, self._updates())
+
+@patch
+def _at(self:SparsifyCallback): return self.learn.epoch*len(self.learn.dls.train)+self.learn.iter
 
 @patch
 def after_train(self:SparsifyCallback):
@@ -202,6 +225,7 @@ def _update(self:SparsifyCallback, k, n):
     if want==self._last: return
     falls = self._last is not None and size(want)<size(self._last)
     self.masks,self._last = self._sparsifier.masks(want, regrow=falls),want
+    self._forget()
     if falls and self._found is not None: self._found = Masks({n:k for n,k in self._found.keep.items() if n not in self.masks.keep})
     others = [c.masks for c in self.learn.cbs if isinstance(c, SparsifyCallback) and c is not self and c._on]
     self._keeper.hold(reduce(and_, [m for m in (self._found, *others, self.masks) if m is not None]))
@@ -209,6 +233,68 @@ def _update(self:SparsifyCallback, k, n):
     self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want), sparsity=self.measured_sparsity(), compression=self.measured_compression()))
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000017
+@patch
+def _prick_up(self:SparsifyCallback):
+    "Who listens, and to what"
+    wanted = self._sparsifier.wanted()
+    self._wants = [(s,p) for s,p in wanted if 'training' not in s.needs and s.by in ('forward','gradient')]
+    self._whole_wants = [(s,p) for s,p in wanted if 'training' in s.needs]
+    if not self._whole_wants: return
+    self._whole = Listener(self._sparsifier.model, self._whole_wants)
+    self._whole.end({}, by='forward') # what is seen once, as it begins
+
+@patch
+def _due(self:SparsifyCallback)->bool:
+    "Is this one of the last batches before a choice?"
+    if all('training' in s.needs for s in self.criterion.stats): return False
+    if self.every=='epoch': left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+1,self.learn.n_epoch
+    else: left,k,n = self.every-self._at()%self.every,self._at()//self.every+1,self._updates()
+    return k<n and (self.n_batches is None or left<=self.n_batches) and self._wanted(self.schedule.progress(k, n))!=self._last
+
+@patch
+def _listen(self:SparsifyCallback):
+    xb,yb = tuple(self.learn.xb),tuple(self.learn.yb)
+    y = yb[0] if len(yb)==1 else yb
+    if self._due():
+        self._batches.append((xb, y))
+        if self._wants and self._ear is None: self._ear = Listener(self._sparsifier.model, self._wants)
+        self._ears = [e for e in (self._ear, self._whole) if e is not None]
+    else: self._ears = [e for e in (self._whole,) if e is not None]
+    for e in self._ears:
+        e.begin(n_samples(xb), y if yb else None, self.learn.iter)
+        e.on(weights=True)
+
+# %% ../../nbs/callback/00_sparsify.ipynb #00000019
+@patch
+def before_backward(self:SparsifyCallback):
+    if not self._ears: return
+    loss,scaled = float(self.learn.loss.detach()),float(self.learn.loss_grad.detach())
+    ratio = scaled/loss if loss and math.isfinite(scaled/loss) and scaled else 1.
+    for e in self._ears: e.scale = (1 if getattr(self.learn.loss_func, 'reduction', 'mean')=='sum' else e.n)/ratio
+
+@patch
+def after_backward(self:SparsifyCallback):
+    for e in self._ears:
+        e.end()
+        if e is self._ear: e.end({}, by='forward')
+
+@patch
+def after_batch(self:SparsifyCallback):
+    for e in self._ears: e.off()
+    self._ears,self._now = [],None
+
+@patch
+def _evidence(self:SparsifyCallback):
+    "What was heard; the rest can be gathered"
+    heard = {k:v for e,wants in ((self._ear, self._wants), (self._whole, self._whole_wants)) if e is not None for k,v in e.found(wants).items() if v is not None}
+    if any((s.name,p) not in heard for s,p in self._whole_wants): raise ValueError(f"criterion {self.criterion.name!r} is gathered in training steps, and not all layers had one before the first choice; let the schedule begin later, such as agp(start=.2), and leave frozen layers out with ignore=")
+    data = self._batches or self._now or self.learn.dls.train
+    return evidence_for(self.criterion, self._sparsifier.model, data, self._x, n_batches=self.n_batches, loss_func=self.learn.loss_func, found=heard)
+
+@patch
+def _forget(self:SparsifyCallback): self._ear,self._batches = None,[]
+
+# %% ../../nbs/callback/00_sparsify.ipynb #0000001b
 @patch
 def measured_sparsity(self:SparsifyCallback)->float:
     "Part of the units, or parameters with `count='params'`, that is zero in the model now"
@@ -226,7 +312,7 @@ def history(self:SparsifyCallback)->pd.DataFrame:
     "What was requested and what was measured at each update"
     return pd.DataFrame(self._log)
 
-# %% ../../nbs/callback/00_sparsify.ipynb #00000019
+# %% ../../nbs/callback/00_sparsify.ipynb #0000001d
 @patch
 def _forget_dense_best(self:SparsifyCallback):
     "Epochs that were less sparse than the target do not count as best"

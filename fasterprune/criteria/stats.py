@@ -132,7 +132,7 @@ class Listener:
         model:nn.Module, # Not changed, except for hooks between `on` and `off`
         wanted:list, # (`Statistic`, `Place`)
     ):
-        self.model,self.states,self.hooks,self.leaves,self.gone,self.trained = model,{},[],[],{},False
+        self.model,self.states,self.hooks,self.grads = model,{},[],{}
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.params = dict(model.named_parameters(remove_duplicate=False))
         self.inputs,self.weights,self.groups = {},{},[]
@@ -252,8 +252,8 @@ def end(self:Listener,
     grads,values = (self.grads if own else grads),(values or self.params)
     for name,entries in self.weights.items():
         for s,p in entries:
-            if s.by!=by: continue
             names = self.params_of(p)
+            if s.by!=by or own and any(k not in grads for k in names): continue
             ws = [_widened(values[k].detach()) for k in names]
             gs = [None if by=='forward' else torch.zeros_like(w) if grads.get(k) is None else _widened(grads[k]).detach()*(self.scale/self.n if own else 1.) for k,w in zip(names, ws)]
             if any(g is not None and not g.isfinite().all() for g in gs): continue

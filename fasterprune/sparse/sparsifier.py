@@ -21,7 +21,7 @@ from ..criteria.base import as_criterion, as_normalizer, ranking, reductions, un
 from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module
 from ..surgery.capture import state_of
-from ..surgery.choose import check_where, evidence_for, group_scores, sides, weight_stats
+from ..surgery.choose import check_where, evidence_for, group_scores, sides, wanted_of, wanted_of_weights, weight_stats
 from ..surgery.coupling import couple
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000005
@@ -140,8 +140,16 @@ def scores(self:Sparsifier,
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
 
 @patch
+def wanted(self:Sparsifier)->list: # (`Statistic`, `Place`)
+    "What has to be known before units can be scored"
+    if self.coupled: return wanted_of(self.criterion, self.model, self.groups, granularity=self.granularity.name)
+    return wanted_of_weights(self.criterion, self.model, list(_weights(self.layers).values()))
+
+def _weights(layers): return {n:f"{n}.weight" if n else 'weight' for n in layers}
+
+@patch
 def _layer_scores(self:Sparsifier, evidence, keep):
-    names = {n:f"{n}.weight" if n else 'weight' for n in self.layers}
+    names = _weights(self.layers)
     stats,res = weight_stats(self.criterion, self.model, list(names.values()), evidence),{}
     for n,(m,d) in self.layers.items():
         if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {self.criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/choose.html.md"""
 
 # %% auto #0
 __all__ = ['sides', 'LOWEST', 'check_where', 'member_scores', 'rows_of', 'layer_of', 'readers', 'places_of', 'watched',
-           'evidence_for', 'wanted_of', 'weight_stats', 'combined', 'group_scores', 'alike']
+           'evidence_for', 'wanted_of', 'wanted_of_weights', 'weight_stats', 'combined', 'group_scores', 'alike']
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000002
 import contextlib
@@ -31,7 +31,7 @@ def check_where(
     c = f"criterion {criterion.name!r}"
     if criterion.units_only and granularity not in sides: raise ValueError(f"{c} scores whole channels by {'their normalisation' if criterion.reads=='norm' or criterion.channel and criterion.stats[0].at=='norm' else 'the layers that read them'}, so it needs granularity='filter', not {granularity!r}")
     if criterion.where is not None and granularity not in criterion.where: raise ValueError(f"{c} is defined for granularity {' or '.join(map(repr, criterion.where))}, not {granularity!r}")
-    if criterion.vectors is not None and granularity in ('weight', 'layer'): raise ValueError(f"{c} compares units of a layer as vectors, and {'a single weight is none' if granularity=='weight' else 'a layer that is one unit has no others'}; use larger units, such as granularity='filter'" if granularity=='weight' else f"{c} compares the units of a layer with each other, and here the layer is one unit; use granularity='filter'")
+    if criterion.vectors is not None and granularity in ('weight', 'layer'): raise ValueError(f"{c} compares the units of a layer with each other as vectors, and {'a single weight is no vector' if granularity=='weight' else 'here the layer is one unit'}; use units between these, such as granularity='filter'")
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000007
 def _pooled(criterion, w, dim, s=None): # One score for each position along `dim`; pieces that fit a cache
@@ -146,11 +146,16 @@ def wanted_of(
     *, granularity:str='filter', # As for `group_scores`
 )->list: # (`Statistic`, `Place`)
     "What a criterion needs to know about the units of these groups"
-    if criterion.channel is None: return _of_weights(criterion, model, [m.param for g in groups for m in _members(criterion, model, g, granularity)])
+    if criterion.channel is None: return wanted_of_weights(criterion, model, [m.param for g in groups for m in _members(criterion, model, g, granularity)])
     stats = (*criterion.stats, *([LOWEST] if 'relu' in criterion.needs else []))
     return [(s, p) for g in groups for s in stats for p in places_of(model, g, s.at)]
 
-def _of_weights(criterion, model, params):
+def wanted_of_weights(
+    criterion:Criterion,
+    model:nn.Module,
+    params:list, # Names of weights
+)->list: # (`Statistic`, `Place`)
+    "What a criterion needs to know about weights"
     at = {n:layer_of(model, n) for n in dict.fromkeys(params)}
     return [(s, Place('weight', n) if s.at=='weight' else Place('input', l)) for n,l in at.items() for s in criterion.stats if s.at=='weight' or l is not None]
 
@@ -163,7 +168,7 @@ def weight_stats(
 )->dict: # Name → statistic → tensor that broadcasts to the weight; None for a criterion without statistics; weights of which nothing is known are left out
     "What was found out about weights"
     if not criterion.stats: return dict.fromkeys(params)
-    found,res,state = evidence(_of_weights(criterion, model, params)),{},state_of(model)
+    found,res,state = evidence(wanted_of_weights(criterion, model, params)),{},state_of(model)
     for n in dict.fromkeys(params):
         l = layer_of(model, n)
         got = {s.name:found.get((s.name, Place(s.at, n if s.at=='weight' else l or ''))) for s in criterion.stats}
