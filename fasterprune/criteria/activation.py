@@ -138,7 +138,10 @@ def row_ranks(
     place = torch.empty_like(r).scatter_(1, r.argsort(dim=1, stable=True), torch.arange(r.shape[1]).to(r).expand_as(r).contiguous())
     return (place/r.shape[1]).view(s.shape)
 
-def _wanda_row(w, s): return row_ranks(_wanda(w, s))
+def _wanda_row(w, s):
+    inputs = next(iter(s.values())).shape
+    transposed = inputs[0]==w.shape[0]>1 and inputs[1]==1<w.shape[1] # each input channel has its own first index
+    return row_ranks(_wanda(w, s).transpose(0, 1)).transpose(0, 1) if transposed else row_ranks(_wanda(w, s))
 
 register(Criterion('wanda_row', _wanda_row, stats=(LOUDNESS,), comparable=True, where=('weight',), family='activation', source='Sun 2024, arXiv 2306.11695', note='wanda, against the weights of the same output only'));
 
