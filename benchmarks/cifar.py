@@ -146,8 +146,8 @@ def trained(data=DATA, cache=CACHE, epochs=24, lr=.2, bs=128, bf16=True, seed=0,
     torch.save(res, final); half.unlink(missing_ok=True)
     return res
 
-def correct(model, d, bs=500, bf16=False):
-    "Fraction of the test images that are classified rightly, all of them, without autocast"
+def correct(model, d, bs=100, bf16=False):
+    "Fraction of the test images that are classified rightly, all of them"
     model.eval()
     with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         return sum((model(normalised(d['test_x'][i:i+bs])).argmax(1)==d['test_y'][i:i+bs]).sum().item() for i in range(0, len(d['test_y']), bs))/len(d['test_y'])
