@@ -26,6 +26,8 @@ def _units(v, what='units are a matrix [n, D] of weights', dim=2): # Checked, do
     if not v.sum().isfinite() and not v.isfinite().all(): raise ValueError(f"{what}; {int((~v.isfinite()).sum())} of its {v.numel()} numbers are NaN or infinite")
     return v.flatten(dim-1)
 
+def _part(v, live): return v if live.all() else v[live] # no copy where all are
+
 def _upper(v, rows=128): # The upper half of v @ v.T, some rows at a time
     for i in range(0, len(v), rows): yield i, v[i:i+rows] @ v[i:].T
 
@@ -83,17 +85,18 @@ def greedy_redundancy(
     "Take the two most alike, remove one, and so on until one is left"
     if c.dim()!=2 or c.shape!=(len(size),)*2: raise ValueError(f"{len(size)} sizes do not fit a matrix of shape {tuple(c.shape)}; it must have a row and a column for each")
     dev, c, size, n = c.device, c.detach().cpu().numpy().copy(), size.detach().cpu().numpy(), len(c)
-    res = np.full(n, -1. if (c<0).any() else 0.)
+    res, gone = np.full(n, -1. if (c<0).any() else 0.), np.zeros(n) # -inf: gone
     np.fill_diagonal(c, -np.inf)
     best = c.argmax(1)
     top = c[np.arange(n), best]
     for _ in range(n-1):
         i, j = sorted((k := int(top.argmax()), int(best[k])))
         go = j if size[j]<size[i] else i
-        res[go], top[go], c[:, go] = top[k], -np.inf, -np.inf
+        res[go], top[go], gone[go] = top[k], -np.inf, -np.inf
         lost = ((best==go) & (top>-np.inf)).nonzero()[0] # whose nearest is gone
-        best[lost] = c[lost].argmax(1)
-        top[lost] = c[lost, best[lost]]
+        if not len(lost): continue
+        best[lost] = (c[lost]+gone).argmax(1)
+        top[lost] = c[lost, best[lost]]+gone[best[lost]]
     return torch.as_tensor(res, device=dev)
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000019
@@ -112,9 +115,10 @@ def redundancy_scores(
     v = _units(v)
     live, s = v.any(1), v.new_zeros(len(v))
     if not live.any(): return s
-    c = similarity(v[live], centre=centre)
+    x = _part(v, live)
+    c = similarity(x, centre=centre)
     if not signed: c.abs_()
-    if mode=='greedy' or len(c)<2: r = greedy_redundancy(c, v[live].norm(dim=1))
+    if mode=='greedy' or len(c)<2: r = greedy_redundancy(c, x.norm(dim=1))
     else: r = c.fill_diagonal_(-torch.inf).topk(1 if mode=='max' else min(top, len(c)-1)).values.mean(1)
     s[live] = (1-r).clamp(min=1e-15).to(s) # a copy is more than nothing
     return s
@@ -142,8 +146,11 @@ def _tap_similarity(x): # [n, R, T] → [n, n], mean over T of |Pearson over R|
     x = x/x.abs().amax((1, 2), keepdim=True)
     size, x = x.norm(dim=1, keepdim=True), x-x.mean(1, keepdim=True)
     n = x.norm(dim=1, keepdim=True)
-    x = torch.where(n>1e-12*size, x/n, 0.)
-    return sum(_gram(x[..., t]).abs_() for t in range(x.shape[2]))/x.shape[2]
+    x = torch.where(n>1e-12*size, x/n, 0.).movedim(2, 0).contiguous()
+    g = x.new_zeros(x.shape[1], x.shape[1])
+    for t in x:
+        for i,p in _upper(t): g[i:i+len(p), i:] += p.abs_()
+    return (g.triu()+g.triu(1).T)/len(x)
 
 def cop_scores(
     v:Tensor, # [n, R, T]: unit, channel that it is read by, tap
@@ -154,7 +161,7 @@ def cop_scores(
     if isinstance(top, bool) or not isinstance(top, int) or top<1: raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
     live, s = v.flatten(1).any(1), v.new_zeros(len(v))
     if not live.any(): return s
-    r = _tap_similarity(v[live]).fill_diagonal_(0)
+    r = _tap_similarity(_part(v, live)).fill_diagonal_(0)
     r /= r.max().clamp(min=torch.finfo(r.dtype).tiny)
     s[live] = (1-r.topk(max(min(top, len(r)-1), 1)).values.mean(1)).clamp(min=1e-15)
     return s
@@ -181,33 +188,32 @@ def cop_importance(
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002e
 def _seed(g, k, rng): # Units to begin with: far from each other, by greedy k-means++
-    sq, tries, seeds = g.diagonal(), 2+int(math.log(k)), [int(rng.integers(len(g)))]
-    near = np.full(len(g), np.inf)
+    sq, draws, seeds = g.diagonal(), rng.random((k, 2+int(math.log(k)))), [int(rng.integers(len(g)))]
+    far, near = sq-2*g, np.full(len(g), np.inf) # far[i]+sq[i]: squared distances to i
     while True:
         i = seeds[-1]
-        near = np.minimum(near, (sq+sq[i]-2*g[i]).clip(0))
+        near = np.minimum(near, far[i]+sq[i])
         near[i] = 0
+        np.maximum(near, 0, out=near)
         if len(seeds)==k: return seeds
         p = near.cumsum()
-        c = np.minimum(np.searchsorted(p, rng.random(tries)*p[-1], side='right'), len(g)-1)
-        left = np.minimum(near, sq+sq[c, None]-2*g[c]).sum(1)
-        seeds.append(int(c[left.argmin()]))
+        c = np.minimum(p.searchsorted(draws[len(seeds)]*p[-1], side='right'), len(g)-1)
+        seeds.append(int(c[np.minimum(near, far[c]+sq[c, None]).sum(1).argmin()]))
 
 def _lloyd(g, seeds, steps=100): # Cluster of each unit, and its squared distance to the centre
-    sq, j = g.diagonal(), np.arange(len(g))
-    a = (sq[seeds, None]-2*g[seeds]).argmin(0)
+    sq, j = g.diagonal(), torch.arange(len(g))
+    a = (sq[seeds, None]-2*g[seeds]).min(0).indices
     for _ in range(steps):
-        used, a, count = np.unique(a, return_inverse=True, return_counts=True)
-        order = a.argsort(kind='stable')
-        m = np.add.reduceat(g[order], np.r_[0, count.cumsum()[:-1]], 0)/count[:, None] # centre · unit
-        d = (np.bincount(a, m[a, j])/count)[:, None]-2*m
-        b = d.argmin(0)
-        if (b==a).all(): break
+        used, a, count = a.unique(return_inverse=True, return_counts=True)
+        m = g.new_zeros(len(used), len(g)).index_add_(0, a, g).div_(count[:, None]) # centre · unit
+        d = g.new_zeros(len(used)).index_add_(0, a, m[a, j])/count # centre · centre
+        low, b = m.mul_(-2).add_(d[:, None]).min(0)
+        if torch.equal(a, b): break
         a = b
-    return b, d[b, j]+sq
+    return b.numpy(), (low+sq).numpy()
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002f
-def _how_many(k, n): # Checked; None is half
+def _how_many(k, n): # Checked; None is half of them
     if k is None: return max(n//2, 1)
     if isinstance(k, bool) or not isinstance(k, int) or not 0<=k<=n: raise ValueError(f"k is how many of the {n} units stay, not {k!r}")
     return k
@@ -220,10 +226,10 @@ def _chosen(a, d, size): # One unit of each cluster above all others: the neares
     s[first] = 1+np.bincount(a)[a[first]]/len(a)
     return s
 
-def _of_live(v, f): # Scores of the rows that are not zero, the others 0
+def _of_live(v, k, f): # Scores by f(rows that are not zero, how many stay); the others 0
     v = _units(v)
-    live, s = v.any(1), v.new_zeros(len(v))
-    if live.any(): s[live] = torch.as_tensor(f(v[live])).to(s)
+    k, live, s = _how_many(k, len(v)), v.any(1), v.new_zeros(len(v))
+    if live.any(): s[live] = torch.as_tensor(f(_part(v, live), k)).to(s)
     return s
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000030
@@ -233,13 +239,12 @@ def kmeans_scores(
     *, seed:int=0, # Another seed, other clusters
 )->Tensor: # (n,), the k highest are chosen: above 1; rows of zeros 0
     "Choose the units that are nearest to the centres of k clusters"
-    k = _how_many(k, len(_units(v)))
-    def f(x):
+    def f(x, k):
         if k<1 or k>=len(x): return torch.ones(len(x))
-        g, rng = _gram(x-x.mean(0)).cpu().numpy(), np.random.default_rng(seed)
-        runs = [_lloyd(g, _seed(g, k, rng)) for _ in range(min(max(1024//len(x), 1), 10))]
+        g, rng = _gram(x-x.mean(0)).cpu(), np.random.default_rng(seed)
+        runs = [_lloyd(g, _seed(g.numpy(), k, rng)) for _ in range(min(max(256//len(x), 1), 4))] # the larger, the less one run differs from another
         return _chosen(*min(runs, key=lambda r: r[1].sum()), x.norm(dim=1).cpu().numpy())
-    return _of_live(v, f)
+    return _of_live(v, k, f)
 
 def kmeans(
     seed:int=0, # Another seed, other clusters
@@ -257,13 +262,12 @@ def cluster_scores(
 )->Tensor: # (n,), the k highest are chosen: above 1; rows of zeros 0
     "Choose the largest unit of each of k clusters of parallel units"
     from sklearn.cluster import AgglomerativeClustering
-    k = _how_many(k, len(_units(v)))
-    def f(x):
+    def f(x, k):
         size = x.norm(dim=1).cpu().numpy()
         if k<1 or k>=len(x): return size/size.max()
         a = AgglomerativeClustering(k, metric='precomputed', linkage='average').fit_predict(1-similarity(x).abs_().cpu().numpy())
         return _chosen(a, 1-size/size.max(), size)
-    return _of_live(v, f)
+    return _of_live(v, k, f)
 
 register(Criterion('cluster', vectors=cluster_scores, selector=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
 
