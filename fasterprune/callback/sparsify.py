@@ -277,6 +277,7 @@ def after_backward(self:SparsifyCallback):
     for e in self._ears:
         e.end()
         if e is self._ear: e.end({}, by='forward')
+        e.off()
 
 @patch
 def after_batch(self:SparsifyCallback):

@@ -210,7 +210,7 @@ def seen(self:Listener, p, x, layer):
     index = np.arange(a.shape[1])[:,None] if p.index is None else p.index
     return dict(a=a, shape=shape, layer=layer, x=x, index=torch.as_tensor(index, device=x.device))
 
-def _rows(x, layer, n): # `[N, C, ...]`, a sample in each row: windows and tokens of a sample are positions in it
+def _rows(x, layer, n): # `[N, C, ...]`, a sample in each row: windows and tokens of a sample are positions in it; of two readings the second dimension is the batch if it has its size
     x = x.float() if x.dtype.itemsize<4 else x
     if isinstance(layer, nn.Linear):
         if x.dim()==1: x = x[None]
@@ -227,16 +227,16 @@ def _placed(p, x): # `[N, n, S]` and what `S` is
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000011
 @patch
-def take(self:Listener, s, p, **seen):
+def take(self:Listener, stat, place, **seen):
     "Measure one batch in one place"
-    if 'labels' in s.needs:
+    if 'labels' in stat.needs:
         y = classes(self.y)
-        if y is None: raise ValueError(f"statistic {s.name!r} needs labels, one class for each sample: a tensor of whole numbers, not {_said(self.y)}; data gives batches (x, y)")
-        if 'a' in seen and len(y)!=len(seen['a']): raise ValueError(f"{p.name!r} reads {len(seen['a'])} rows for {len(y)} labels, so the class of each is not known; use a criterion without labels for it, or ignore={p.name!r}")
+        if y is None: raise ValueError(f"statistic {stat.name!r} needs labels, one class for each sample: a tensor of whole numbers, not {_said(self.y)}; data gives batches (x, y)")
+        if 'a' in seen and len(y)!=len(seen['a']): raise ValueError(f"{place.name!r} reads {len(seen['a'])} rows for {len(y)} labels, so the class of each is not known; use a criterion without labels for it, or ignore={place.name!r}")
         seen['y'] = y
-    new = s.measure(Seen(i=self.i, **seen))
-    if not isinstance(new, dict) or not all(isinstance(v, Tensor) for v in new.values()): raise TypeError(f"statistic {s.name!r} measured {new!r}; it must be a dict of tensors")
-    self.states[s.name,p] = s.merged(self.states.get((s.name,p)), {k:v.detach() for k,v in new.items()})
+    new = stat.measure(Seen(i=self.i, **seen))
+    if not isinstance(new, dict) or not all(isinstance(v, Tensor) for v in new.values()): raise TypeError(f"statistic {stat.name!r} measured {new!r}; it must be a dict of tensors")
+    self.states[stat.name,place] = stat.merged(self.states.get((stat.name,place)), {k:v.detach() for k,v in new.items()})
 
 def _said(y): return 'none' if y is None else f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
 
