@@ -2,8 +2,10 @@
 import math, pickle, time
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from fasterprune.criteria.base import Criterion, Seen, criteria, unit_scores, vector_scores
 from fasterprune.criteria.correlation import *
+from fasterprune.surgery.pruner import Pruner
 
 ALL = 'fpgm', 'cosine', 'pearson', 'cop', 'kmeans', 'cluster', 'chip'
 VECTORS = tuple(n for n in ALL if n!='chip')
@@ -363,6 +365,35 @@ def test_at_every_granularity(name, dims):
     w = rand(4, 3, 2, 3)
     s = unit_scores(criteria[name], w, dims, k=2)
     assert s.shape==tuple(1 if d in dims else n for d,n in enumerate(w.shape)) and s.isfinite().all()
+
+# in a network
+def copies(): # each filter of the first layer twice, the second time twice as large
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    with torch.no_grad(): m[0].weight[4:] = 2*m[0].weight[:4]
+    return m, torch.randn(8, 3, 6, 6)
+
+@pytest.mark.parametrize('name', ['cosine', 'pearson', 'kmeans', 'cluster'])
+def test_of_copied_filters_one_stays(name):
+    m, x = copies()
+    assert Pruner(m, x).plan({'0': .5}, criterion=name).cuts[0].keep==(4, 5, 6, 7)
+
+@pytest.mark.parametrize('name', ALL)
+def test_in_a_network(name):
+    m, x = copies()
+    kw = dict(data=[(x, torch.arange(8))]) if name=='chip' else {}
+    for granularity in ('filter', 'shared_kernel'):
+        a, b = (Pruner(m, x).plan(.5, criterion=name, granularity=granularity, **kw) for _ in range(2))
+        assert a.removed==b.removed==7 and [c.keep for c in a.cuts]==[c.keep for c in b.cuts]
+    if not criteria[name].selector: assert Pruner(m, x).plan(.5, criterion=name, context='global', **kw).removed==7
+    else:
+        with pytest.raises(ValueError, match='chooses sets within one layer'): Pruner(m, x).plan(.5, criterion=name, context='global')
+
+def test_cop_reads_the_readers():
+    m, x = copies()
+    with torch.no_grad(): m[3].weight[:, 5] = -3*m[3].weight[:, 2]
+    gone = set(range(8))-set(Pruner(m, x).plan({'0': .25}, criterion='cop').cuts[0].keep)
+    assert gone=={2, 5}
 
 # refusals
 V = torch.ones(4, 3)

@@ -2,9 +2,11 @@
 import math, pickle, time, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from fasterprune.criteria.base import Seen, criteria
 from fasterprune.criteria.correlation import similarity
 from fasterprune.criteria.information import *
+from fasterprune.surgery.pruner import Pruner
 
 ALL = 'mi_binned', 'mi_renyi2', 'mi_gauss', 'mrmr'
 Z,Y = torch.tensor([0., 0, 0, 1, 2, 3, 4, 5, 6, 7])[:, None], torch.tensor([0]*5+[1]*5)
@@ -308,6 +310,39 @@ def test_batches_together_are_the_samples_together(name):
     a, y = rand(128, 5, 3).float(), labels(128, 4)
     if name!='mi_renyi2': close(score(name, a, y, 4), score(name, a, y), 1e-5)
     assert torch.equal(score(name, a, y, 4), score(name, a, y, 4))
+
+# in a network
+def net(): # 8 channels: four that are noise to the class, two copies of one that tells it, one that is dead, one that is faint
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with torch.no_grad():
+        m[0].weight[4:] = 0; m[0].bias[:] = 1
+        m[0].weight[:4, 0] = 0 # the class is in input channel 0
+        m[0].weight[4:6, 0] = 1; m[0].bias[6] = -1; m[0].weight[7, 0] = .01
+    y = torch.arange(400)%4
+    x = torch.randn(400, 3, 4, 4); x[:, 0] = y[:, None, None]*.5+.1*x[:, 0]
+    return m, [(x[i:i+100], y[i:i+100]) for i in range(0, 400, 100)]
+
+@pytest.mark.parametrize('name', ALL)
+def test_in_a_network(name):
+    m, data = net()
+    a, b = (Pruner(m, data[0][0][:2]).plan({'0': .5}, criterion=name, data=data) for _ in range(2))
+    keep, = [c.keep for c in a.cuts]
+    assert len(keep)==4 and keep==b.cuts[0].keep and 6 not in keep
+    if name=='mi_binned': assert {4, 5, 7}<set(keep)
+    if name=='mi_renyi2': assert {4, 5}<set(keep)
+    if name=='mi_gauss': assert len({4, 5, 7}&set(keep))<=1
+    if name=='mrmr': assert {4, 5, 7}&set(keep)
+
+def test_what_is_missing_is_said():
+    m, data = net()
+    p = Pruner(m, data[0][0][:2])
+    for name in ALL:
+        with pytest.raises(ValueError, match=f"criterion '{name}' needs data"): p.plan(.5, criterion=name)
+    for name in ('mi_binned', 'mi_renyi2', 'mrmr'):
+        with pytest.raises((ValueError, TypeError), match='needs labels'): p.plan(.5, criterion=name, data=[x for x,_ in data])
+    p.plan(.5, criterion='mi_gauss', data=[(x, y.float()) for x,y in data]) # looks at no label
+    with pytest.raises(ValueError, match='chooses sets within one layer'): p.plan(.5, criterion='mrmr', context='global', data=data)
 
 # refusals
 z,y = torch.ones(6, 3),torch.arange(6)%2
