@@ -14,7 +14,8 @@ from fasterprune.callback import prune
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, Seen, Statistic, channel_scores, ranking, register, unit_scores, vector_scores
-from fasterprune.criteria.stats import Evidence, Listener, Place, classes, check_needs, gather, loss_of, split_batch
+from fasterprune.criteria.listen import Listener, Place, classes
+from fasterprune.criteria.stats import Evidence, check_needs, gather, loss_of, split_batch
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp
 from fasterprune.sparse.sparsifier import Sparsifier
@@ -768,7 +769,8 @@ rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
 from torch import nn
 from fasterprune.criteria.base import Statistic
-from fasterprune.criteria.stats import Place, gather
+from fasterprune.criteria.listen import Place
+from fasterprune.criteria.stats import gather
 torch.manual_seed(0)
 net = nn.Linear(3,2)
 data = [(torch.randn(4,3)+i, torch.zeros(4).long()) for i in range(2+0)]

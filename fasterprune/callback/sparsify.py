@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from ..allocation import check_allocation
 from ..core import no_such
 from ..criteria.base import as_criterion, as_normalizer, ranking, reductions
-from ..criteria.stats import Listener, check_n_batches, n_samples
+from ..criteria.listen import Listener
+from ..criteria.stats import check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..schedule import as_schedule
 from ..sparse.masks import Masks, plain_module

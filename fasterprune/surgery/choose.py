@@ -16,7 +16,8 @@ import torch
 from torch import nn, Tensor
 from ..core import layer_types, no_such
 from ..criteria.base import Criterion, Statistic, channel_scores, element_scores, layer_scores, reductions, vector_scores
-from ..criteria.stats import Evidence, Place, check_needs
+from ..criteria.listen import Place
+from ..criteria.stats import Evidence, check_needs
 from .capture import adapted, state_of
 from .coupling import Coupling, Group, Member
 
