@@ -251,10 +251,10 @@ def test_contributions_sum_to_the_output_without_its_bias(layer, shape):
         dim = -1 if isinstance(layer, nn.Linear) else 1
         bias = layer.bias if dim == -1 else layer.bias.view(-1, *[1]*(x.dim()-2))
         y = (layer(x)-bias).flatten(1)
-        want = torch.cat([y.gather(1, torch.randint(y.shape[1], (5, 1), generator=g)) for _ in range(3)])[:,0]
+        want = torch.cat([y.gather(1, torch.randint(y.shape[1], (5,), generator=g)[:,None]) for _ in range(3)])[:,0]
         assert torch.allclose(got.sum(1), want, atol=1e-5)
         g.manual_seed(1)
-        at = torch.cat([torch.randint(y.shape[1], (5, 1), generator=g) for _ in range(3)])[:,0].view(3, 5)
+        at = torch.cat([torch.randint(y.shape[1], (5,), generator=g)[:,None] for _ in range(3)])[:,0].view(3, 5)
         for c in range(6): # a unit's part is what the output is made of when all others are silent
             alone = torch.zeros_like(x); alone.select(dim, c).copy_(x.select(dim, c))
             part = (layer(alone)-bias).flatten(1)

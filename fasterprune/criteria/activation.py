@@ -64,7 +64,7 @@ def _max_act(s): return s['moments']['max']
 
 register(Criterion('mean_act', channel=_mean_act, stats=(MOMENTS,), family='activation', source='Molchanov 2017, arXiv 1611.06440', note='mean of absolute activations'))
 register(Criterion('std_act', channel=_std_act, stats=(MOMENTS,), family='activation', note='standard deviation of activations'))
-register(Criterion('max_act', channel=_max_act, stats=(MOMENTS,), family='activation', source='He 2017, arXiv 1707.06168', note='largest activation'));
+register(Criterion('max_act', channel=_max_act, stats=(MOMENTS,), normalizer='zscore', family='activation', source='He 2017, arXiv 1707.06168', note='largest activation'));
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000018
 def pooled_entropy(
@@ -155,7 +155,7 @@ def thinet_order(
     for _ in range(len(gram)):
         order.append(int(rise.argmin()))
         rise = rise+2*gram[order[-1]]
-        rise[order] = torch.inf
+        rise[order[-1]] = torch.inf
     return torch.tensor(order, device=gram.device)
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000034
@@ -168,23 +168,47 @@ def thinet_rescale(
     return torch.linalg.pinv(gram[keep][:,keep], hermitian=True)@gram[keep].sum(1)
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000038
-def contributions(
-    layer:nn.Module, # A convolution or linear layer
-    x:Tensor, # Its input
-    index:Tensor, # (n, k), which channels of the input are which unit
-    *, entries:int=10, # Entries of the output for each sample
-    seed:int=0, # Draws them
-)->Tensor: # [N*entries, n]
-    "What each unit adds to some entries of its reader's output"
-    if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
-    g,res,dim = torch.Generator().manual_seed(seed),[],x.dim()-1 if isinstance(layer, nn.Linear) else 1
+def _windows(layer, x): # [N, C, *positions, *taps], a view
+    x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode='constant' if layer.padding_mode=='zeros' else layer.padding_mode)
+    for d,(k,s,l) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)): x = x.unfold(2+d, l*(k-1)+1, s)[...,::l]
+    return x
+
+def _parts(layer, x, channels, pick): # of a convolution
+    x = _windows(layer, x[:,channels])
+    space = x.shape[2:2+len(layer.kernel_size)]
+    at = torch.unravel_index(pick, (layer.out_channels, *space))
+    here = x[(torch.arange(len(x), device=x.device).expand_as(pick), slice(None), *at[1:])] # [entries, N, channels, *taps]
+    per = layer.in_channels//layer.groups
+    own = channels-at[0][...,None]//(layer.out_channels//layer.groups)*per
+    w = layer.weight[at[0][...,None], own.clamp(0, per-1)]
+    return (here*w).flatten(3).sum(3)*((own>=0)&(own<per))
+
+def _parts_linear(layer, x, channels, pick):
+    at,o = pick//layer.out_features,pick%layer.out_features
+    return x.reshape(len(x), -1, x.shape[-1])[torch.arange(len(x), device=x.device).expand_as(pick), at][...,channels]*layer.weight[o][...,channels]
+
+def _parts_transposed(layer, x, channels, pick):
     x = x.detach().requires_grad_()
     with torch.enable_grad(): y = layer.forward(x).flatten(1)
-    for _ in range(entries):
-        one = torch.zeros_like(y).scatter_(1, torch.randint(y.shape[1], (len(y), 1), generator=g).to(y.device), 1)
-        part = (x*torch.autograd.grad(y, x, one, retain_graph=True)[0]).detach().movedim(dim, 1).reshape(len(x), x.shape[dim], -1).sum(2)
-        res.append((part[:,index]*(index>=0)).sum(2))
-    return torch.cat(res)
+    back = lambda p: torch.autograd.grad(y, x, torch.zeros_like(y).scatter_(1, p[:,None], 1), retain_graph=True)[0]
+    return torch.stack([(x*back(p)).detach().flatten(2).sum(2)[:,channels] for p in pick])
+
+def contributions(
+    layer:nn.Module, # A convolution or linear layer
+    x:Tensor, # Its input, a sample in each row
+    index:Tensor, # (n, k), which channels of the input are which unit; -1 for none
+    *, entries:int=10, # Entries of the output for each sample
+    seed:int=0, # Draws them
+)->Tensor: # [entries*N, n]
+    "What each unit adds to some entries of its reader's output"
+    if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
+    x = x.detach().to(layer.weight.dtype)
+    with torch.no_grad(): n = layer.forward(x[:1]).numel()
+    g = torch.Generator().manual_seed(seed)
+    pick = torch.stack([torch.randint(n, (len(x),), generator=g) for _ in range(entries)]).to(x.device)
+    f = _parts_linear if isinstance(layer, nn.Linear) else _parts_transposed if layer.transposed else _parts
+    with torch.no_grad(): parts = f(layer, x, index.clamp(min=0).flatten(), pick).unflatten(-1, index.shape)
+    return (parts*(index>=0)).sum(-1).flatten(0, 1)
 
 # %% ../../nbs/criteria/04_activation.ipynb #0000003c
 def _gram(b, entries):
