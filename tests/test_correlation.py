@@ -409,6 +409,7 @@ V = torch.ones(4, 3)
     (lambda: redundancy(mode='min'), "no mode 'min'"),
     (lambda: redundancy(top=1.5), 'top is a whole number of units, at least 1, not 1.5'),
     (lambda: greedy_redundancy(torch.ones(2, 2), torch.ones(3)), '3 sizes do not fit a matrix of shape (2, 2); it must have a row and a column for each'),
+    (lambda: greedy_redundancy(torch.ones(0, 0), torch.ones(0)), '0 sizes do not fit a matrix of shape (0, 0)'),
     (lambda: cop_scores(V), 'readers are weights [n, R, T], by unit, reading channel and tap, not of shape (4, 3)'),
     (lambda: cop_scores(V[:, :, None], top=True), 'top is a whole number of units, at least 1, not True'),
     (lambda: cop_importance({'conv': V}, {}, {}), "macs: no layer 'conv'"),

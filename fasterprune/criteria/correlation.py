@@ -83,20 +83,20 @@ def greedy_redundancy(
     size:Tensor, # (n,), of two that are alike the smaller one goes, and of equals the first
 )->Tensor: # (n,), how like another unit each was when it went; the last is like none
     "Take the two most alike, remove one, and so on until one is left"
-    if c.dim()!=2 or c.shape!=(len(size),)*2: raise ValueError(f"{len(size)} sizes do not fit a matrix of shape {tuple(c.shape)}; it must have a row and a column for each")
-    dev, c, size, n = c.device, c.detach().cpu().numpy().copy(), size.detach().cpu().numpy(), len(c)
-    res, gone = np.full(n, -1. if (c<0).any() else 0.), np.zeros(n) # -inf: gone
-    np.fill_diagonal(c, -np.inf)
-    best = c.argmax(1)
-    top = c[np.arange(n), best]
+    if not len(size) or c.shape!=(len(size),)*2: raise ValueError(f"{len(size)} sizes do not fit a matrix of shape {tuple(c.shape)}; it must have a row and a column for each")
+    dev, c, size, n = c.device, c.detach().cpu().numpy(), size.detach().cpu().numpy(), len(c)
+    res, gone = np.full(n, -1. if c.min()<0 else 0.), np.zeros(n) # -inf: gone
+    def nearest(rows):
+        b = c[rows]+gone
+        b[np.arange(len(rows)), rows] = -np.inf
+        return b.argmax(1), b.max(1)
+    best, top = map(np.concatenate, zip(*(nearest(r) for r in np.array_split(np.arange(n), -(-n//256)))))
     for _ in range(n-1):
         i, j = sorted((k := int(top.argmax()), int(best[k])))
         go = j if size[j]<size[i] else i
         res[go], top[go], gone[go] = top[k], -np.inf, -np.inf
         lost = ((best==go) & (top>-np.inf)).nonzero()[0] # whose nearest is gone
-        if not len(lost): continue
-        best[lost] = (c[lost]+gone).argmax(1)
-        top[lost] = c[lost, best[lost]]+gone[best[lost]]
+        if len(lost): best[lost], top[lost] = nearest(lost)
     return torch.as_tensor(res, device=dev)
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000019
@@ -246,6 +246,7 @@ def kmeans_scores(
         return _chosen(*min(runs, key=lambda r: r[1].sum()), x.norm(dim=1).cpu().numpy())
     return _of_live(v, k, f)
 
+# %% ../../nbs/criteria/03_correlation.ipynb #00000031
 def kmeans(
     seed:int=0, # Another seed, other clusters
 )->Criterion:
@@ -255,7 +256,7 @@ def kmeans(
 
 register(kmeans());
 
-# %% ../../nbs/criteria/03_correlation.ipynb #00000036
+# %% ../../nbs/criteria/03_correlation.ipynb #00000037
 def cluster_scores(
     v:Tensor, # [n, D], each row a unit; further dimensions are flattened
     k:int|None=None, # How many stay; None: half of them
@@ -271,7 +272,7 @@ def cluster_scores(
 
 register(Criterion('cluster', vectors=cluster_scores, selector=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
 
-# %% ../../nbs/criteria/03_correlation.ipynb #0000003c
+# %% ../../nbs/criteria/03_correlation.ipynb #0000003d
 def _points(n=160, end=3.6): # Points and weights of ∫du from 0 to ∞
     t = torch.linspace(-end, end, n, dtype=torch.float64)
     u = torch.exp(math.pi/2*t.sinh())
@@ -295,7 +296,7 @@ def _independence(x): # [C, S] → (C,)
     res[live] = scale/math.pi*(f@du)
     return res
 
-# %% ../../nbs/criteria/03_correlation.ipynb #0000003d
+# %% ../../nbs/criteria/03_correlation.ipynb #0000003e
 def chip_scores(
     a:Tensor, # [N, n, S]: samples, channels, positions
 )->Tensor: # (n,), mean over the samples
