@@ -13,139 +13,16 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import as_call, no_such, prunable_layers
-from ..surgery.capture import Node, Recorder, Ref, record, state_of, tensors_in
-from ..surgery.cost import macs_of, n_params
-from ..surgery.plan import labels_of
-from ..surgery.pruner import Pruner
-from ..surgery.rules import Site, rule_for
+from ..surgery.capture import tensors_in
+from ..surgery.cost import n_params
+from .counts import Left, Tally, layer_cost, n_nonzero
 from .latency import LatencyComparison, compare_latency
 
 # %% auto #0
-__all__ = ['convention', 'LayerCost', 'Evaluation', 'evaluate', 'compression_ratio', 'theoretical_speedup', 'layer_collapse',
-           'file_size', 'Comparison', 'compare']
+__all__ = ['convention', 'Evaluation', 'evaluate', 'compression_ratio', 'theoretical_speedup', 'layer_collapse', 'file_size',
+           'Comparison', 'compare']
 
 # %% ../../nbs/measure/02_metrics.ipynb #00000006
-@dataclass(frozen=True)
-class LayerCost:
-    "What one module holds and computes"
-    name:str # Its path in the model; '' is the model itself
-    kind:str # Its class
-    shape:tuple # Of its weight, or else of its largest parameter; () without any
-    params:int # Entries of the parameters that it holds itself
-    nonzero:int # Those that are not zero
-    macs:int # Multiply-accumulates for the input
-    nonzero_macs:int # Those with a weight that is not zero
-    effective_params:int|None # Nonzero entries left once everything dead is removed; None where not asked for
-    effective_macs:int|None # The same for multiply-accumulates
-
-    @property
-    def sparsity(self)->float:
-        "Part of its parameters that is zero"
-        return 1-self.nonzero/self.params if self.params else 0.
-
-# %% ../../nbs/measure/02_metrics.ipynb #00000008
-class _Left:
-    "What would stay of each tensor once everything dead is removed"
-    def __init__(self, model, x):
-        p = Pruner(model, x)
-        self.plan = p.plan()
-        self.trace,self.labels = p.coupling.trace,p.coupling.labels
-        self.gone = labels_of(p.coupling, {c.name:c.keep for c in self.plan.cuts})
-        self.small = replace(self.trace, shapes={i:tuple(int(k.sum()) for k in self.keeps(i)) for i in self.trace.shapes})
-        self.edits,self.folds = {},{f.name:f for f in self.plan.folds}
-        for e in self.plan.edits: self.edits.setdefault(e.param, []).append(e)
-
-    def keeps(self, i):
-        "For each dimension of tensor `i`: which positions stay"
-        axes = self.labels.env.get(i)
-        if axes is None: return [torch.ones(n, dtype=torch.bool) for n in self.trace.shapes[i]]
-        return [torch.as_tensor(self.labels.keeps(a, self.gone)) for a in axes]
-
-def _nonzero(t, keeps=()): # Entries that are not zero, at the positions that stay
-    if all(k.all() for k in keeps): return int(t.count_nonzero())
-    t = t!=0
-    for d,k in enumerate(keeps):
-        if not k.all(): t = t.index_select(d, k.nonzero()[:,0].to(t.device))
-    return int(t.sum())
-
-# %% ../../nbs/measure/02_metrics.ipynb #0000000a
-_operands = ('weight','mat2','batch2','mat1','batch1','input','self') # the first two that an operator has are multiplied
-_lookups = ('index','index_select','gather','take_along_dim') # they only take numbers out of a table
-
-class _Tally:
-    "Counts the multiply-accumulates of each operator while a model runs"
-    def __init__(self, model, left):
-        self.model,self.left,self.own = model,left,dict(model.named_parameters())
-        self.held = {n:{id(p) for p in m._parameters.values()} for n,m in model.named_modules()}
-        self.dep,self.origin,self.rows,self.uncounted = set(),{},[],{}
-
-    def run(self, x):
-        "Give (layer, MACs, nonzero MACs, effective MACs) for each operator that multiplies"
-        self.rec = Recorder(self.listen)
-        record(self.model, x, self.rec, {n:t.detach() for n,t in state_of(self.model).items()})
-        return self.rows
-
-    def listen(self, node, args, out):
-        t = self.rec.trace
-        if not self.dep: self.dep |= {r.id for r in t.inputs}; self.origin |= {i:n for i,n in t.names.items() if n in self.own}
-        s = Site(node, t, {}, dict(zip([a.name for a in node.func._schema.arguments], args)))
-        ids = [r.id for r in s.tensors]
-        param = next((self.origin[i] for i in ids if i in self.origin), None)
-        new = {r.id for r in (*node.outs, *node.mutates)}
-        reads = any(i in self.dep for i in ids)
-        if reads: self.dep |= new
-        elif param: self.origin |= {i:param for i in new if i not in self.origin}
-        if macs_of(node, t): self.rows.append(self.count(s))
-        elif reads and param and rule_for(node) is None and node.op not in _lookups: self.uncounted[f"{node.op} in {node.module or 'the model'}"] = True
-
-# %% ../../nbs/measure/02_metrics.ipynb #0000000b
-@patch
-def count(self:_Tally, s:Site)->tuple:
-    "(layer, MACs, nonzero MACs, effective MACs) of one operator"
-    t,left,node = s.trace,self.left,s.node
-    macs = macs_of(node, t)
-    k = next((k for k in [k for k in _operands if isinstance(s[k], Ref)][:2] if s[k].id in self.origin and s[k].id not in self.dep), None)
-    w = None if k is None else s.values[k]
-    nonzero = macs if k is None else macs*_nonzero(w)//w.numel()
-    layer = node.module if k is None else self.holder(node, self.origin[s[k].id])
-    if left is None: return layer,macs,nonzero,nonzero
-    twin = left.trace.nodes[node.index] if node.index<len(left.trace.nodes) else None
-    if twin is None or twin.op!=node.op: raise ValueError('the model ran other operators than it did while it was captured; effective=False counts without propagation')
-    effective = macs_of(twin, left.small)
-    if k is None or not effective: return layer,macs,nonzero,effective
-    keeps = left.keeps(Site(twin, left.trace, {})[k].id)
-    size = torch.Size(int(i.sum()) for i in keeps).numel()
-    return layer,macs,nonzero,effective*_nonzero(w, keeps)//size
-
-@patch
-def holder(self:_Tally, node:Node, param:str)->str:
-    "The running module if it holds the parameter, else the module that does"
-    return node.module if id(self.own[param]) in self.held[node.module] else param.rpartition('.')[0]
-
-# %% ../../nbs/measure/02_metrics.ipynb #0000000d
-def _effective(left, name, p): # Entries of a parameter that are left, and not zero
-    f = left.folds.get(name)
-    if f is not None and f.kind=='bias': p = (p.detach().double()+torch.tensor(f.value, dtype=torch.float64, device=p.device)).to(p.dtype)
-    keeps = [torch.ones(n, dtype=torch.bool) for n in p.shape]
-    for e in left.edits.get(name, ()): keeps[e.dim][:] = False; keeps[e.dim][list(e.keep)] = True
-    return _nonzero(p.detach(), keeps)
-
-def _new_bias(left, name, m): # Entries of a bias that the pruner would give this module
-    f = left.folds.get(name)
-    if f is None or f.kind!='new': return 0
-    rows = [e.keep for e in left.edits.get(f"{name}.weight", []) if e.dim==(1 if getattr(m, 'transposed', False) else 0)]
-    v = torch.tensor(f.value, dtype=m.weight.dtype)
-    return int((v[list(rows[0])] if rows else v).count_nonzero())
-
-def _layer(name, m, params, ops, left):
-    w = getattr(m, 'weight', None)
-    if not isinstance(w, Tensor): w = max(params.values(), key=Tensor.numel, default=torch.empty(0))
-    macs,nonzero,effective = (sum(o[i] for o in ops) for i in (1,2,3))
-    count = sum(_nonzero(p.detach()) for p in params.values())
-    kept = count if left is None else sum(_effective(left, n, p) for n,p in params.items()) + _new_bias(left, name, m)
-    return LayerCost(name, type(m).__name__, tuple(w.shape) if w.numel() else (), sum(p.numel() for p in params.values()), count, macs, nonzero, kept, effective)
-
-# %% ../../nbs/measure/02_metrics.ipynb #0000000f
 def _ratio(total, part): return total/part if part else 1. if not total else float('inf')
 
 def _total(attr, doc):
@@ -176,7 +53,7 @@ class Evaluation:
     @property
     def effective_speedup(self)->float|None: "Total / effective multiply-accumulates"; return None if self.effective_macs is None else _ratio(self.macs, self.effective_macs)
 
-# %% ../../nbs/measure/02_metrics.ipynb #00000010
+# %% ../../nbs/measure/02_metrics.ipynb #00000007
 convention = 'MACs are multiply-accumulates of convolutions and matrix products (two FLOPs each); biases, normalisations, activations and pooling do not count'
 
 def _size(shape): return '×'.join(map(str, shape)) or '–'
@@ -204,7 +81,7 @@ def notes(self:Evaluation)->list[str]:
     if self.effective_params is not None: res.append('effective: the nonzero ones left once everything dead is removed')
     return res + ([f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else [])
 
-# %% ../../nbs/measure/02_metrics.ipynb #00000011
+# %% ../../nbs/measure/02_metrics.ipynb #00000008
 def _text(rows):
     wide = [max(map(len, c)) for c in zip(*rows)]
     return '\n'.join('  '.join(c.rjust(n) if i else c.ljust(n) for i,(c,n) in enumerate(zip(r, wide))).rstrip() for r in rows)
@@ -220,7 +97,7 @@ def __repr__(self:Evaluation): return '\n'.join([_text(self.rows()), *self.notes
 @patch
 def _repr_html_(self:Evaluation): return _html(self.rows(), self.notes())
 
-# %% ../../nbs/measure/02_metrics.ipynb #00000012
+# %% ../../nbs/measure/02_metrics.ipynb #00000009
 def _module(model): # The model itself, also of a compiled one
     if not isinstance(model, nn.Module): raise TypeError(f"a model is an nn.Module, not {model!r}")
     prunable_layers(model) # refuses layers that have no weight yet
@@ -233,15 +110,15 @@ def evaluate(
 )->Evaluation:
     "Count the parameters and multiply-accumulates of a model, and what its zeros save"
     model,inputs = _module(model),as_call(x)
-    left = _Left(model, x) if effective else None
-    tally,ops,params = _Tally(model, left),{},{}
+    left = Left(model, x) if effective else None
+    tally,ops,params = Tally(model, left),{},{}
     for o in tally.run(x): ops.setdefault(o[0], []).append(o)
     for n,p in model.named_parameters(): params.setdefault(n.rpartition('.')[0], {})[n] = p
-    layers = [_layer(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules() if n in params or n in ops]
+    layers = [layer_cost(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules() if n in params or n in ops]
     if not effective: layers = [replace(l, effective_params=None, effective_macs=None) for l in layers]
     return Evaluation(tuple(layers), tuple(tuple(t.shape) for t in tensors_in(inputs)), tuple(tally.uncounted))
 
-# %% ../../nbs/measure/02_metrics.ipynb #0000001e
+# %% ../../nbs/measure/02_metrics.ipynb #00000015
 def _dense(dense, count): # The total that a ratio starts from
     return getattr(dense, count) if isinstance(dense, Evaluation) else None if dense is None else _module(dense)
 
@@ -254,7 +131,7 @@ def compression_ratio(
     "Total / nonzero parameters"
     model,total = _module(model),_dense(dense, 'params')
     if effective and x is None: raise ValueError('effective=True follows channels through the network, and needs x: an example of what the model is called with')
-    nonzero = evaluate(model, x).effective_params if effective else sum(_nonzero(p.detach()) for p in model.parameters())
+    nonzero = evaluate(model, x).effective_params if effective else sum(n_nonzero(p.detach()) for p in model.parameters())
     return _ratio(n_params(model if total is None else total) if not isinstance(total, int) else total, nonzero)
 
 def theoretical_speedup(
@@ -268,14 +145,14 @@ def theoretical_speedup(
     if isinstance(total, nn.Module): total = evaluate(total, x, effective=False).macs
     return _ratio(e.macs if total is None else total, e.effective_macs if effective else e.nonzero_macs)
 
-# %% ../../nbs/measure/02_metrics.ipynb #00000028
+# %% ../../nbs/measure/02_metrics.ipynb #0000001f
 def layer_collapse(
     model:nn.Module, # Any module
 )->tuple[str,...]: # Names of layers, none if all is well
     "Find the convolutions and linear layers without a nonzero weight"
-    return tuple(n for n,m in prunable_layers(_module(model)).items() if m.weight.numel() and not _nonzero(m.weight.detach()))
+    return tuple(n for n,m in prunable_layers(_module(model)).items() if m.weight.numel() and not n_nonzero(m.weight.detach()))
 
-# %% ../../nbs/measure/02_metrics.ipynb #0000002b
+# %% ../../nbs/measure/02_metrics.ipynb #00000022
 class _Bytes:
     "A file that only counts"
     def __init__(self): self.n = 0
@@ -290,7 +167,7 @@ def file_size(
     torch.save(_module(model).state_dict(), f)
     return f.n
 
-# %% ../../nbs/measure/02_metrics.ipynb #0000002e
+# %% ../../nbs/measure/02_metrics.ipynb #00000025
 @dataclass(frozen=True)
 class Comparison:
     "Several networks side by side"
@@ -318,7 +195,7 @@ class Comparison:
         "A row for each network"
         return pd.DataFrame({n:self.row(n) for n in self.evaluations}).T.astype({k:int for k in ('parameters','nonzero','MACs')})
 
-# %% ../../nbs/measure/02_metrics.ipynb #0000002f
+# %% ../../nbs/measure/02_metrics.ipynb #00000026
 def _cell(name, v): # A number as it is read
     if v is None or v!=v: return '–'
     if name=='accuracy': return f"{v:.4g}" if abs(v)>1 else f"{v:.2%}"
@@ -345,7 +222,7 @@ def __repr__(self:Comparison): return '\n'.join([_text(self.rows()), *self.notes
 @patch
 def _repr_html_(self:Comparison): return _html(self.rows(), self.notes())
 
-# %% ../../nbs/measure/02_metrics.ipynb #00000030
+# %% ../../nbs/measure/02_metrics.ipynb #00000027
 def compare(
     models:Mapping[str,nn.Module], # Name → model
     x, # What each is called with: a tensor, a tuple of arguments or a dict of keyword arguments
