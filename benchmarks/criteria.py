@@ -14,7 +14,7 @@ from fasterprune.all import Budget, Pruner, criteria
 from fasterprune.criteria import activation, correlation, curvature, information, taylor # registers the criteria
 from fasterprune.criteria.norm import random
 from fasterprune.surgery.coupling import couple
-from cifar import CACHE, DATA, Images, correct, decoded, learner, loader, loaders, normalised, resnet20, trained
+from cifar import CACHE, DATA, Images, correct, decoded, learned, learner, loader, loaders, normalised, resnet20, trained
 
 SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION,CHOICE = (2,3,4),(0,1,2),150,128,8,2000
 HOW = dict(budget='one ranking over all layers', uniform='the same part of each layer')
@@ -23,11 +23,10 @@ HOW = dict(budget='one ranking over all layers', uniform='the same part of each 
 @lru_cache(1)
 def ready(data, cache):
     "Images, and the trained network"
-    d,m = decoded(data, cache),resnet20()
-    m.load_state_dict(torch.load(cache/'resnet20.pt', weights_only=True)['model'])
+    d,m = decoded(data, cache),learned(trained(data, cache))
     g = torch.Generator().manual_seed(10_000)
     pick = torch.randperm(len(d['train_y']), generator=g)[:CHOICE] # training images that choose what is tuned, so that test images do not
-    return d,m.eval(),dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
+    return d,m,dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
 
 def calibration(d, seed):
     "Batches of training images without augmentation, the same for every criterion"
