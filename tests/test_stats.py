@@ -1,5 +1,5 @@
 "Statistics: what is taken from a running model is what loops and autograd say, for any layer that reads; and nothing is left behind"
-import copy, io, pickle, random, subprocess, sys, textwrap
+import copy, pickle, random, subprocess, sys
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fasterprune.callback import prune
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
-from fasterprune.criteria.base import Criterion, Seen, Statistic, channel_scores, ranking, register, unit_scores, vector_scores
+from fasterprune.criteria.base import Criterion, Statistic, vector_scores
 from fasterprune.criteria.listen import Listener, Place, classes
 from fasterprune.criteria.stats import Evidence, check_needs, gather, loss_of, split_batch
 from fasterprune.data import digits_dls, small_resnet
@@ -752,7 +752,7 @@ def test_after_an_interrupt_nothing_listens():
 def test_export(tmp_path):
     learn = learner(path=tmp_path); cb = SparsifyCallback(.5, criterion=taylor, n_batches=1); fit(learn, 2, [cb])
     learn.export('x.pkl'); assert load_learner(tmp_path/'x.pkl')
-    learn.add_cb(SparsifyCallback(.5, criterion=register(taylor), n_batches=1)); fit(learn, 1, []); pickle.dumps(learn.model)
+    learn.add_cb(SparsifyCallback(.5, criterion=taylor, n_batches=1)); fit(learn, 1, []); pickle.dumps(learn.model)
 
 def test_learn_prune_takes_the_training_data_and_the_loss():
     learn = learner(); rng = learn.dls.train.rng.getstate(); n = sum(p.numel() for p in learn.model.parameters())
@@ -791,3 +791,34 @@ def test_ranks_agree(tmp_path):
     for p in ps:
         out,err = p.communicate(timeout=120)
         assert p.returncode==0 and 'fine' in out, err[-2000:]
+
+def test_members_side_by_side():
+    m,x,data = make('residual')
+    def check(v): shapes.append(tuple(v.shape)); return v.flatten(1).norm(dim=1)
+    shapes = []; gs = [g for g in couple(m, x).groups if g.primary]
+    got = group_scores(m, gs, Criterion('c', vectors=check, join=True))
+    assert shapes==[(6,1,2+54),(5,6,1)]
+    same(got['a'], torch.cat([m.a.weight.flatten(1), m.b.weight.flatten(1)], 1).norm(dim=1).detach())
+
+def outer(loss, params, i):
+    out,f = loss.outputs()
+    g, = torch.autograd.grad(f(out), out)
+    return torch.autograd.grad(out, params, g)
+def test_outputs_of_a_batch():
+    m,x,data = make('tokens'); d,y = data[0]; p = Place('weight', 'h.weight')
+    def take(b): return dict(s=b.g)
+    got = gather(m, [(Statistic('t', take, at='weight', by=outer), p)], data[:1], loss_func=F.cross_entropy)['t',p]
+    m.zero_grad(); F.cross_entropy(m(d), y).backward(); same(got, m.h.weight.grad)
+    class Pair(nn.Module):
+        def __init__(self): super().__init__(); self.h = nn.Linear(3,2)
+        def forward(self, x): return self.h(x),x
+    with pytest.raises(ValueError, match="which must be one tensor, and it is tuple; use a criterion such as 'fisher_w'"): gather(Pair(), [(Statistic('t', take, at='weight', by=outer), p)], [(torch.randn(2,3), y)], loss_func=F.cross_entropy)
+
+@pytest.mark.parametrize('act', [nn.ReLU6(), nn.GELU(), nn.Sigmoid(), nn.Softmax(-1)])
+def test_a_flow_that_is_not_homogeneous_is_refused(act):
+    torch.manual_seed(0); m = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), act, nn.Linear(4,2)).eval(); nn.init.normal_(m[1].running_mean)
+    with torch.no_grad(): m[0].weight.mul_(20 if isinstance(act, nn.ReLU6) else .1)
+    c = Criterion('flow', _weigh, stats=(Statistic('wg', _wg, at='weight', by='flow'),))
+    with pytest.raises(ValueError, match='twice the input does not give twice the output of this Sequential'): Sparsifier(m, torch.randn(2,3), granularity='weight', criterion=c).masks(.5)
+    m[2] = nn.LeakyReLU(.1)
+    assert Sparsifier(m, torch.randn(2,3), granularity='weight', criterion=c).masks(.5).sparsity==.5

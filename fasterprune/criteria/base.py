@@ -109,6 +109,7 @@ class Criterion:
     normalizer: str|None = 'mean' # For a ranking across layers, where the user names none; None: there is no such ranking
     where: tuple|None = None # Granularities where it is defined; None: all that its function allows
     reduce: str = 'mean' # How the scores of a unit's members combine, where the user does not say
+    join: bool = False # Are a unit's vectors in all its members one long vector, compared once, instead of a score for each? For those that choose one of two
 
     @property
     def reads_values(self)->bool: "Does it look at the numbers, and not only at how many there are?"; return self.element is not torch.zeros_like
@@ -139,6 +140,7 @@ def _check_functions(c):
     at = {s.at for s in c.stats}
     if c.channel is not None and (len(at)!=1 or 'weight' in at): raise ValueError(f"criterion {c.name!r} scores channels by statistics of one place, 'input', 'norm' or 'group', not {sorted(at)}")
     if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})): raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")
+    if c.join and c.vectors is None: raise ValueError(f"criterion {c.name!r}: join puts vectors side by side, so it is for a function of vectors")
     if c.selector and c.element is not None: raise ValueError(f"criterion {c.name!r}: a selector compares units, so it is a function of vectors or of channel statistics, not of an element")
 
 # %% ../../nbs/criteria/00_base.ipynb #00000011

@@ -130,9 +130,14 @@ class _Batch: # One batch, and the model's loss on it
         self.args,self.kwargs,self.y = split_batch(batch, model, n_inp)
         self.n = n_samples(self.args, self.kwargs)
     def run(self): return self.model(*self.args, **self.kwargs)
-    def loss(self, temperature=1.):
+    def __call__(self, temperature=1.): # the mean loss
         out = self.run()
         return loss_of(out if temperature==1 else tree_map(lambda o: o/temperature if isinstance(o, Tensor) else o, out), self.y, self.loss_func, self.n)
+    def outputs(self): # What the model returns, and the mean loss as a function of it
+        out = self.run()
+        out = getattr(out, 'logits', out)
+        if not isinstance(out, Tensor): raise ValueError(f"the loss is differentiated by the model's output, which must be one tensor, and it is {type(out).__name__}; use a criterion such as 'fisher_w'")
+        return out,lambda o: loss_of(o, self.y, self.loss_func, self.n)
     def sample(self, i): # The same of one sample
         b = _Batch.__new__(_Batch)
         one = lambda t: t[i:i+1] if isinstance(t, Tensor) and t.dim() and len(t)==self.n else t
@@ -151,7 +156,7 @@ def _gradient(l, b, i): # forward and backward: activations, and gradients of th
     l.begin(b.n, b.y, i)
     l.on()
     try:
-        total = b.loss()*b.n
+        total = b()*b.n
         if not total.requires_grad: raise ValueError('the loss does not depend on anything that a criterion looks at; does loss_func return a tensor that can be differentiated?')
         gs = torch.autograd.grad(total, [*params, *l.leaves], allow_unused=True)
     finally: l.off()
@@ -171,12 +176,12 @@ def _sample(l, b, i): # a gradient for each sample
     for j in range(b.n):
         one = b.sample(j)
         l.begin(1, one.y, i*b.n+j)
-        l.end(dict(zip(names, torch.autograd.grad(one.loss(), params, allow_unused=True))), by='sample')
+        l.end(dict(zip(names, torch.autograd.grad(one(), params, allow_unused=True))), by='sample')
 
 def _own(l, b, i, by): # derivatives of any order
     names,params = _needing(l, by)
     l.begin(b.n, b.y, i)
-    with sdpa_kernel(SDPBackend.MATH): values = by(b.loss, params, i)
+    with sdpa_kernel(SDPBackend.MATH): values = by(b, params, i)
     for k,p,v in zip(names, params, values):
         if not isinstance(v, Tensor) or v.shape!=p.shape: raise ValueError(f"{by.__name__} gave {described(v)} for {k!r} of shape {tuple(p.shape)}; it gives a value for each weight")
     l.end(dict(zip(names, values)), by=by)
@@ -196,6 +201,17 @@ def _linear(model): # Norms and activation functions let everything through
     finally:
         for m in ms: vars(m).pop('forward', None)
 
+@torch.no_grad()
+def _check_homogeneous(l, values, args, kwargs): # Without biases, twice the input gives twice the output
+    shifts = {id(t) for m in l.model.modules() for t in (getattr(m, 'bias', None), getattr(m, 'running_mean', None)) if isinstance(t, Tensor)}
+    own = {**l.params, **dict(l.model.named_buffers())}
+    values = {n:torch.zeros_like(v) if id(own[n]) in shifts else v.detach() for n,v in values.items()}
+    twice = lambda t: 2*t if isinstance(t, Tensor) and t.is_floating_point() else t
+    one,two = (_sum(functional_call(l.model, values, tree_map(f, args), tree_map(f, kwargs), tie_weights=False)) for f in (lambda t: t, twice))
+    if not abs(two-2*one)<=1e-6*abs(two): raise ValueError(f"a flow multiplies weights along paths, and twice the input does not give twice the output of this {type(l.model).__name__}: a ReLU6, GELU, sigmoid or softmax is on the way; use a criterion with data, such as 'taylor_w', or one of weights")
+
+def _sum(out): return sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
+
 def _flow(l, x, by): # the sum of all paths
     bad = next((n for n,m in l.modules.items() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention))), None) if by=='flow' else None
     if bad is not None: raise ValueError(f"a flow multiplies weights along paths, and {bad!r} ({type(l.modules[bad]).__name__}) divides by what comes in; use a criterion with data, such as 'taylor_w'")
@@ -213,9 +229,10 @@ def _flow(l, x, by): # the sum of all paths
     l.on()
     try:
         with _linear(l.model) if by=='linear' else contextlib.nullcontext(): out = functional_call(l.model, {**values, **buffers}, args, kwargs, tie_weights=False)
-        total = sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
+        total = _sum(out)
         gs = torch.autograd.grad(total, [*[values[k] for k in names], *l.leaves], allow_unused=True)
     finally: l.off()
+    if by=='flow': _check_homogeneous(l, {**values, **buffers}, args, kwargs)
     if not total.isfinite() or total==0: raise ValueError(f"nothing that can be counted flows through this {type(l.model).__name__}: the sum of its outputs is {total.item():.3g} for an input of ones; use a criterion with data")
     l.end(dict(zip(names, gs)), by=by, values=values)
 

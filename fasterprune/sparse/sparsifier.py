@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
-from ..criteria import activation, correlation, curvature, information, norm, taylor # registers the criteria
+from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import as_criterion, as_normalizer, ranking, reductions, unit_scores
 from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module

@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from ..allocation import allocate, check_allocation
 from ..core import no_such
-from ..criteria import activation, correlation, curvature, information, norm, taylor # registers the criteria
+from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import Criterion, as_criterion, as_normalizer, ranking, reductions
 from ..criteria.stats import Evidence
 from .budget import Budget, within

@@ -72,6 +72,12 @@ def _vectors(w, dim, index): # `[n, R, T]`
     t = t.reshape(len(t), t.shape[1] if t.dim()>1 else 1, -1)[torch.as_tensor(index, device=w.device)]
     return t.transpose(1, 2).flatten(2)
 
+def _joined(criterion, ws, ms, n, k): # The vectors of all members side by side; None if one of them sees a part of the units
+    rows = [rows_of(m.unit) for m in ms]
+    if any(len(r)!=1 or len(r[0][0])!=n for r in rows): return None
+    v = torch.cat([_vectors(w, m.dim, r[0][1]).flatten(1) for w,m,r in zip(ws, ms, rows)], 1)
+    return [(None, vector_scores(criterion, v[:,None], None, k))]
+
 def _compared(criterion, w, m, s, k): # For each number of positions: units and their scores
     for units,index in rows_of(m.unit):
         v = lambda t: _vectors(t.expand(w.shape), m.dim, index)
@@ -235,6 +241,7 @@ class _Scoring: # The scores of each member of a group
         c,ms = self.criterion,_members(self.criterion, self.model, g, self.granularity)
         if not ms: raise ValueError(_nothing_to_score(c, g, self.granularity))
         if c.stats and not (ms := [m for m in ms if m.param in self.stats]): raise ValueError(f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; use a criterion of weights alone, or ignore={g.name!r}")
+        if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))): return res
         if c.vectors is not None: return self.named(g, lambda: [r for m in ms for r in _compared(c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
         return [(np.unique(m.unit[m.unit>=0]), s[np.unique(m.unit[m.unit>=0])]) if (m.unit<0).any() or len(m.unit)<g.n else (None, s) for m in ms for s in [self.pool(m, g.n)]]
 
