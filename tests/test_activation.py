@@ -147,9 +147,9 @@ def test_nisp_is_the_derivative_through_absolute_weights(): # several readers, a
     want = nisp_step(convs[0].weight, mid)+mid
     assert torch.allclose(x.grad.sum((0, 2, 3)), want, rtol=1e-10)
 
-def test_nisp_adds_up_positions_samples_and_readers():
+def test_nisp_adds_up_positions_and_readers():
     g = torch.rand(2, 3, 5, dtype=torch.float64)
-    assert criteria['nisp'].reduce == 'sum' and torch.allclose(scores('nisp', Seen(g=g, a=g)), g.sum((0, 2)))
+    assert criteria['nisp'].reduce == 'sum' and torch.allclose(scores('nisp', Seen(g=g, a=g)), g.sum(2).mean(0))
 
 # ---- the criteria
 
@@ -313,3 +313,63 @@ def test_thinet_entries(bad):
 def test_they_pickle(c):
     c = criteria[c] if isinstance(c, str) else c
     assert pickle.loads(pickle.dumps(c)) == c or c.name in ('apoz', 'entropy', 'hrank', 'thinet') and pickle.loads(pickle.dumps(c)).name == c.name
+
+# ---- through the engine
+
+def engine(model, x, c, data=None, granularity='filter', loss_func=None):
+    from fasterprune.surgery.choose import evidence_for, group_scores
+    from fasterprune.surgery.coupling import couple
+    c = criteria[c] if isinstance(c, str) else c
+    gs = [g for g in couple(model, x).groups if g.primary]
+    return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem,self.a,self.b,self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1), nn.Linear(6, 4)
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x+self.b(F.relu(self.a(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+def residual(): torch.manual_seed(0); return Residual().eval(), torch.randn(8, 3, 6, 6), torch.randint(4, (8,))
+
+def test_nisp_in_a_residual_network_is_the_formula():
+    m, x, _ = residual()
+    s = engine(m, x, 'nisp')
+    last = nisp_step(m.fc.weight, torch.ones(4))
+    inner = nisp_step(m.b.weight, last)
+    assert torch.allclose(s['a'], inner, rtol=1e-6)
+    assert torch.allclose(s['stem'], nisp_step(m.a.weight, inner)+last, rtol=1e-6) # it is read by `a` and, after the addition, by `fc`
+
+@pytest.mark.parametrize('name', ['apoz', 'mean_act', 'std_act', 'max_act', 'entropy'])
+def test_units_are_scored_where_they_are_read(name):
+    m, x, _ = residual()
+    s = engine(m, x, name, data=[(x[:5],), (x[5:],)])
+    with torch.no_grad():
+        h = F.relu(m.stem(x)); k = F.relu(m.a(h)); z = F.adaptive_avg_pool2d(F.relu(h+m.b(k)), 1).flatten(1)
+    see = lambda t: scores(name, Seen(a=t.flatten(2) if t.dim()>2 else t[...,None], shape=(1, *t.shape[2:])))
+    assert torch.allclose(s['a'], see(k), rtol=1e-4) and torch.allclose(s['stem'], (see(h)+see(z))/2, rtol=1e-4)
+
+def test_thinet_keeps_what_the_reader_needs():
+    torch.manual_seed(0)
+    m, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), torch.randn(16, 3, 8, 8)
+    with torch.no_grad(): m[2].weight[:,[1,4]] *= 1e-3
+    s = engine(m, x, 'thinet', data=[(x,)])['0']
+    assert sorted(s.tolist()) == list(range(6)) and set(s.argsort()[:2].tolist()) == {1, 4}
+
+def test_wanda_row_of_grouped_and_transposed_convolutions():
+    from fasterprune.sparse.sparsifier import Sparsifier
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 3, 2), nn.Flatten(), nn.Linear(3*25, 2))
+    x = torch.randn(8, 4, 6, 6)
+    keep = Sparsifier(m, x, granularity='weight', criterion='wanda_row', data=[(x,)]).masks(.5).keep
+    for n,dims in (('0', (1, 2, 3)), ('1', (0, 2, 3)), ('3', (1,))): # each output loses the same part
+        part = keep[f'{n}.weight'].float().mean(dims)
+        assert part.min() > .4 and part.max()-part.min() < .06, n
+
+def test_wanda_prunes_the_weights_of_silent_inputs():
+    m, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(32, 6)*torch.tensor([1., 1e-4, 1, 1e-4, 1, 1])
+    from fasterprune.sparse.sparsifier import Sparsifier
+    keep = Sparsifier(m, x, granularity='weight', criterion='wanda', data=[(x,)]).masks(1/3).keep['0.weight']
+    assert not keep[:,[1,3]].any() and keep[:,[0,2,4,5]].all()

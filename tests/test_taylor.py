@@ -346,3 +346,100 @@ def test_probes_and_seeds(f, name):
     for bad in (None, '0', 1., True):
         with pytest.raises(TypeError, match=f'{name} takes a whole number as seed, not '): f(seed=bad)
     with pytest.raises(TypeError, match='hap_trace: hutchinson is True or False, not 1'): hap_trace(hutchinson=1)
+
+# ---- through the engine
+
+def engine(model, x, c, data=None, granularity='filter', loss_func=F.cross_entropy):
+    from fasterprune.surgery.choose import evidence_for, group_scores
+    from fasterprune.surgery.coupling import couple
+    c = criteria[c] if isinstance(c, str) else c
+    gs = [g for g in couple(model, x).groups if g.primary]
+    return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem,self.bn,self.a,self.b,self.fc = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1), nn.Linear(6, 4)
+    def forward(self, x):
+        h = F.relu(self.bn(self.stem(x)))
+        return self.fc(F.relu(h+self.b(F.relu(self.a(h)))).mean((2, 3))) # the stream is read by `a` and, after the addition, by `fc`
+
+def residual():
+    torch.manual_seed(0)
+    m = Residual().double().eval()
+    with torch.no_grad(): m.bn.weight.uniform_(.5, 2); m.bn.bias.normal_()
+    return m, torch.randn(8, 3, 6, 6, dtype=torch.float64), torch.randint(4, (8,))
+
+def test_taylor_w_and_snip_in_a_network():
+    m, x, y = residual()
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    gs = [torch.autograd.grad(F.cross_entropy(m(a), b), m.a.weight)[0] for a,b in data]
+    want = torch.stack([(m.a.weight*g).detach() for g in gs])
+    unit = lambda t: t.sum((1, 2, 3))
+    assert torch.allclose(engine(m, x, 'taylor_w', data)['a'], unit(want.square().mean(0)))
+    assert torch.allclose(engine(m, x, 'taylor_abs', data)['a'], unit(want.abs().mean(0)))
+    assert torch.allclose(engine(m, x, 'snip', data)['a'], unit(want.mean(0).abs()))
+
+def test_fisher_w_in_a_network_is_of_each_sample():
+    m, x, y = residual()
+    gs = torch.stack([torch.autograd.grad(F.cross_entropy(m(x[i:i+1]), y[i:i+1]), m.a.weight)[0] for i in range(8)])
+    want = (m.a.weight.detach()**2/2*gs.square().mean(0)).sum((1, 2, 3))
+    assert torch.allclose(engine(m, x, 'fisher_w', [(x[:3], y[:3]), (x[3:], y[3:])])['a'], want)
+
+def test_gates_in_a_network_are_gates():
+    "the gate multiplies what the normalisation writes"
+    m, x, y = residual()
+    gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    def run(x):
+        h = F.relu(m.bn(m.stem(x))*gate[:,None,None])
+        return m.fc(F.relu(h+m.b(F.relu(m.a(h)))).mean((2, 3)))
+    gs = [torch.autograd.grad(F.cross_entropy(run(x[s]), y[s]), gate)[0] for s in (slice(4), slice(4, None))]
+    seen = [Seen(w=torch.stack([m.bn.weight, m.bn.bias], 1).detach(), g=torch.stack(torch.autograd.grad(F.cross_entropy(m(x[s]), y[s]), [m.bn.weight, m.bn.bias]), 1)) for s in (slice(4), slice(4, None))]
+    assert torch.allclose(scores('taylor_gate', *seen), torch.stack(gs).square().mean(0))
+
+def test_group_fisher_in_a_network_is_the_fisher_information_of_one_gate_for_all_readers():
+    m, x, y = residual()
+    gate = torch.ones(8, 6, dtype=torch.float64)
+    got = engine(m, x, 'group_fisher', [(x[:5], y[:5]), (x[5:], y[5:])])
+    h = F.relu(m.bn(m.stem(x)))
+    def parts(ga, gf):
+        z = F.relu(h+m.b(F.relu(m.a(h*ga[:,:,None,None])))).mean((2, 3))
+        return F.cross_entropy(m.fc(z*gf), y, reduction='none')
+    Ja, Jf = torch.autograd.functional.jacobian(parts, (gate, gate))
+    want = torch.stack([Ja[n,n]+Jf[n,n] for n in range(8)]).square().sum(0)
+    assert torch.allclose(got['stem'], want, rtol=1e-8)
+
+def test_second_derivatives_in_a_network():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+    H = torch.autograd.functional.hessian(lambda w: F.cross_entropy(functional_call(m, {'0.weight':w}, (x,)), y), m[0].weight.detach())
+    H = H.reshape(24, 24)
+    w = m[0].weight.detach()
+    ws = [m[0].weight]
+    s = engine(m, x, hap_trace(1500), [(x, y)])['0']
+    want = torch.stack([H[4*u:4*u+4, 4*u:4*u+4].trace()/8*w[u].square().sum() for u in range(6)])
+    assert (s-want).norm() < .1*want.norm()
+    s = engine(m, x, grasp(1), [(x, y)])['0']
+    g = torch.autograd.grad(F.cross_entropy(m(x), y), [m[0].weight])
+    assert torch.allclose(s, (w*hessian_vector(F.cross_entropy(m(x), y), ws)[0]).sum(1))
+
+def test_obd_in_a_network():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+    H = torch.autograd.functional.hessian(lambda w: F.cross_entropy(functional_call(m, {'0.weight':w}, (x,)), y), m[0].weight.detach()).reshape(24, 24)
+    want = (H.diagonal().view(6, 4)*m[0].weight.detach()**2/2).sum(1)
+    s = engine(m, x, obd(1500), [(x, y)])['0']
+    assert (s-want).norm() < .1*want.norm()
+
+def test_synflow_in_a_network_touches_nothing():
+    m, x, _ = residual()
+    m.float()
+    before = {k:v.clone() for k,v in m.state_dict().items()}
+    s = engine(m, x.float(), 'synflow')
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items()) and (s['a'] > 0).all()
+    pos = {k:v.double().abs() if v.is_floating_point() else v for k,v in m.state_dict().items()}
+    w = pos['a.weight'].requires_grad_()
+    g, = torch.autograd.grad(functional_call(m, pos, (torch.ones_like(x),)).sum(), w)
+    assert torch.allclose(s['a'], (w*g).sum((1, 2, 3)).detach())

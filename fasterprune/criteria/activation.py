@@ -244,7 +244,7 @@ def nisp_step(
     return torch.einsum('gio,go->gi' if transposed else 'goi,go->gi', m.unflatten(0, (groups, -1)), s.to(m).view(groups, -1)).flatten()
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000045
-def _handed_back(b): return dict(s=wide(b.g.sum((0, 2))))
+def _handed_back(b): return dict(s=wide(b.g.sum((0, 2)))/len(b.g))
 
 register(Criterion('nisp', channel=_only, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',
                    family='activation', source='Yu 2018, arXiv 1711.05908', note='importance handed back from the outputs through absolute weights'));
