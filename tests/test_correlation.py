@@ -389,6 +389,32 @@ def test_in_a_network(name):
     else:
         with pytest.raises(ValueError, match='chooses sets within one layer'): Pruner(m, x).plan(.5, criterion=name, context='global')
 
+class Residual(nn.Module): # two layers write the same channels; 4 to 7 are 0 to 3 again, now the first and now the second twice as large
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.b,self.c = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1),nn.Linear(8, 4)
+        with torch.no_grad():
+            for l in (self.a, self.b): l.weight[4:] = l.weight[:4]
+            self.a.weight[2:6] *= 2; self.b.weight[:2] *= 2; self.b.weight[6:] *= 2
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.c((h+self.b(h)).mean((2, 3)))
+
+@pytest.mark.parametrize('name', ['cosine', 'pearson', 'kmeans', 'cluster'])
+def test_of_copies_in_all_layers_of_a_trunk_one_stays(name):
+    m = Residual().eval()
+    with torch.no_grad(): m.a.weight[4:] = m.a.weight[:4]; m.b.weight[4:] = m.b.weight[:4]
+    keep = Pruner(m, torch.randn(2, 3, 6, 6)).plan({'a': .5}, criterion=name).cuts[0].keep
+    assert sorted(i%4 for i in keep)==[0, 1, 2, 3]
+
+@pytest.mark.parametrize('name', ['cosine', 'pearson'])
+def test_a_direction_is_that_of_all_layers(name):
+    m = Residual().eval(); c = criteria[name]
+    keep = Pruner(m, torch.randn(2, 3, 6, 6)).plan({'a': .5}, criterion=name).cuts[0].keep
+    s = c.vectors(torch.cat([m.a.weight.flatten(1), m.b.weight.flatten(1)], 1).detach())
+    assert c.join and keep==tuple(sorted(s.argsort(stable=True)[4:].tolist()))
+
 def test_cop_reads_the_readers():
     m, x = copies()
     with torch.no_grad(): m[3].weight[:, 5] = -3*m[3].weight[:, 2]

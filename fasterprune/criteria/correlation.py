@@ -137,7 +137,7 @@ def redundancy(
     f = partial(redundancy_scores, centre=measure=='pearson', signed=signed, mode=mode, top=top)
     f(torch.eye(2)) # refuses what it would refuse later
     note = f"1 - {'' if signed else '|'}{measure}{'' if signed else '|'} of the most similar pair, {'one of it goes' if mode=='greedy' else mode}"
-    return Criterion(measure, vectors=f, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note=note)
+    return Criterion(measure, vectors=f, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note=note)
 
 for m in measures: register(redundancy(m))
 
@@ -252,7 +252,7 @@ def kmeans(
 )->Criterion:
     "A selector by k-means"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed<0: raise ValueError(f"kmeans takes a whole number from 0 on as seed, not {seed!r}")
-    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selector=True, family='correlation', source='Lloyd 1982, k-means++ 2007', note='the units nearest to the centres of clusters')
+    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selector=True, join=True, family='correlation', source='Lloyd 1982, k-means++ 2007', note='the units nearest to the centres of clusters')
 
 register(kmeans());
 
@@ -270,7 +270,7 @@ def cluster_scores(
         return _chosen(a, 1-size/size.max(), size)
     return _of_live(v, k, f)
 
-register(Criterion('cluster', vectors=cluster_scores, selector=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
+register(Criterion('cluster', vectors=cluster_scores, selector=True, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000003d
 def _points(n=160, end=3.6): # Points and weights of ∫du from 0 to ∞
