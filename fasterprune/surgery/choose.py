@@ -153,7 +153,8 @@ def wanted_of(
     *, granularity:str='filter', # As for `group_scores`
 )->list: # (`Statistic`, `Place`)
     "What a criterion needs to know about the units of these groups"
-    if criterion.channel is None: return wanted_of_weights(criterion, model, [m.param for g in groups for m in _members(criterion, model, g, granularity)])
+    state = state_of(model)
+    if criterion.channel is None: return wanted_of_weights(criterion, model, [m.param for g in groups for m in _members(criterion, state, g, granularity)])
     stats = (*criterion.stats, *([LOWEST] if 'relu' in criterion.needs else []))
     return [(s, p) for g in groups for s in stats for p in places_of(model, g, s.at)]
 
@@ -235,10 +236,10 @@ class _Scoring: # The scores of each member of a group
     def __init__(self, model, groups, criterion, granularity, pooled, evidence, keep):
         self.model,self.criterion,self.granularity,self.pooled,self.keep,self.state = model,criterion,granularity,pooled,keep,state_of(model)
         if criterion.channel is not None: self.found = evidence(wanted_of(criterion, model, groups)) # all at once: the model runs once
-        elif criterion.stats: self.stats = weight_stats(criterion, model, [m.param for g in groups for m in _members(criterion, model, g, granularity)], evidence)
+        elif criterion.stats: self.stats = weight_stats(criterion, model, [m.param for g in groups for m in _members(criterion, self.state, g, granularity)], evidence)
 
     def weighed(self, g): # by weights
-        c,ms = self.criterion,_members(self.criterion, self.model, g, self.granularity)
+        c,ms = self.criterion,_members(self.criterion, self.state, g, self.granularity)
         if not ms: raise ValueError(_nothing_to_score(c, g, self.granularity))
         if c.stats and not (ms := [m for m in ms if m.param in self.stats]): raise ValueError(f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; use a criterion of weights alone, or ignore={g.name!r}")
         if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))): return res
@@ -266,8 +267,7 @@ class _Scoring: # The scores of each member of a group
             low = self.found.get((LOWEST.name,p))
             if low is not None and low.min()<0: raise ValueError(f"criterion {self.criterion.name!r} counts zeros behind a ReLU, and what {p.name!r} reads of {g.name!r} goes down to {low.min().item():.3g}; use 'mean_act' or 'l2', or ignore={g.name!r}")
 
-def _members(criterion, model, g, granularity): # The weights that speak for a group
-    state = state_of(model)
+def _members(criterion, state, g, granularity): # The weights that speak for a group; `state`: all by name
     if criterion.reads=='norm': return list(g.role('scale'))
     return [m for m in g.role('read' if criterion.reads=='readers' else sides[granularity]) if state[m.param].ndim>1]
 
