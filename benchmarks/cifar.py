@@ -122,7 +122,7 @@ class Kept(Callback):
 def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     "SGD with momentum and weight decay in the gradient, as in the papers"
     loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    learn = Learner(dls, model, loss_func=loss, opt_func=partial(SGD, decouple_wd=False), metrics=accuracy, wd=wd, wd_bn_bias=True, cbs=Bf16() if bf16 else None)
+    learn = Learner(dls, model, loss_func=loss, opt_func=partial(SGD, mom=.9, decouple_wd=False), metrics=accuracy, wd=wd, wd_bn_bias=True, cbs=Bf16() if bf16 else None)
     learn.remove_cb(ProgressCallback)
     return learn
 
