@@ -229,7 +229,7 @@ def test_hrank_of_several_positions_is_their_mean():
     assert torch.allclose(scores('hrank', Seen(a=two, shape=(2, 6, 6))), scores('hrank', Seen(a=a, shape=(1, 6, 6))))
 
 def test_hrank_refuses_tokens_and_global_rankings():
-    with pytest.raises(ValueError, match="hrank takes the rank of maps, and these units are sequences of 36; use 'std_act'"): scores('hrank', Seen(a=maps(), shape=(1, 36)))
+    with pytest.raises(ValueError, match="hrank takes the rank of maps, and these units are read as sequences; use 'std_act'"): scores('hrank', Seen(a=maps(), shape=(1, 36)))
     assert criteria['hrank'].across is None
 
 def test_entropy_keeps_a_bounded_number_of_samples():

@@ -105,17 +105,21 @@ def map_ranks(
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000021
 def _ranks(b, tol):
-    if len(b.shape)==2 and b.shape[0]==1 and b.shape[1]>1: raise ValueError(f"hrank takes the rank of maps, and these units are sequences of {b.shape[1]}; use 'std_act' or 'entropy', or leave this layer out with ignore=")
+    if len(b.shape)==2 and b.shape[0]==1 and b.shape[1]>1: return dict(share=wide(torch.full((b.a.shape[1],), torch.nan, device=b.a.device)), n=wide(torch.tensor(len(b.a)))) # tokens
     shape = b.shape[-2:] if len(b.shape)>2 else (1, b.a.shape[2])
     r = map_ranks(b.a.unflatten(2, (-1, shape[0]*shape[1])), shape)
     return dict(share=wide(r.sum((0, 2)))/r.shape[2], n=wide(torch.tensor(len(r))))
+
+def _mean_rank(s):
+    if _only(s).isnan().any(): raise ValueError("hrank takes the rank of maps, and these units are read as sequences; use 'std_act' or 'entropy', or leave this layer out with ignore=")
+    return _only(s)
 
 def hrank(
     tol:float|None=None, # Part of the largest singular value that still counts; None is max(H, W) times float32's precision
 )->Criterion:
     "Score a unit by the mean rank of its maps"
     if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int,float)) or not 0<=tol<1): raise ValueError(f"hrank: tol is a part of the largest singular value, from 0 to below 1, or None, not {tol!r}")
-    return Criterion('hrank', channel=_only, stats=(Statistic('ranks' if tol is None else f'ranks above {tol:g}', partial(_ranks, tol=tol), finish=_per_sample),), normalizer=None,
+    return Criterion('hrank', channel=_mean_rank, stats=(Statistic('ranks' if tol is None else f'ranks above {tol:g}', partial(_ranks, tol=tol), finish=_per_sample),), normalizer=None,
                      family='activation', source='Lin 2020, arXiv 2002.10179', note='mean rank of its maps')
 
 register(hrank());
@@ -229,7 +233,7 @@ def thinet(
 
 register(thinet());
 
-# %% ../../nbs/criteria/04_activation.ipynb #00000041
+# %% ../../nbs/criteria/04_activation.ipynb #00000044
 def nisp_step(
     w:Tensor, # Weight of the reader, [O, I/groups, ...]; transposed [I, O/groups, ...]
     s:Tensor, # (O,) scores of what it writes
@@ -243,7 +247,7 @@ def nisp_step(
     if groups==1: return s.to(m)@m
     return torch.einsum('gio,go->gi' if transposed else 'goi,go->gi', m.unflatten(0, (groups, -1)), s.to(m).view(groups, -1)).flatten()
 
-# %% ../../nbs/criteria/04_activation.ipynb #00000045
+# %% ../../nbs/criteria/04_activation.ipynb #00000048
 def _handed_back(b): return dict(s=wide(b.g.sum((0, 2)))/len(b.g))
 
 register(Criterion('nisp', channel=_only, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',

@@ -9,6 +9,7 @@ __all__ = ['hessian_vector', 'products_with', 'grasp', 'random_signs', 'hutchins
 
 # %% ../../nbs/criteria/07_curvature.ipynb #00000002
 from functools import partial
+from typing import Callable
 import torch
 from torch import Tensor
 from ..core import wide
@@ -83,7 +84,7 @@ def _sizes(bend, o, rng): # About the root of the diagonal of the loss's Hessian
 
 def gauss_newton(
     out:Tensor, # Outputs of a model, with their graph
-    loss_of, # Outputs → a number
+    loss_of:Callable, # Outputs → a number
     params:list, # Weights
     *, probes:int=4, # Vectors of random signs
     seed:int=0, # Draws them
