@@ -589,6 +589,8 @@ CASES = [
     (lambda m,x,d: Criterion('ve', vectors=_only, stats=(SIZE,)), "its statistics cannot be at 'input'"),
     (lambda m,x,d: Criterion('st', torch.abs, stats=('size',)), "stats are Statistics, not 'size'"),
     (lambda m,x,d: Criterion('se', torch.abs, selector=True), 'a selector compares units'),
+    (lambda m,x,d: Criterion('sn', channel=_only, stats=(SIZE, SIZE)), 'two of its statistics have one name, of size, size'),
+    (lambda m,x,d: Criterion('jo', torch.abs, join=True), 'join puts vectors side by side'),
     (lambda m,x,d: Criterion('re', torch.abs, reduce='avg'), "criterion 're': no reduction 'avg'"),
     (lambda m,x,d: Criterion('no', torch.abs, normalizer='avg'), "no normalizer 'avg'"),
     (lambda m,x,d: Criterion('wh', torch.abs, where=('filters',)), "criterion 'wh': no granularity 'filters'"),
@@ -695,6 +697,13 @@ def test_what_steps_do_not_give_is_gathered_on_their_batches(by):
     c = Criterion('c', _weigh, stats=(Statistic('wg', g2, at='weight', by=by),))
     learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=c, n_batches=1)
     fit(learn, 2, [cb, w]); assert cb.masks.sparsity==.5 and set(w.during)=={0}
+
+def test_beside_mixup():
+    from fastai.callback.mixup import MixUp
+    def g2(b): return dict(wg=b.g.square().double())
+    for by in ('gradient', 'sample'):
+        learn = learner(); cb = SparsifyCallback(.5, criterion=Criterion('c', _weigh, stats=(Statistic('wg', g2, at='weight', by=by),)), n_batches=1, every=3)
+        fit(learn, 2, [cb, MixUp()]); assert cb.masks.sparsity==.5
 
 def test_a_choice_before_anything_was_heard():
     for every in ('epoch', 2):

@@ -133,7 +133,7 @@ class SparsifyCallback(Callback):
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
         self.context,self.every,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,normalizer,only,ignore,count,x,n_batches,reduce
-        self._on,self._log,self._last,self._columns,self.masks = False,[],None,[],None
+        self._on,self._log,self._last,self._columns,self.masks,self._loss = False,[],None,[],None,None
         self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000f
@@ -148,7 +148,7 @@ def before_fit(self:SparsifyCallback):
         normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence)
     self._sparsifier.check(self.sparsity)
     self._keeper = _keeper(self.learn)
-    self._log,self._last,self.masks,self._found = [],None,None,self._keeper.masks
+    self._log,self._last,self.masks,self._found,self._loss = [],None,None,self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
     self._columns = [ValueMetric(self.measured_sparsity, 'sparsity'), ValueMetric(self.measured_compression, 'compression')]
     self.learn.metrics = self.learn.metrics + self._columns
     self._on = True
@@ -291,7 +291,7 @@ def _evidence(self:SparsifyCallback):
     heard = {k:v for e,wants in ((self._ear, self._wants), (self._whole, self._whole_wants)) if e is not None for k,v in e.found(wants).items() if v is not None}
     if any((s.name,p) not in heard for s,p in self._whole_wants): raise ValueError(f"criterion {self.criterion.name!r} is gathered in training steps, and not all layers had one before the first choice; let the schedule begin later, such as agp(start=.2), and leave frozen layers out with ignore=")
     data = self._batches or self._now or self.learn.dls.train
-    return evidence_for(self.criterion, self._sparsifier.model, data, self._x, n_batches=self.n_batches, loss_func=self.learn.loss_func, found=heard)
+    return evidence_for(self.criterion, self._sparsifier.model, data, self._x, n_batches=self.n_batches, loss_func=self._loss, found=heard)
 
 @patch
 def _forget(self:SparsifyCallback): self._ear,self._batches = None,[]

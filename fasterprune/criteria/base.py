@@ -137,6 +137,7 @@ def _check_functions(c):
         if not callable(f) and (f is not None or k == 'element'): raise TypeError(f"criterion {c.name!r}: {k} is a function, not {f!r}")
     if len(said)!=1: raise ValueError(f"criterion {c.name!r} is one of element, vectors and channel, not {' and '.join(said)}")
     if no := [s for s in c.stats if not isinstance(s, Statistic)]: raise TypeError(f"criterion {c.name!r}: stats are Statistics, not {no[0]!r}")
+    if len({s.name for s in c.stats})<len(c.stats): raise ValueError(f"criterion {c.name!r}: two of its statistics have one name, of {', '.join(s.name for s in c.stats)}; results are found by name")
     at = {s.at for s in c.stats}
     if c.channel is not None and (len(at)!=1 or 'weight' in at): raise ValueError(f"criterion {c.name!r} scores channels by statistics of one place, 'input', 'norm' or 'group', not {sorted(at)}")
     if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})): raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")

@@ -245,6 +245,7 @@ def gather(
     loss_func=None, # `(out, y)` → loss, for gradients
     x=None, # What the model is called with, for a flow
     within=contextlib.nullcontext, # Makes a context that the model runs in
+    progress:bool=True, # Show a bar
 )->dict: # (name of the statistic, place) → what was found; None where nothing was heard
     "Run a model on data, and take statistics"
     check_n_batches(n_batches)
@@ -258,7 +259,7 @@ def gather(
         if runs:
             total = min(filter(None, (n_batches, len(loader) if hasattr(loader, '__len__') else None)), default=None)
             batches,k = islice(loader, n_batches),-1
-            for k,batch in enumerate(progress_bar(batches, total=total, leave=False) if total else batches): _run(runs, _Batch(model, batch, loss_func, _n_inp(loader)), k)
+            for k,batch in enumerate(progress_bar(batches, total=total, leave=False) if progress and total else batches): _run(runs, _Batch(model, batch, loss_func, _n_inp(loader)), k)
             if k<0: raise ValueError('data is empty, so there is nothing to learn from it')
     return {k:v for by,l in ls.items() for k,v in l.found(parts[by]).items()}
 
@@ -286,18 +287,19 @@ class Evidence:
         x=None, # What the model is called with, for a flow
         within=contextlib.nullcontext, # Makes a context that the model runs in
         found:dict|None=None, # What is known already
+        progress:bool=True, # Show a bar
     ):
         check_n_batches(n_batches)
         if data is not None: loader_of(data)
         if loss_func is not None and not callable(loss_func): raise TypeError(f"loss_func is a function (out, y) → loss, not {loss_func!r}")
-        self.model,self.data,self.n_batches,self.loss_func,self.x,self.within,self.found = model,data,n_batches,loss_func,x,within,dict(found or {})
+        self.model,self.data,self.n_batches,self.loss_func,self.x,self.within,self.progress,self.found = model,data,n_batches,loss_func,x,within,progress,dict(found or {})
 
     def __call__(self,
         wanted:list, # (`Statistic`, `Place`)
     )->dict: # (name of the statistic, place) → what was found
         "What was found, or is found now"
         new = list({(s.name,p):(s,p) for s,p in wanted if (s.name,p) not in self.found}.values())
-        if new: self.found.update(gather(self.model, new, self.data, n_batches=self.n_batches, loss_func=self.loss_func, x=self.x, within=self.within))
+        if new: self.found.update(gather(self.model, new, self.data, n_batches=self.n_batches, loss_func=self.loss_func, x=self.x, within=self.within, progress=self.progress))
         return self.found
 
 def check_needs(

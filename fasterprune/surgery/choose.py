@@ -139,7 +139,7 @@ def evidence_for(
     found:dict|None=None, # What is known already, from a training
 )->Evidence:
     "All that a criterion can find out about a model; refuses what it lacks"
-    res = Evidence(model, data, n_batches=n_batches, loss_func=loss_func, x=x, within=partial(watched, model), found=found)
+    res = Evidence(model, data, n_batches=n_batches, loss_func=loss_func, x=x, within=partial(watched, model), found=found, progress=found is None) # a training has a bar of its own
     if found is None: check_needs(criterion, data, x)
     return res
 
