@@ -254,7 +254,7 @@ def test_obd_against_the_hessian():
         want = .5*h.view(w.shape)*w.detach()**2
         assert (c.element(w.detach(), s)-want).norm() < .1*want.norm()
 
-@pytest.mark.parametrize('kw', [{}, dict(hutchinson=False)])
+@pytest.mark.parametrize('kw', [{}, dict(by='weights')])
 def test_hap_against_the_hessian(kw):
     net, x, f, ws, H = tiny()
     c = hap_trace(2000, **kw)
@@ -267,7 +267,8 @@ def test_hap_against_the_hessian(kw):
 def test_hap_golden():
     s = {'h':torch.tensor([[1., 3], [-2, 0], [5, 5]])[:,None]}
     v = torch.tensor([[1., 2], [1, 1], [0, 0]])[:,None]
-    assert criteria['hap_trace'].vectors(v, s).tolist() == [5, -1, -1]  # 4/4·5, −2/4·2; what is removed is lowest
+    assert hap_trace(by='weights').vectors(v, s).tolist() == [5, -1, -1]  # 4/4·5, −2/4·2; what is removed is lowest
+    assert hap_trace().vectors(v, s).tolist() == [5, 0, 0]                # there is no curvature below zero
 
 def test_grasp_against_the_hessian():
     net, x, f, ws, H = tiny(act=nn.Tanh)
@@ -322,14 +323,14 @@ def test_what_they_need(name):
     assert c.stats[0].by == NEEDS[name] and c.family in ('taylor', 'curvature') and c.note and (c.source or name == 'weight_change')
     assert ('gradients' in c.needs) == (NEEDS[name] in ('gradient', 'sample')) and ('training' in c.needs) == (name in ('movement', 'weight_change'))
 
-@pytest.mark.parametrize('c', [*NEEDS, 'grasp', 'obd', 'hap_trace', taylor_act(False), grasp(1), obd(2, 3), hap_trace(2, hutchinson=False)], ids=str)
+@pytest.mark.parametrize('c', [*NEEDS, 'grasp', 'obd', 'hap_trace', taylor_act(False), grasp(1), obd(2, 3), hap_trace(2, by='weights')], ids=str)
 def test_they_pickle(c):
     c = criteria[c] if isinstance(c, str) else c
     assert pickle.loads(pickle.dumps(c)).stats[0].name == c.stats[0].name
 
 def test_settings_are_told_apart_by_the_names_of_their_statistics():
-    names = [c.stats[0].name for c in (taylor_act(), taylor_act(False), grasp(), grasp(1), obd(), obd(2), obd(seed=1), hap_trace(), hap_trace(2))]
-    assert len(set(names)) == len(names) and hap_trace(hutchinson=False).stats[0].name == obd().stats[0].name
+    names = [c.stats[0].name for c in (taylor_act(), taylor_act(False), grasp(), grasp(1), obd(), obd(2), obd(seed=1), hap_trace(by='weights'), hap_trace(2, by='weights'))]
+    assert len(set(names)) == len(names) and hap_trace().stats[0].name == obd().stats[0].name
 
 @pytest.mark.parametrize('bad', [1, None, 'yes'])
 def test_taylor_act_per_sample(bad):
@@ -345,7 +346,7 @@ def test_probes_and_seeds(f, name):
         with pytest.raises(ValueError, match=f'{name}: probes is a whole number of at least 1, not '): f(bad)
     for bad in (None, '0', 1., True):
         with pytest.raises(TypeError, match=f'{name} takes a whole number as seed, not '): f(seed=bad)
-    with pytest.raises(TypeError, match='hap_trace: hutchinson is True or False, not 1'): hap_trace(hutchinson=1)
+    with pytest.raises(ValueError, match="hap_trace: by is 'outputs' or 'weights', not 'units'"): hap_trace(by='units')
 
 # ---- through the engine
 
@@ -417,7 +418,7 @@ def test_second_derivatives_in_a_network():
     H = H.reshape(24, 24)
     w = m[0].weight.detach()
     ws = [m[0].weight]
-    s = engine(m, x, hap_trace(1500), [(x, y)])['0']
+    s = engine(m, x, hap_trace(1500, by='weights'), [(x, y)])['0']
     want = torch.stack([H[4*u:4*u+4, 4*u:4*u+4].trace()/8*w[u].square().sum() for u in range(6)])
     assert (s-want).norm() < .1*want.norm()
     s = engine(m, x, grasp(1), [(x, y)])['0']
@@ -443,3 +444,11 @@ def test_synflow_in_a_network_touches_nothing():
     w = pos['a.weight'].requires_grad_()
     g, = torch.autograd.grad(functional_call(m, pos, (torch.ones_like(x),)).sum(), w)
     assert torch.allclose(s['a'], (w*g).sum((1, 2, 3)).detach())
+
+def test_how_layers_are_compared():
+    assert {n:criteria[n].across for n in (*NEEDS, 'grasp', 'obd', 'hap_trace')} == {**dict.fromkeys((*NEEDS, 'obd', 'hap_trace'), 'mean'), 'taylor_act':'l2', 'movement':'zscore', 'grasp':'zscore'}
+    assert hap_trace(by='weights').across == 'zscore' # what has a sign has no mean to be a multiple of
+
+def test_obd_of_units_is_not_negative():
+    see = Seen(w=torch.ones(2, 2), g=torch.tensor([[1., 3], [-2, 1]]))
+    assert unit_scores(criteria['obd'], see.w, (1,), s={'h':see.g.double()}).flatten().tolist() == [2, 0]

@@ -49,7 +49,7 @@ def grasp(
     "Score a weight by what its removal does to the norm of the gradient"
     if isinstance(temperature, bool) or not isinstance(temperature, (int,float)) or not 0<temperature<float('inf'): raise ValueError(f"grasp: temperature is a number above 0, not {temperature!r}")
     run = partial(_hessian_gradient, temperature=float(temperature))
-    return Criterion('grasp', _only, stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean, at='weight', by=run),), comparable=True,
+    return Criterion('grasp', _only, stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean, at='weight', by=run),), normalizer='zscore',
                      family='curvature', source='Wang 2020, arXiv 2002.07376', note='what its removal does to the norm of the gradient, meant for initialisation')
 
 register(grasp());
@@ -106,6 +106,7 @@ def _diagonal(loss, params, i, probes, seed): return hutchinson(loss(), params, 
 def _gauss_newton(loss, params, i, probes, seed): return gauss_newton(*loss.outputs(), params, probes=probes, seed=1_000_003*seed+i)
 def _average(b): return dict(s=wide(b.g), n=wide(torch.ones((), device=b.g.device)))
 def _obd(w, s): return w.square()*next(iter(s.values()))/2
+def _not_negative(s): return s.clamp(min=0) # the estimate's noise may be, what it estimates is not
 
 def _check(name, probes, seed):
     if isinstance(probes, bool) or not isinstance(probes, int) or probes<1: raise ValueError(f"{name}: probes is a whole number of at least 1, not {probes!r}")
@@ -118,34 +119,34 @@ def obd(
     "Score a weight by the loss's second derivative"
     _check('obd', probes, seed)
     run = partial(_gauss_newton, probes=probes, seed=seed)
-    return Criterion('obd', _obd, stats=(Statistic(f'curvature by {probes} probes, seed {seed}', _average, finish=_mean, at='weight', by=run),), comparable=True,
+    return Criterion('obd', _obd, finish=_not_negative, stats=(Statistic(f'curvature by {probes} probes, seed {seed}', _average, finish=_mean, at='weight', by=run),),
                      family='curvature', source='LeCun 1989', note="squared weight times the loss's second derivative")
 
 register(obd());
 
 # %% ../../nbs/criteria/07_curvature.ipynb #0000001c
-def _hap(v, s):
+def _hap(v, s, least):
     v,h = v.flatten(1),next(iter(s.values())).flatten(1)
     size = v.square().sum(1)
-    res = h.sum(1)/(2*v.shape[1])*size
+    res = h.sum(1).clamp(min=least)/(2*v.shape[1])*size
     return torch.where(size>0, res, res.amin().clamp(max=0))
 
 def hap_trace(
     probes:int=4, # Vectors of random signs for each batch
     seed:int=0, # Draws them
-    *, hutchinson:bool=True, # False: the trace of the Gauss-Newton matrix, as for `obd`
+    *, by:str='outputs', # 'outputs': the trace of the Gauss-Newton matrix; 'weights': of the Hessian
 )->Criterion:
     "Score a unit by the trace of its part of the Hessian"
     _check('hap_trace', probes, seed)
-    if not isinstance(hutchinson, bool): raise TypeError(f"hap_trace: hutchinson is True or False, not {hutchinson!r}")
+    if by not in ('outputs', 'weights'): raise ValueError(f"hap_trace: by is 'outputs' or 'weights', not {by!r}")
     stat = Statistic(f'Hessian diagonal by {probes} probes, seed {seed}', _average, finish=_mean, at='weight', by=partial(_diagonal, probes=probes, seed=seed))
-    return Criterion('hap_trace', vectors=_hap, stats=(stat,) if hutchinson else obd(probes, seed).stats, comparable=True,
-                     family='curvature', source='Yu 2022, arXiv 2101.08940', note='mean curvature of a unit times its squared norm')
+    own = dict(stats=(stat,), vectors=partial(_hap, least=-torch.inf), normalizer='zscore') if by=='weights' else dict(stats=obd(probes, seed).stats, vectors=partial(_hap, least=0.))
+    return Criterion('hap_trace', **own, family='curvature', source='Yu 2022, arXiv 2101.08940', note='mean curvature of a unit times its squared norm')
 
 register(hap_trace());
 
 # %% ../../nbs/criteria/07_curvature.ipynb #00000020
 def _flowing(b): return dict(s=wide(b.w*b.g))
 
-register(Criterion('synflow', _only, stats=(Statistic('flow', _flowing, at='weight', by='flow'),), comparable=True,
+register(Criterion('synflow', _only, stats=(Statistic('flow', _flowing, at='weight', by='flow'),),
                    family='curvature', source='Tanaka 2020, arXiv 2006.05467', note='what flows through it from an input of ones through absolute weights'));
