@@ -831,3 +831,32 @@ def test_a_flow_that_is_not_homogeneous_is_refused(act):
     with pytest.raises(ValueError, match='twice the input does not give twice the output of this Sequential'): Sparsifier(m, torch.randn(2,3), granularity='weight', criterion=c).masks(.5)
     m[2] = nn.LeakyReLU(.1)
     assert Sparsifier(m, torch.randn(2,3), granularity='weight', criterion=c).masks(.5).sparsity==.5
+
+@pytest.mark.parametrize('first', [True, False])
+def test_attention_and_recurrent_layers_are_readers(first):
+    class Both(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.r,self.h = nn.Linear(3,4),nn.MultiheadAttention(4,2,batch_first=first),nn.GRU(4,5,batch_first=first),nn.Linear(5,2)
+        def forward(self, x):
+            x = self.a(x if first else x.transpose(0,1))
+            x = x+self.b(x, x, x, need_weights=False)[0]
+            return self.h(self.r(x)[0].mean(1 if first else 0))
+    torch.manual_seed(0); m = Both().double(); x = torch.randn(3,6,3).double(); data = [(x, torch.tensor([0,1,1]))]
+    g = next(g for g in couple(m, x).groups if 'a' in g.layers)
+    assert [p.name for p in readers(m, g)]==['b', 'r']
+    got = group_scores(m, [g], Criterion('effect', channel=_only, stats=(EFFECT,)), reduce='sum', evidence=evidence_for(taylor, m, data, loss_func=F.cross_entropy))[g.name]
+    F.cross_entropy(m(x), data[0][1], reduction='sum').backward()
+    want = sum((p*p.grad).sum(0) for p in (m.b.in_proj_weight, m.r.weight_ih_l0)).detach()
+    same(got, want, 1e-9)
+    for k in range(3): # a row is a sample
+        one = group_scores(m, [g], whole, evidence=evidence_for(whole, m, [(x[k:k+1], data[0][1][k:k+1])], loss_func=F.cross_entropy))[g.name]
+        want = one if k==0 else want+one
+    same(group_scores(m, [g], whole, evidence=evidence_for(whole, m, data, loss_func=F.cross_entropy))[g.name], want, 1e-9)
+    assert Pruner(m, x).plan(.5, criterion=wanda, data=data).removed>0 and hooks(m)==0
+
+def test_all_readers_together_or_none():
+    class Cross(nn.Module): # a bare parameter reads as well
+        def __init__(self): super().__init__(); self.a,self.b,self.w = nn.Linear(3,4),nn.Linear(4,2),nn.Parameter(torch.randn(4,2))
+        def forward(self, x): x = F.relu(self.a(x)); return self.b(x)+x@self.w
+    m = Cross(); d = [(torch.randn(3,3), torch.zeros(3).long())]
+    with pytest.raises(ValueError, match="criterion 'whole' adds up all readers of a unit, and 'w', which reads 'a', cannot be listened to"): Pruner(m, d[0][0]).plan(.5, criterion=whole, data=d, loss_func=F.cross_entropy)
+    assert Pruner(m, d[0][0]).plan(.5, criterion=size, data=d).removed==2

@@ -91,8 +91,8 @@ def off(self:Listener):
 @patch
 def hear(self:Listener, name, layer, args, kwargs):
     "A layer is about to read"
-    x = args[0] if args else kwargs.get('input')
-    if not isinstance(x, Tensor) or not x.is_floating_point(): return None
+    x = args[0] if args else kwargs.get('input', kwargs.get('query'))
+    if not isinstance(x, Tensor) or not x.is_floating_point() or isinstance(layer, nn.MultiheadAttention) and not _attends_to_itself(x, args, kwargs): return None
     back = [e for e in self.inputs[name] if e[0] is None or e[0].by!='forward']
     with torch.no_grad():
         for s,p,g in self.inputs[name]:
@@ -101,7 +101,10 @@ def hear(self:Listener, name, layer, args, kwargs):
     own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
     if not x.requires_grad: self.leaves.append(own)
     own.register_hook(partial(self.back, name, layer, own.detach(), own._version, back))
-    return ((own, *args[1:]), kwargs) if args else ((), {**kwargs, 'input':own})
+    swap = lambda t: own if t is x else t # attention gets its input three times
+    return tuple(map(swap, args)),{k:swap(t) for k,t in kwargs.items()}
+
+def _attends_to_itself(x, args, kwargs): return all(t is x for t in (*args[:3], *[kwargs[k] for k in ('query','key','value') if k in kwargs]))
 
 # %% ../../nbs/criteria/02_listen.ipynb #0000000b
 @patch
@@ -128,9 +131,9 @@ def seen(self:Listener, p, x, layer):
 
 def _rows(x, layer, n): # `[N, C, ...]`, a sample in each row: windows and tokens of a sample are positions in it; of two readings the second dimension is the batch if it has its size
     x = x.float() if x.dtype.itemsize<4 else x
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         if x.dim()==1: x = x[None]
-        if x.dim()>2 and len(x)!=n and x.shape[1]==n: x = x.transpose(0, 1)
+        if x.dim()>2 and (len(x)!=n and x.shape[1]==n or getattr(layer, 'batch_first', True) is False): x = x.transpose(0, 1)
         if len(x)!=n and len(x)%n==0: x = x.reshape(n, -1, x.shape[-1])
         return x.movedim(-1, 1)
     if x.dim()<layer.weight.dim(): x = x[None]

@@ -88,10 +88,11 @@ def layer_of(
     model:nn.Module,
     param:str, # Name of a parameter
 )->str|None: # Name of the layer
-    "The convolution or linear layer whose weight a parameter is, also by a parametrization"
+    "The layer whose input meets a parameter: a convolution or linear layer, also with a parametrization; self-attention; a recurrent layer"
     path,_,k = param.split('.parametrizations.')[0].rpartition('.') if '.parametrizations.' not in param else (param.split('.parametrizations.')[0],'','weight')
     m = model.get_submodule(path)
-    return path if isinstance(m, layer_types) and k in ('weight', 'weight_v') else None
+    reads = ('weight', 'weight_v') if isinstance(m, layer_types) else ('in_proj_weight',) if isinstance(m, nn.MultiheadAttention) else ('weight_ih_l0', 'weight_ih_l0_reverse') if isinstance(m, nn.RNNBase) else ()
+    return path if k in reads else None
 
 def readers(
     model:nn.Module,
@@ -103,7 +104,7 @@ def readers(
         name = layer_of(model, m.param)
         if name is None: continue
         layer = model.get_submodule(name)
-        parts = 1 if isinstance(layer, nn.Linear) or layer.transposed else layer.groups
+        parts = 1 if getattr(layer, 'transposed', False) else getattr(layer, 'groups', 1)
         res += [Place('input', name, index, units) for units,index in rows_of(np.tile(m.unit, parts))]
     return tuple(dict.fromkeys(res))
 
@@ -254,6 +255,7 @@ class _Scoring: # The scores of each member of a group
         c,at = self.criterion,self.criterion.stats[0].at
         ps = places_of(self.model, g, at)
         heard = [p for p in ps if self.found.get((c.stats[0].name,p)) is not None]
+        if at=='group' and (deaf := next((m.param for m in g.role('read') if layer_of(self.model, m.param) is None), None)): raise ValueError(f"criterion {c.name!r} adds up all readers of a unit, and {deaf!r}, which reads {g.name!r}, cannot be listened to; use a criterion such as 'fisher_w', or ignore={g.name!r}")
         if not heard: raise ValueError(_nobody(c, g, at, ps))
         if 'relu' in c.needs: self.rectified(g, places_of(self.model, g, 'input'))
         return self.named(g, lambda: [(p.units, channel_scores(c, {s.name:self.found[s.name,p] for s in c.stats}, len(p.units), self.keep.get(g.name))) for p in heard])
