@@ -11,7 +11,6 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastprogress import fastprogress
 from fasterprune.all import Budget, Pruner, criteria
-from fasterprune.criteria import activation, correlation, curvature, information, taylor # registers the criteria
 from fasterprune.criteria.norm import random
 from fasterprune.surgery.coupling import couple
 from cifar import CACHE, DATA, Images, correct, decoded, learned, learner, loader, loaders, normalised, resnet20, trained

@@ -18,7 +18,6 @@ def one(name, model, batch, repeats):
     from torch.nn import functional as F
     from torchvision import models
     from fasterprune.all import criteria
-    from fasterprune.criteria import activation, correlation, curvature, information, taylor # registers the criteria
     from fasterprune.surgery.choose import evidence_for, group_scores
     from fasterprune.surgery.coupling import couple
     fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
@@ -40,14 +39,13 @@ def one(name, model, batch, repeats):
     except Exception as e: return row|dict(refused=f"{type(e).__name__}: {e}"[:200])
     row['peak_mb'] = (status('VmHWM')-before)/2**20
     row['seconds'] = clocked(score, repeats)
-    forward(); row['forward'] = clocked(forward, 3)
+    row['forward'] = clocked(forward, 3)
     return row|dict(ratio=row['seconds']/row['forward'])
 
 def fpgm(repeats=5):
     "Seconds of FPGM on layers of 2048 filters"
     import torch
     from fasterprune.all import criteria
-    from fasterprune.criteria import activation, correlation, curvature, information, taylor # registers the criteria
     from fasterprune.criteria.base import unit_scores
     torch.set_num_threads(1); torch.manual_seed(0)
     if 'fpgm' not in criteria: return {}
@@ -63,7 +61,6 @@ def main():
     a = p.parse_args()
     if a.one: print(json.dumps(one(a.one, a.model, a.batch, a.repeats))); return
     from fasterprune.all import criteria
-    from fasterprune.criteria import activation, correlation, curvature, information, taylor # registers the criteria
     print(f"{a.model}, {a.batch} images of 224×224; seconds of the process on one thread, median of {a.repeats}; peak: what the first time added to the process\n\n| criterion | family | needs | s | forward passes | peak MB |\n|---|---|---|---|---|---|", flush=True)
     late = []
     for name in ['forward',*(a.only or criteria)]:
