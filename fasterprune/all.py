@@ -13,9 +13,10 @@ from .callback import prune # adds learn.prune
 from .callback.sparsify import KeepZeros, SparsifyCallback
 from .core import NoEffectWarning, PruningError, VerificationError
 from .criteria import norm
-from .criteria.base import Criterion, criteria, normalizers, register
+from .criteria.base import Criterion, Statistic, criteria, normalizers, register
 from .data import digits_dls, image_dls, small_resnet
 from .granularity import Granularity, granularities
+from .measure.importance import agreement, importance, lowest, plot_agreement
 from .measure.latency import Latency, compare_latency, latency
 from .measure.metrics import compare, compression_ratio, evaluate, file_size, theoretical_speedup
 from .measure.plots import (plot_compare, plot_curves, plot_granularities, plot_groups, plot_history, plot_lowest, plot_mask, plot_matrix,
@@ -36,8 +37,9 @@ from .surgery.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
 __all__ = ['Budget', 'Criterion', 'Granularity', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning', 'Plan', 'Pruner', 'PruningError', 'PruningWarning',
-    'Report', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'VerificationError', 'adapter', 'agp', 'allocate', 'apply_', 'compare', 'compare_latency',
-    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential', 'file_size', 'granularities',
-    'image_dls', 'iterative', 'keep_top', 'latency', 'linear', 'normalizers', 'one_cycle', 'one_shot', 'plot_compare', 'plot_curves',
-    'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules',
-    'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rule', 'schedules', 'sensitivity', 'small_resnet', 'theoretical_speedup']
+    'Report', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_',
+    'compare', 'compare_latency', 'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential',
+    'file_size', 'granularities', 'image_dls', 'importance', 'iterative', 'keep_top', 'latency', 'linear', 'lowest', 'normalizers', 'one_cycle',
+    'one_shot', 'plot_agreement', 'plot_compare', 'plot_curves', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask',
+    'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rule', 'schedules',
+    'sensitivity', 'small_resnet', 'theoretical_speedup']

@@ -6,8 +6,8 @@ from fastai.learner import Learner
 from fastcore.docments import docments
 
 PUBLIC = set('''Budget Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError PruningWarning Report Schedule Sparsifier
-    SparsifyCallback VerificationError adapter agp allocate apply_ compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd
-    evaluate exponential file_size granularities image_dls iterative keep_top latency linear normalizers one_cycle one_shot plot_compare plot_curves
+    SparsifyCallback Statistic VerificationError adapter agp agreement allocate apply_ compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd
+    evaluate exponential file_size granularities image_dls importance iterative keep_top latency linear lowest normalizers one_cycle one_shot plot_agreement plot_compare plot_curves
     plot_granularities plot_groups plot_history plot_lowest plot_mask plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths recalibrate_
     register rule schedules sensitivity small_resnet theoretical_speedup'''.split())
 MODULES = [m.name for m in pkgutil.walk_packages(fasterprune.__path__, 'fasterprune.') if not m.ispkg and m.name.split('.')[-1] not in ('_modidx', '__main__')]
@@ -24,11 +24,11 @@ def test_registries_are_shown_as_tables():
 # ---- signatures, and the names of the options that scripts rely on
 
 SIGNATURES = {
-    'SparsifyCallback': 'sparsity granularity context criterion schedule * every normalizer only ignore count x',
-    'Sparsifier': 'model x * granularity context criterion normalizer only ignore count',
+    'SparsifyCallback': 'sparsity granularity context criterion schedule * every normalizer only ignore count x n_batches reduce',
+    'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore exact_norms',
-    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per optimizer also recalibrate compensate verify',
-    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per',
+    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate verify',
+    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce',
     'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only attrs', 'apply_': 'model plan optimizer', 'recalibrate_': 'model dl n_batches * n_inp progress',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
@@ -63,7 +63,7 @@ def functions(o): # the functions of an object of the surface: itself, or its co
     elif inspect.isfunction(o): yield o.__name__,o
 
 OWN_NAMES = {('adapter','attrs')} # keywords that are names of the user's, not options
-EVENTS = {'before_fit','before_train','before_batch','before_step','after_step','after_train','after_fit'} # their names say when, and what is in the class
+EVENTS = {'before_fit','before_train','before_batch','before_backward','after_backward','before_step','after_step','after_batch','after_train','after_fit'} # their names say when, and what is in the class
 DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k)) if n.split('.')[-1] not in EVENTS]+[('Learner.prune', Learner.prune)]
 
 @pytest.mark.parametrize('name,f', DOCUMENTED, ids=[n for n,_ in DOCUMENTED])

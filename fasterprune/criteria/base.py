@@ -63,8 +63,16 @@ class Statistic:
 
     @property
     def demands(self)->tuple: "All that it needs"; return (*(() if self.by in ('flow','linear') or 'training' in self.needs else ('data',)), *(() if self.by in ('forward','flow','linear') else ('gradients',)), *self.needs)
-    def rule(self, key:str)->str: "How this key is merged"; return self.merge[key] if isinstance(self.merge, dict) else self.merge
-    def value(self, seen:list): "The result of several `Seen`, one for each batch"; return self.done(reduce(self.merged, map(self.measure, seen)))
+    def rule(self,
+        key:str, # Of what was measured
+    )->str:
+        "How this key is merged"
+        return self.merge[key] if isinstance(self.merge, dict) else self.merge
+    def value(self,
+        seen:list, # `Seen`, one for each batch
+    ): # What the criterion gets
+        "The result of several batches"
+        return self.done(reduce(self.merged, map(self.measure, seen)))
 
 # %% ../../nbs/criteria/00_base.ipynb #00000009
 @patch
