@@ -860,3 +860,16 @@ def test_all_readers_together_or_none():
     m = Cross(); d = [(torch.randn(3,3), torch.zeros(3).long())]
     with pytest.raises(ValueError, match="criterion 'whole' adds up all readers of a unit, and 'w', which reads 'a', cannot be listened to"): Pruner(m, d[0][0]).plan(.5, criterion=whole, data=d, loss_func=F.cross_entropy)
     assert Pruner(m, d[0][0]).plan(.5, criterion=size, data=d).removed==2
+
+@pytest.mark.parametrize('net', ['resnet18', 'plain', 'no shift'])
+def test_a_homogeneous_network_needs_no_second_look(net, monkeypatch):
+    import torchvision, fasterprune.criteria.stats as stats
+    torch.manual_seed(0)
+    m = torchvision.models.resnet18(num_classes=3) if net=='resnet18' else nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, affine=net=='plain'), nn.ReLU(), nn.Flatten(), nn.Linear(4*36,2))
+    for k in m.modules():
+        if isinstance(k, nn.BatchNorm2d): nn.init.normal_(k.running_mean); k.affine and nn.init.normal_(k.bias)
+    calls,real = [],stats.functional_call
+    monkeypatch.setattr(stats, 'functional_call', lambda *a, **k: calls.append(1) or real(*a, **k))
+    c = Criterion('flow', _weigh, stats=(Statistic('wg', _wg, at='weight', by='flow'),))
+    assert Sparsifier(m, torch.randn(1,3,8,8) if net!='resnet18' else torch.randn(1,3,32,32), granularity='kernel', criterion=c).masks(.5).sparsity>.4
+    assert len(calls)==(3 if net=='no shift' else 1)

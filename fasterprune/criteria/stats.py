@@ -201,42 +201,49 @@ def _linear(model): # Norms and activation functions let everything through
     finally:
         for m in ms: vars(m).pop('forward', None)
 
-@torch.no_grad()
-def _check_homogeneous(l, values, args, kwargs): # Without biases, twice the input gives twice the output
-    shifts = {id(t) for m in l.model.modules() for t in (getattr(m, 'bias', None), getattr(m, 'running_mean', None)) if isinstance(t, Tensor)}
-    own = {**l.params, **dict(l.model.named_buffers())}
-    values = {n:torch.zeros_like(v) if id(own[n]) in shifts else v.detach() for n,v in values.items()}
-    twice = lambda t: 2*t if isinstance(t, Tensor) and t.is_floating_point() else t
-    one,two = (_sum(functional_call(l.model, values, tree_map(f, args), tree_map(f, kwargs), tie_weights=False)) for f in (lambda t: t, twice))
-    if not abs(two-2*one)<=1e-6*abs(two): raise ValueError(f"a flow multiplies weights along paths, and twice the input does not give twice the output of this {type(l.model).__name__}: a ReLU6, GELU, sigmoid or softmax is on the way; use a criterion with data, such as 'taylor_w', or one of weights")
-
 def _sum(out): return sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
+
+def _magnitudes(l, asked): # Parameters and buffers of a flow by name; tied weights stay tied
+    leaf = lambda p: wide(p.detach()).abs().requires_grad_(id(p) in asked) if p.is_floating_point() else p
+    own = {id(p):leaf(p) for p in l.params.values()}
+    return {**{n:own[id(p)] for n,p in l.params.items()}, **{n:wide(b).abs() if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
 
 def _flow(l, x, by): # the sum of all paths
     bad = next((n for n,m in l.modules.items() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention))), None) if by=='flow' else None
     if bad is not None: raise ValueError(f"a flow multiplies weights along paths, and {bad!r} ({type(l.modules[bad]).__name__}) divides by what comes in; use a criterion with data, such as 'taylor_w'")
     names = list(dict.fromkeys(k for es in l.weights.values() for s,p in es if s.by==by for k in l.params_of(p)))
-    asked = {id(l.params[k]) for k in names}
-    leaf = lambda p: wide(p.detach()).abs().requires_grad_(id(p) in asked) if p.is_floating_point() else p
-    values = {n:leaf(p) for n,p in l.model.named_parameters(remove_duplicate=False)}
-    own = {id(p):n for n,p in l.params.items()}
-    values = {n:values[own[id(p)]] for n,p in l.params.items()} # tied weights stay tied
-    buffers = {n:wide(b).abs() if b.is_floating_point() else b for n,b in l.model.named_buffers()}
-    device = next((p.device for p in l.model.parameters()), None)
-    ones = lambda t: t if not isinstance(t, Tensor) else torch.ones_like(wide(t.as_subclass(Tensor)), device=device) if t.is_floating_point() else t.to(device)
+    shifts = [n for n in l.params if n.rpartition('.')[2]=='bias'] if by=='flow' else []
+    values,device = _magnitudes(l, {id(l.params[k]) for k in (*names, *shifts)}),next((p.device for p in l.model.parameters()), None)
+    ones = lambda t: t if not isinstance(t, Tensor) else torch.ones_like(wide(t.as_subclass(Tensor)), device=device, requires_grad=by=='flow') if t.is_floating_point() else t.to(device)
     args,kwargs = tree_map(ones, as_call(x))
+    given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad]
     l.begin(n_samples(args, kwargs))
     l.on()
     try:
-        with _linear(l.model) if by=='linear' else contextlib.nullcontext(): out = functional_call(l.model, {**values, **buffers}, args, kwargs, tie_weights=False)
+        with _linear(l.model) if by=='linear' else contextlib.nullcontext(): out = functional_call(l.model, values, args, kwargs, tie_weights=False)
         total = _sum(out)
-        gs = torch.autograd.grad(total, [*[values[k] for k in names], *l.leaves], allow_unused=True)
+        wanted = [*[values[k] for k in (*names, *shifts)], *given, *l.leaves]
+        gs = [torch.zeros_like(t) if g is None else g for t,g in zip(wanted, torch.autograd.grad(total, wanted, allow_unused=True))]
     finally: l.off()
-    if by=='flow': _check_homogeneous(l, {**values, **buffers}, args, kwargs)
     if not total.isfinite() or total==0: raise ValueError(f"nothing that can be counted flows through this {type(l.model).__name__}: the sum of its outputs is {total.item():.3g} for an input of ones; use a criterion with data")
+    if by=='flow': _check_homogeneous(l, values, args, kwargs, total, dict(zip(shifts, gs[len(names):])), list(zip(given, gs[len(names)+len(shifts):])))
     l.end(dict(zip(names, gs)), by=by, values=values)
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000012
+@torch.no_grad()
+def _check_homogeneous(l, values, args, kwargs, total, by_shift, by_input):
+    euler = sum((t*g).sum() for t,g in by_input)+sum((values[n]*g).sum() for n,g in by_shift.items())
+    for n,m in l.modules.items():
+        n = f"{n}." if n else ''
+        if getattr(m, 'running_mean', None) is not None and n+'bias' in by_shift: euler = euler-(values[n+'running_mean']*values[n+'weight']/(values[n+'running_var']+m.eps).sqrt()*by_shift[n+'bias']).sum()
+    if abs(euler-total)<=1e-6*abs(total): return
+    shifts = {*by_shift, *[n for n in values if n.rpartition('.')[2]=='running_mean']}
+    values = {n:torch.zeros_like(v) if n in shifts else v.detach() for n,v in values.items()}
+    twice = lambda t: 2*t if isinstance(t, Tensor) and t.is_floating_point() else t
+    one,two = (_sum(functional_call(l.model, values, tree_map(f, args), tree_map(f, kwargs), tie_weights=False)) for f in (lambda t: t, twice))
+    if not abs(two-2*one)<=1e-6*abs(two): raise ValueError(f"a flow multiplies weights along paths, and twice the input does not give twice the output of this {type(l.model).__name__}: a ReLU6, GELU, sigmoid or softmax is on the way; use a criterion with data, such as 'taylor_w', or one of weights")
+
+# %% ../../nbs/criteria/02_stats.ipynb #00000014
 def gather(
     model:nn.Module, # Afterwards as before
     wanted:list, # (`Statistic`, `Place`), at most once
@@ -276,7 +283,7 @@ def _example(x, loader, model): # What a flow is fed with
     args,kwargs,_ = split_batch(next(iter(loader)), model, _n_inp(loader))
     return kwargs or args
 
-# %% ../../nbs/criteria/02_stats.ipynb #00000018
+# %% ../../nbs/criteria/02_stats.ipynb #0000001a
 class Evidence:
     "What can be found out about a model, gathered when it is asked for, once"
     def __init__(self,
