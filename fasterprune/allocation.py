@@ -9,6 +9,7 @@ __all__ = ['contexts', 'counts', 'rankings', 'keep_top', 'check_allocation', 'ra
 
 # %% ../nbs/03_allocation.ipynb #00000002
 from numbers import Integral
+import numpy as np
 import torch
 from torch import Tensor
 from .core import check_fraction, check_sparsity, n_removed, no_such, wide
@@ -72,8 +73,51 @@ def check_allocation(
     return check_sparsity(sparsity, names)
 
 # %% ../nbs/03_allocation.ipynb #00000011
-def _cap(s, min_keep, max_ratio, r): # How many units of a layer may go
-    cap, first = min(n_removed(len(s), max_ratio), max(len(s)-min_keep, 0)), len(s) % r or r
+def _even_block(queue, used, gone, room, start): # The lowest units that can go together, beginning with the kind `start`: (units, `used` and `gone` after that)
+    block, used, gone, kind = [], dict(used), [list(g) for g in gone], start
+    fits = lambda k: used[k]<len(queue[k]) and all(i<0 or g[i]<r[i] for i,g,r in zip(k, gone, room))
+    uneven = lambda k: sum(max(h)*len(h)-sum(h) for h in ([v+(i==j) for j,v in enumerate(g)] for i,g in zip(k, gone)))
+    while kind is not None and fits(kind):
+        block.append(queue[kind][used[kind]])
+        used[kind] += 1
+        for i,g in zip(kind, gone): g[i] += i>=0
+        low = next(((j, g.index(min(g))) for j,g in enumerate(gone) if min(g)<max(g)), None)
+        if low is None: return block, used, gone
+        kind = min((k for k in queue if k[low[0]]==low[1] and fits(k)), key=lambda k: (uneven(k), queue[k][used[k]][0]), default=None)
+
+def _even_blocks(s, parts, cap, r): # [(score, units that go together)], the lowest first, so that each part keeps as many
+    if len(parts)==1 and len({len(p) for p in parts[0]})==1 and sum(map(len, parts[0]))==len(s):
+        order = torch.stack([p[s[p].argsort(stable=True)] for p in (torch.as_tensor(np.asarray(p), device=s.device) for p in parts[0])])
+        n, most = order.shape[1], _whole(min(*cap[1][0], cap[0]//len(order)), order.shape[1], r)
+        ends = range(n % r or r, most+1, r)
+        blocks = [order[:,a:b].T.flatten() for a,b in zip([0, *ends], ends)]
+        score = [s[b].double().mean().item() for b in blocks] if r>1 else s[order[:,:most]].double().mean(0).tolist()
+        return list(zip(np.maximum.accumulate(score).tolist(), [b.tolist() for b in blocks])) if blocks else []
+    at, score, queue, block, last, res = np.full((len(s), len(parts)), -1), s.tolist(), {}, [], -torch.inf, []
+    for j,ps in enumerate(parts):
+        for i,p in enumerate(ps): at[np.asarray(p), j] = i
+    for u in s.argsort(stable=True).tolist(): queue.setdefault(tuple(at[u].tolist()), []).append((score[u], u)) # by kind: in which part of each set it is
+    used, gone, starts = dict.fromkeys(queue, 0), [[0]*len(ps) for ps in parts], list(queue)
+    sizes, left = [len(p) for ps in parts for p in ps], cap[0]
+    while starts:
+        start = min(starts, key=lambda k: queue[k][used[k]] if used[k]<len(queue[k]) else (torch.inf, len(s)))
+        found = _even_block(queue, used, gone, cap[1], start)
+        if found is None or len(found[0])>left: starts.remove(start); continue
+        (now, used, gone), left = found, left-len(found[0])
+        block = block+now
+        if any(n % r for n in [len(s)-cap[0]+left, *(n-g for n,g in zip(sizes, sum(gone, [])))]): continue
+        last = max(last, float(np.mean([score[u] for _,u in block])))
+        res.append((last, [u for _,u in block]))
+        block = []
+    return res
+
+# %% ../nbs/03_allocation.ipynb #00000013
+def _caps(s, parts, min_keep, max_ratio): # How many units may go of a layer, and of each of its parts
+    cap = lambda n: min(n_removed(n, max_ratio), max(n-min_keep, 0))
+    return cap(len(s)), [[cap(len(p)) for p in ps] for ps in parts]
+
+def _whole(cap, n, r): # The same in whole blocks
+    first = n % r or r
     return 0 if cap < first else cap - (cap-first) % r
 
 def _by_set(flat, context, sets): # [{layer: scores}], each ranked by itself
@@ -83,15 +127,16 @@ def _by_set(flat, context, sets): # [{layer: scores}], each ranked by itself
     for n,s in flat.items(): res.setdefault(of[n], {})[n] = s
     return list(res.values())
 
-def _blocks(flat, cap, r): # [(layer, units that go together)], the lowest first
+def _blocks(flat, cap, r, parts): # [(layer, units that go together)], the lowest first
     rows = []
     for i,(n,s) in enumerate(flat.items()):
+        if parts.get(n): rows += [(v, i, j, n, b) for j,(v,b) in enumerate(_even_blocks(s, parts[n], cap[n], r))]; continue
         order, score = s.argsort(stable=True).tolist(), s.tolist()
-        ends = range(len(s) % r or r, cap[n]+1, r)
+        ends = range(len(s) % r or r, _whole(cap[n][0], len(s), r)+1, r)
         rows += [(score[order[b-1]], i, order[b-1], n, order[a:b]) for a,b in zip([0, *ends], ends)]
     return [row[3:] for row in sorted(rows, key=lambda row: row[:3])]
 
-# %% ../nbs/03_allocation.ipynb #00000012
+# %% ../nbs/03_allocation.ipynb #00000014
 def ranked(
     scores:dict, # Layer name → scores of its units; high = keep
     *, context:str='global', # 'local', 'global' or 'isomorphic'
@@ -99,19 +144,21 @@ def ranked(
     min_keep:int=0, # Leave each layer at least this many units
     max_ratio:float=1., # Take at most this part of each layer's units
     round_to:int=1, # The number of units that stay in a layer is a multiple of this, or all
+    parts:dict|None=None, # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
 )->list[tuple]: # (layer, units that go together), the first to go first
     "All units that may go, in the order in which they do"
     check_allocation(0., (), context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
     flat, rows = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}, []
-    cap = {n: _cap(s, min_keep, max_ratio, round_to) for n,s in flat.items()}
-    for part in _by_set(flat, context, sets):
-        gone, all_of = 0, sum(map(len, part.values()))
-        for n,units in _blocks(part, cap, round_to):
+    parts = parts or {}
+    cap = {n: _caps(s, parts.get(n, ()), min_keep, max_ratio) for n,s in flat.items()}
+    for of in _by_set(flat, context, sets):
+        gone, all_of = 0, sum(map(len, of.values()))
+        for n,units in _blocks(of, cap, round_to, parts):
             gone += len(units)
             rows.append((gone/all_of, n, units))
     return [row[1:] for row in sorted(rows, key=lambda row: row[0])]
 
-# %% ../nbs/03_allocation.ipynb #00000015
+# %% ../nbs/03_allocation.ipynb #0000001a
 def _costs(costs, s, n): # The cost of each unit of a layer, 1-D
     if costs is None or n not in costs: raise ValueError(f"count='params' needs costs[{n!r}]: the number of parameters of one unit, or a tensor with one number a unit")
     c = torch.as_tensor(costs[n], dtype=wide(s).dtype, device=s.device).flatten()
@@ -128,10 +175,10 @@ def _remove(s, can, fraction, cost=None): # Bool: the lowest of those that `can`
     gone[at[low]] = True
     return gone
 
-def _remove_blocks(part, cap, r, fraction, cost): # The same by layer, in whole blocks
+def _remove_blocks(part, cap, r, parts, fraction, cost): # The same by layer, in whole blocks
     gone, left = {n: s == -torch.inf for n,s in part.items()}, sum(map(len, part.values()))
     left = fraction*sum(cost[n].sum().item() for n in part) + 1e-9 if cost else n_removed(left, fraction)
-    for n,units in _blocks(part, cap, r):
+    for n,units in _blocks(part, cap, r, parts):
         left -= cost[n][units].sum().item() if cost else len(units)
         if left < 0: break
         gone[n][units] = True
@@ -142,11 +189,11 @@ def _join(ts): # Tensors in a row, on one device
     return torch.cat([t.to(ts[0].device) for t in ts])
 
 def _remove_lowest(part, cap, fraction, cost): # The same unit by unit; nothing is sorted, for these may be all weights of a model
-    can = {n: _lowest(s, cap[n]) | (s == -torch.inf) for n,s in part.items()}
+    can = {n: _lowest(s, cap[n][0]) | (s == -torch.inf) for n,s in part.items()}
     gone = _remove(_join(part.values()), _join(can.values()), fraction, _join(cost[n] for n in part) if cost else None)
     return dict(zip(part, gone.split([len(s) for s in part.values()])))
 
-# %% ../nbs/03_allocation.ipynb #00000016
+# %% ../nbs/03_allocation.ipynb #0000001b
 def allocate(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
     sparsity:float|dict, # Part to remove; a dict of layer name → part where the context is 'local', others keep all
@@ -157,14 +204,17 @@ def allocate(
     max_ratio:float=1., # Take at most this part of each layer's units
     round_to:int=1, # The number of units that stay in a layer is a multiple of this, or all
     sets:dict|None=None, # For 'isomorphic': layer name → name of its set
+    parts:dict|None=None, # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay"
     sparsity = check_allocation(sparsity, scores, context=context, count=count, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
     if not scores: return {}
     flat, gone = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}, {}
     cost = {n: _costs(costs, s, n) for n,s in flat.items()} if count == 'params' else {}
-    cap = {n: _cap(s, min_keep, max_ratio, round_to) for n,s in flat.items()}
-    for part in _by_set(flat, context, sets):
-        share = sparsity.get(next(iter(part)), 0.) if isinstance(sparsity, dict) else sparsity
-        gone.update(_remove_lowest(part, cap, share, cost) if round_to == 1 else _remove_blocks(part, cap, round_to, share, cost))
+    parts = parts or {}
+    cap = {n: _caps(s, parts.get(n, ()), min_keep, max_ratio) for n,s in flat.items()}
+    for of in _by_set(flat, context, sets):
+        share = sparsity.get(next(iter(of)), 0.) if isinstance(sparsity, dict) else sparsity
+        one_by_one = round_to == 1 and not any(parts.get(n) for n in of)
+        gone.update(_remove_lowest(of, cap, share, cost) if one_by_one else _remove_blocks(of, cap, round_to, parts, share, cost))
     return {n: ~gone[n].to(s.device).view(s.shape) for n,s in scores.items()}

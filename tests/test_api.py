@@ -33,7 +33,7 @@ SIGNATURES = {
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
     'iterative': 'n kind * start end initial', 'one_shot': 'start initial', 'digits_dls': 'bs valid_pct seed * size device',
-    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio round_to sets',
+    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio round_to sets parts',
 }
 def get(path):
     o = fp

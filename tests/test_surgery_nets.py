@@ -89,7 +89,7 @@ case('gather_by_index', lambda s,x: s.c(s.a(x)[:,[0,2,1,3,7,6,5,4]]), 0, a=C(3,8
 case('chunk', lambda s,x: s.c((y:=s.a(x).chunk(2, 1))[0].relu()*y[1].sigmoid()), 4, a=C(3,16), c=C(8,4))
 case('glu', lambda s,x: s.c(F.glu(s.a(x), 1)), 4, a=C(3,16), c=C(8,4))
 case('chunk_of_two', lambda s,x: s.h((y:=s.a(s.z(x)).chunk(2, 1))[0].flatten(1))+s.h(y[1].flatten(1)), 4, z=C(3,8), a=C(8,2), h=nn.Linear(64,4), pinned='takes it alone')
-case('chunk_two_readers', lambda s,x: s.c((y:=s.a(x).chunk(2, 1))[0].relu())+s.d(y[1]), 2, a=C(3,8), c=C(4,4), d=C(4,4))
+case('chunk_two_readers', lambda s,x: s.c((y:=s.a(x).chunk(2, 1))[0].relu())+s.d(y[1]), 4, a=C(3,8), c=C(4,4), d=C(4,4))
 def c2f(s, x):
     y = list(s.cv1(x).relu().chunk(2, 1))
     y.extend(m(y[-1]) for m in s.m)
@@ -97,8 +97,8 @@ def c2f(s, x):
 class Bottle(nn.Module):
     def __init__(self, n): super().__init__(); self.a,self.b = C(n,n//2),C(n//2,n)
     def forward(self, x): return x+self.b(self.a(x).relu())
-case('c2f', c2f, 4+2+2, cv1=C(3,16,1), m=nn.ModuleList([Bottle(8), Bottle(8)]), cv2=C(32,5,1))
-case('split_equal', lambda s,x: s.c((y:=s.a(x).split(4, 1))[0].relu())+s.d(y[1]), 2, a=C(3,8), c=C(4,4), d=C(4,4))
+case('c2f', c2f, 8+2+2, cv1=C(3,16,1), m=nn.ModuleList([Bottle(8), Bottle(8)]), cv2=C(32,5,1))
+case('split_equal', lambda s,x: s.c((y:=s.a(x).split(4, 1))[0].relu())+s.d(y[1]), 4, a=C(3,8), c=C(4,4), d=C(4,4))
 case('split_sizes', lambda s,x: s.c((y:=s.a(s.z(x).relu()).split([3,5], 1))[0].relu())+s.d(y[1]), 3, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='fails when it is smaller')
 case('slice_fixed', lambda s,x: s.c((y:=s.a(s.z(x).relu()))[:,:3].relu())+s.d(y[:,3:]), 3+2, z=C(3,6), a=C(6,8), c=C(3,4), d=C(5,4), pinned='slice')
 case('slice_by_size', lambda s,x: s.c((y:=s.a(x))[:,:y.shape[1]//2].relu())+s.d(y[:,y.shape[1]//2:]), 4, a=C(3,8), c=C(4,4), d=C(4,4))

@@ -56,7 +56,7 @@ def within(
 )->dict: # Group name → bool, True = stays
     "Remove the fewest units, lowest scores first, so that the rest is within a budget"
     costs = costs or Costs(c, [k for k in kinds if k in budget.given])
-    whole,blocks = costs(np.zeros(c.labels.size, bool)),ranked(scores, min_keep=min_keep, **how)
+    whole,blocks = costs(np.zeros(c.labels.size, bool)),ranked(scores, min_keep=min_keep, parts={n:c.by_name[n].even for n in scores}, **how)
     limits,label = budget.limits(whole),[c.by_name[n].labels[u] for n,u in blocks]
     def gone(k):
         g = np.zeros(c.labels.size, bool)

@@ -322,6 +322,9 @@ def held(
     stay &= read
     out = lambda g: '; with exact_norms=True it keeps its divisor, and those that are zero there can go' if g.mixed.split()[0] in AVERAGES else ''
     res = {g.name:(g.name, int(stay[g.labels].sum()), f"{g.mixed} computes statistics over them{out(g)}") for g in c.groups if g.mixed and stay[g.labels].any()}
+    silent = dead_labels(c, facts, foldable) & ~gone if any(g.parts for g in c.groups) else stay
+    for g in c.groups:
+        if g.parts and silent[g.labels].any(): res.setdefault(g.name, (g.name, int(silent[g.labels].sum()), f"{g.parts[0].where} cuts it into equal parts, and in another of them fewer are silent"))
     for i,r in enumerate(c.labels.reads):
         if i not in facts: continue
         need = needed(c, r, facts[i], gone, foldable[i]) & ~needed(c, r, facts[i], gone, foldable[i], True)

@@ -183,14 +183,21 @@ def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave each group its first unit, and each dimension of a parameter its first position, where all would go"
+    "Leave each group its first unit, and each dimension of a parameter its first position, where all would go; and each of equal parts as many as the others"
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
     kept = Kept(l, gone)
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
         if not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
+    while any([_evened(gone, g, units) for g in c.groups for units in g.even]): pass
     return gone
+
+def _evened(gone, g, parts): # Leave each part as many as the others; was there anything to leave?
+    at = [(l := g.labels[u])[gone[l]] for u in parts]
+    few = min(map(len, at))
+    for l in at: gone[l[few:]] = False
+    return any(len(l)>few for l in at)
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000011
 def cuts_of(

@@ -371,7 +371,6 @@ def glu(d, s):
     x = list(s.axes('self'))
     i,n = s['dim'],x[s['dim']].n//2
     parts = [d.take(x[i], np.arange(n)), d.take(x[i], np.arange(n, 2*n))]
-    d.equal_parts(s, parts)
     x[i] = d.same(*parts)
     return [x]
 

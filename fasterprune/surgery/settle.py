@@ -64,7 +64,7 @@ def settle(
         bad,trace = dry_run(c.model, x, c, gone, plan) if plan.edits else (None,c.trace)
         if bad is None: return replace(plan, sized=with_own(plan.sized, trace.own)),gone,trace
         axes,reason,module = bad
-        if ways.another(module, gone): continue
+        if ways.another(module, gone) or c.tie(axes): continue
         cuts = None
         pinned = c.labels.pinned.sum()
         for a in axes: c.labels.pin_axis(a, reason)
