@@ -181,3 +181,143 @@ def test_blocks():
     assert ranked(dict(a=s), parts=parts, min_keep=2, round_to=2)==[('a',[3,7,2,6])]
     assert allocate(dict(a=s), .74, parts=parts)['a'].sum()==4
     assert ranked(dict(a=s), parts=dict(a=((np.arange(4), np.arange(0)),)))==[('a',[u]) for u in (7,6,5,4)]
+
+# --- channels that are shuffled on their way
+
+def shuffle(x, g=2):
+    b,c,h,w = x.shape
+    return x.view(b, g, c//g, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
+
+class Unit(nn.Module):
+    "As in ShuffleNet v2: one half goes through, the other is made anew"
+    def __init__(self, n, stride=1, i=None):
+        super().__init__()
+        self.stride,i = stride,i or n
+        self.a,self.d,self.b = C(i,n,1),C(n,n,3,groups=n,stride=stride),C(n,n,1)
+        self.n,self.m = nn.BatchNorm2d(n),nn.BatchNorm2d(n)
+        if stride>1: self.s,self.t = C(i,i,3,groups=i,stride=2),C(i,n,1)
+    def forward(self, x):
+        way = lambda x: self.m(self.b(self.d(self.n(self.a(x)).relu()))).relu()
+        if self.stride>1: return shuffle(torch.cat([self.t(self.s(x)).relu(), way(x)], 1))
+        y,z = x.chunk(2, 1)
+        return shuffle(torch.cat([y, way(z)], 1))
+
+def trunk(n, units, first=8): return nn.Sequential(C(3,first), nn.ReLU(), Unit(n, 2, first), *[Unit(n) for _ in range(units)])
+def headed(s, x): return s.h(s.t(x).relu().mean((2,3)))
+def threes(s, x): return s.c(shuffle(s.b(shuffle(s.a(x), 3)).relu(), 3))
+def flat(s, x): return s.h(torch.flatten(shuffle(s.a(x)).relu().mean(3), 1))
+def added(s, x): return s.c(shuffle(s.a(x))+s.b(x))
+def crossed(s, x): return s.c((y:=s.a(x))+shuffle(y))
+def both(s, x): return s.c(shuffle(y:=s.a(x)).relu())+s.d(y)
+def beside(s, x): return s.c(torch.cat([shuffle(s.a(x)), s.b(x)], 1))
+def normed(s, x): return s.c(s.n(shuffle(s.a(x))))
+def looked_at(s, x):
+    b,c,h,w = (y:=s.a(x)).shape
+    table = y.view(b, 2, c//2, h, w)
+    return s.c(table.transpose(1, 2).reshape(b, c, h, w))+table.sum(1)[:,:5]*0
+def last_axis(s, x):
+    b,n,c = (y:=s.a(x.flatten(2).transpose(1, 2))).shape
+    return s.c(y.view(b, n, 4, c//4).permute(0, 1, 3, 2).reshape(b, n, c).relu())
+
+def wide(s, x):
+    for u in s.us: x = u(s.a(x).relu() if x.shape[1]==3 else x)
+    return s.h(x.relu().mean((2,3)))
+
+DECKS = dict(
+    wide=(wide, dict(a=C(3,16), us=nn.ModuleList([Unit(8),Unit(8),Unit(8)]), h=nn.Linear(16,5)), 'flow'),
+    one=(headed, dict(t=trunk(6, 1), h=nn.Linear(12,5)), 'flow'),
+    four=(headed, dict(t=trunk(10, 4), h=nn.Linear(20,5)), 'flow'),
+    seven=(headed, dict(t=trunk(9, 7), h=nn.Linear(18,5)), 'flow'),
+    stages=(headed, dict(t=nn.Sequential(*trunk(6, 2), Unit(8, 2, 12), Unit(8), Unit(8)), h=nn.Linear(16,5)), 'flow'),
+    threes=(threes, dict(a=C(3,12), b=C(12,9), c=C(9,5)), 'flow'),
+    flat=(flat, dict(a=C(3,8), h=nn.Linear(48,5)), ''),
+    added=(added, dict(a=C(3,8), b=C(3,8), c=C(8,5)), 'flow'),
+    crossed=(crossed, dict(a=C(3,8), c=C(8,5)), ''),
+    both=(both, dict(a=C(3,8), c=C(8,5), d=C(8,5)), 'flow'),
+    beside=(beside, dict(a=C(3,8), b=C(3,6), c=C(14,5)), ''),
+    normed=(normed, dict(a=C(3,8), n=nn.GroupNorm(2,8), c=C(8,5)), ''),
+    looked_at=(looked_at, dict(a=C(3,8), c=C(8,4)), ''),
+    last_axis=(last_axis, dict(a=nn.Linear(3,12), c=nn.Linear(12,5)), 'flow'),
+)
+
+@torch.no_grad()
+def deck(name):
+    f,parts,kind = DECKS[name]
+    m,g = deepcopy(Net(f, **parts)),torch.Generator().manual_seed(0)
+    for p in m.parameters(): p.normal_(generator=g).mul_(.3)
+    return awake(m, x),kind
+
+@pytest.mark.parametrize('name', DECKS)
+def test_flows(name):
+    m,kind = deck(name)
+    assert any(g.flow is not None for g in couple(m, x).groups)==(kind=='flow')
+
+@pytest.mark.parametrize('name', DECKS)
+@pytest.mark.parametrize('how', [dict(sparsity=.25), dict(sparsity=.5), dict(sparsity=.75), dict(sparsity=.95), dict(sparsity=.5, context='global'), dict(sparsity=.4, criterion='random'), dict(budget=Budget(params=.5)),
+    dict(budget=Budget(macs=.6)), dict(sparsity=.6, round_to=2), dict(sparsity=.9, min_keep=2), dict(sparsity=.9, max_ratio=.5), dict(sparsity=.5, granularity='shared_kernel')], ids=str)
+def test_readers_law_of_decks(name, how):
+    m,_ = deck(name)
+    big = louder(m, .5)
+    small = deepcopy(big)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: r = Pruner(small, x).prune(**how)
+        except ValueError as e:
+            assert 'cannot be met' in str(e)
+            return
+    assert not r.removed or r.error<1e-10 or r.plan.mixed
+    if 'sparsity' in how: assert r.removed<=how['sparsity']*r.plan.units+1e-9
+    else: assert (r.params[1]/r.params[0] if 'params' in how['budget'].given else r.macs[1]/r.macs[0])<=list(how['budget'].given.values())[0]
+    if r.plan.mixed: return
+    for y in (x, other(x)): assert rel(run(small, y), run(unread(big, r.plan), y))<1e-10
+
+@pytest.mark.parametrize('context', ['local','global'])
+@pytest.mark.parametrize('granularity', ['filter','shared_kernel'])
+@pytest.mark.parametrize('name', [n for n in DECKS if n not in ('normed','looked_at','crossed')])
+def test_what_a_sparsifier_silences_in_a_deck_goes(name, granularity, context):
+    m,_ = deck(name)
+    s = Sparsifier(m, x, context=context, granularity=granularity)
+    s.sparsify(.5)
+    masked,small = deepcopy(m),deepcopy(m)
+    r = Pruner(small, x).prune()
+    assert r.error<1e-10 and r.removed==sum(z for z,_ in s.measured().values()), (r, s.measured())
+    for y in (x, other(x)): assert rel(run(small, y), run(masked, y))<1e-10
+
+@pytest.mark.parametrize('name', ['one','four','seven','stages','both'])
+def test_zeros_anywhere_in_a_deck(name):
+    m,_ = deck(name)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for c in m.modules():
+            if isinstance(c, (nn.Conv2d, nn.BatchNorm2d)) and len(c.weight)>3:
+                z = torch.randperm(len(c.weight), generator=g)[:int(.7*len(c.weight))]
+                c.weight[z] = 0
+                if c.bias is not None: c.bias[z] = 0
+    small = deepcopy(m)
+    r = Pruner(small, x).prune()
+    assert r.removed and r.error<1e-10
+    for y in (x, other(x)): assert rel(run(small, y), run(m, y))<1e-10
+
+def test_asked_more_a_deck_loses_more():
+    for name in ('four','seven'):
+        m,_ = deck(name)
+        counts = [Pruner(deepcopy(m), x).plan(float(s), context='global').removed for s in np.linspace(0, .95, 20)]
+        assert counts==sorted(counts) and counts[-1]>counts[10]>0
+
+def test_a_deck_is_cut_again_and_its_optimizer_goes_along():
+    m,_ = deck('four')
+    opt = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    m(x).square().sum().backward(); opt.step()
+    for s in (.3, .4):
+        before = deepcopy(m)
+        r = Pruner(m, x).prune(s, optimizer=opt)
+        assert r.removed and rel(run(m, x), run(unread(before, r.plan), x))<1e-10
+        for e in r.plan.edits: assert len(e.keep)==m.get_parameter(e.param).shape[e.dim] if e.param in dict(m.named_parameters()) else True
+        opt.zero_grad(); m(x).square().sum().backward(); opt.step()
+        assert all(opt.state[p]['exp_avg'].shape==p.shape for p in m.parameters())
+
+def test_shufflenet_keeps_a_quarter_of_its_trunk():
+    torchvision = pytest.importorskip('torchvision')
+    m = torchvision.models.shufflenet_v2_x1_5(weights=None).double().eval()
+    r = Pruner(m, torch.randn(1,3,64,64, dtype=torch.float64)).prune(.5)
+    assert r.params[1]<=.35*r.params[0] and r.error<1e-12

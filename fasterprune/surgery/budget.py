@@ -62,14 +62,20 @@ def within(
         g = np.zeros(c.labels.size, bool)
         if k: g[np.concatenate(label[:k])] = True
         return g
-    fits = lambda g: all(v<=limits[k] for k,v in costs(g).items() if k in limits)
+    fits = lambda g: all(v<=limits[k] for k,v in costs(_arranged(c, g, scores, how)).items() if k in limits)
     if not fits(gone(len(blocks))): raise ValueError(_unmet(limits, whole, costs(gone(len(blocks))), dict(min_keep=min_keep, **how)))
     lo,hi = 0,len(blocks)
     while lo<hi:
         k = (lo+hi)//2
         lo,hi = (lo,k) if fits(gone(k)) else (k+1,hi)
-    g = _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits)
+    g = _arranged(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
     return {n: ~g[c.by_name[n].labels] for n in scores}
+
+def _arranged(c, gone, scores, how): # Where code shuffles channels, others go than those that are ranked lowest
+    flows = [c.by_name[n] for n in scores if c.by_name[n].flow is not None]
+    g = gone.copy() if flows else gone
+    for f in flows: g[f.labels] = ~f.arranged(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))
+    return g
 
 def _put_back(g, removed, fits):
     "Return what still fits, the most important first"

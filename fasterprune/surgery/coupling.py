@@ -15,7 +15,8 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types
 from .capture import Ref, Trace, capture_all
-from .labels import Axis, Labels, distinct, fixed
+from .shuffle import Flow, Step, connected, flow_of, key_of, shuffled, shuffles
+from .labels import Axis, Labels, Share, distinct, fixed
 from .rules import Site, aligned, step
 
 # %% ../../nbs/surgery/04_coupling.ipynb #00000005
@@ -56,6 +57,7 @@ class Group:
     primary:bool # False where another group divides the same channels more finely: one of the two is enough
     mixed:str='' # Why removing units changes the others, or nothing
     parts:tuple=() # `Parts`: code cuts it into parts of equal size
+    flow:Flow|None=None # Code shuffles it
 
     @property
     def layers(self)->tuple:
@@ -63,6 +65,23 @@ class Group:
         return tuple(dict.fromkeys(m.param.rpartition('.')[0] or m.param for m in self.members if m.role=='write'))
     @property
     def even(self)->tuple: "Its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
+    @property
+    def way(self)->np.ndarray: "The units in the order in which its flow counts them"; at = np.argsort(self.labels); return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
+
+    def arranged(self,
+        stays:np.ndarray, # Bool by unit
+        scores, # By unit; -inf = has gone
+        round_to:int=1, # What stays in a part is a multiple of this, or all
+    )->np.ndarray: # Bool by unit
+        "Equally many units, and of each kind as many as there will be"
+        if self.flow is None: return stays
+        at,s,res = self.way,np.asarray(scores, float),stays.copy()
+        parts,gone = self.flow.shares.sum(),np.isneginf(s[at])
+        for n in range(-(-int(stays[at].sum())//parts), self.flow.width+1):
+            res[at] = self.flow.choose(n, s[at], round_to)&~gone
+            if res.sum()>=stays.sum(): return res
+        return stays
+
     def role(self, *roles)->tuple:
         "Its members of these roles"
         return tuple(m for m in self.members if m.role in roles)
@@ -75,16 +94,26 @@ class Coupler(Labels):
         model:nn.Module, # To look up the modules that run
         trace:Trace, # What it did
         tied=(), # Indices of nodes that make equal parts, and these lose the same positions
+        straight=(), # Indices of nodes that shuffle channels, which are followed as a product
     ):
         super().__init__()
         self.model,self.trace,self.tied,self.even,self.halves = model,trace,set(tied),[],[] # even: (node, what, axes) that lose equally many positions; halves: (what, labels of each) where that says something
         self.env = {i:[Axis(n) for n in trace.shapes[i]] for i in trace.names}
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
+        self.shuffles = {i:v for i,v in shuffles(trace).items() if i not in straight and v[2] not in straight}
+        self.steps,self.flows,self.decks = [],[],{} # movements of channels; those that shuffle; and what is shuffled
         self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
     def free(self, n): return Axis(n) if n>1 else fixed(n)
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
-    def equal_parts(self, s, parts): self.same(*parts) if s.node.index in self.tied else self.even.append((s.node.index, str(s), parts))
+    def equal_parts(self, s, parts, whole):
+        if s.node.index in self.tied: return self.same(*parts)
+        self.even.append((s.node.index, str(s), parts))
+        self.steps.append(Step('chunk', s.node.index, (whole,), tuple(parts), len(parts), str(s)))
+    def cat(self, axes):
+        a = super().cat(axes)
+        if self.shuffles: self.steps.append(Step('cat', -1, tuple(axes), (a,)))
+        return a
     def sums(self, s, ref, i): self.reads.append(Read(s.node.index, ref, i, s.axes(ref)[i], s.axes(ref)[i], None))
     def mixes(self, s, ref, i):
         self.mixed.append((s.axes(ref)[i], str(s), s.node.index, ref, i, s.axes(ref)[i]))
@@ -100,6 +129,22 @@ class Coupler(Labels):
         return a
 
 # %% ../../nbs/surgery/04_coupling.ipynb #00000009
+@patch
+def shuffle(self:Coupler, s): # Axes after a view that begins or ends a shuffle; None for other views
+    i,g,made = self.shuffles.get(s.node.index, (None,)*3)
+    if i is None or made is not None and made not in self.decks: return
+    x = s.axes('self')
+    if made is None:
+        self.rows(x[i])
+        if key_of(self, x[i]) is None: return
+        self.decks[s.node.index] = x[i]
+        return [*x[:i], fixed(g), Share(x[i], g), *x[i+1:]]
+    a = self.decks[made]
+    res = Axis(a.n, self.rows(a)[shuffled(a.n, g)])
+    self.steps.append(Step('shuffle', made, (a,), (res,), g, str(s)))
+    return [*x[:i], res, *x[i+2:]]
+
+# %% ../../nbs/surgery/04_coupling.ipynb #0000000b
 @patch
 def convolution(self:Coupler, s):
     x,w,b,g,transposed = s.axes('input'),s.axes('weight'),s.axes('bias'),s['groups'],bool(s['transposed'])
@@ -144,7 +189,7 @@ def _param(self:Coupler, a, p, role):
     p.mark(role)
     self.same(a, p)
 
-# %% ../../nbs/surgery/04_coupling.ipynb #0000000a
+# %% ../../nbs/surgery/04_coupling.ipynb #0000000c
 @patch
 def _count(self:Coupler, s, attr:str, a:Axis):
     "Note that a module's attribute counts the positions of an axis, or that the code says their number: a dry run will see whether it follows"
@@ -175,7 +220,7 @@ def add_bias(self:Coupler, s, bias, out):
         self.same(a, b)
     return out
 
-# %% ../../nbs/surgery/04_coupling.ipynb #0000000c
+# %% ../../nbs/surgery/04_coupling.ipynb #0000000e
 @patch
 def batch_norm(self:Coupler, s):
     x = s.axes('input')
@@ -208,9 +253,9 @@ def group_norm(self:Coupler, s):
     self.mixed.append((inner, str(s), s.node.index, s['input'], 1, x[1]))
     return x
 
-# %% ../../nbs/surgery/04_coupling.ipynb #0000000e
-def _walked(model, trace, tied=()): # The labels after all operators
-    d = Coupler(model, trace, tied)
+# %% ../../nbs/surgery/04_coupling.ipynb #00000010
+def _walked(model, trace, tied=(), straight=()): # The labels after all operators
+    d = Coupler(model, trace, tied, straight)
     for n in trace.nodes:
         s = Site(n, trace, d.env)
         dep = any(r.id in d.dep for r in s.tensors)
@@ -219,6 +264,20 @@ def _walked(model, trace, tied=()): # The labels after all operators
     for r in trace.outputs:
         for a in d.env.get(r.id, []): d.pin_axis(a, 'the output of the model keeps its shape')
     return d
+
+def _flows(d): # The flows of shuffled channels; and the nodes of those that cannot be followed
+    flows,straight = [],set()
+    for steps in connected(d, d.steps) if d.decks else ():
+        f = flow_of(d, steps)
+        if f is not None and _followed(d, f): flows.append(f)
+        else: straight |= {s.node for s in steps}
+    return flows,straight
+
+def _followed(d, f): # Are the channels in the order of the flow wherever a parameter is?
+    own = np.zeros(d.size, bool)
+    own[f.labels] = True
+    axes = {id(a.rows):a for i in d.trace.names for a in d.env[i] if not a.open}.values()
+    return all(key_of(d, a) in f.axes for a in axes if own[d.expand(a.rows)].any())
 
 def _even(d, parts): # Equal parts: for each part the labels of which as many must go; nothing where they go together anyhow; None where that is not to be said by counts
     rows = [distinct(np.where(d.pinned[r], 0, r)) for r in map(d.rows, parts)]
@@ -242,9 +301,15 @@ class Coupling:
     ):
         self.model,self.trace,self.exact = model,trace,() # exact: norms that keep their divisor
         d = self.labels = _walked(model, trace)
-        if more := {i for i,_,parts in d.even if _even(d, parts) is None}: self.labels = _walked(model, trace, more)
-        for i,_,parts in self.labels.even:
-            if _even(self.labels, parts) is None: self.labels.same(*parts)
+        flows,straight = _flows(d)
+        if not straight: d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
+        if (more := {i for i,_,parts in d.even if _even(d, parts) is None}) or straight:
+            d = self.labels = _walked(model, trace, more|straight, straight)
+            flows,wrong = _flows(d)
+            d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
+            if wrong: d = self.labels = _walked(model, trace, range(len(trace.nodes)), range(len(trace.nodes)))
+        for i,_,parts in d.even:
+            if _even(d, parts) is None: d.same(*parts)
         self._name_roles()
         self.refresh()
 
@@ -266,6 +331,11 @@ class Coupling:
     def _stays(self): # Where one of several equal parts cannot change, none can
         d,written = self.labels,np.zeros(self.labels.size, bool)
         d.halves = [(where, even) for _,where,parts in d.even if (even := _even(d, parts))]
+        for f in d.flows:
+            stay = d.pinned[d.find(f.labels)]|(d.find(f.labels)!=f.labels)
+            if stay.all(): continue
+            if stay.any(): d.pin(f.labels, f"{f.where} shuffles it with channels that cannot change"); return True
+            d.halves.append((f.where, tuple(f.labels.reshape(-1, f.width))))
         for a,*_ in d.writes if d.halves else (): written[d.rows(a)] = True
         for where,even in d.halves:
             if not all(written[p].any() for p in even):
@@ -281,8 +351,10 @@ class Coupling:
         for a in axes: at[d.rows(a)] = True
         found = [parts for _,_,parts in d.even if (even := _even(d, parts)) and at[np.concatenate(even)].any()]
         for parts in found: d.same(*parts)
-        if found: self.refresh()
-        return bool(found)
+        decks = [f for f in d.flows if at[f.labels].any() and not d.pinned[f.labels].all()]
+        for f in decks: d.pin(f.labels, f"{f.where} shuffles it, and something does not work with fewer channels")
+        if found or decks: self.refresh()
+        return bool(found or decks)
 
     def axes_of(self, name:str)->list:
         "The axes of a parameter or buffer"
@@ -295,7 +367,7 @@ def couple(
     "Find out which channels of which layers must go together"
     return Coupling(model, capture_all(model, x))
 
-# %% ../../nbs/surgery/04_coupling.ipynb #00000010
+# %% ../../nbs/surgery/04_coupling.ipynb #00000012
 def _components(d:Coupler, writes):
     "The labels of each written axis without those that stay, by position and column; and for each label the number of its component"
     comp,tables = np.arange(d.size),[]
@@ -349,11 +421,12 @@ def make_groups(
                 units.setdefault(k, []).append(c[comp[c]==k])
                 if k not in names or not names[k][0]: names[k] = (_layer_of(d, a) or layer, i, len(cols))
     units = {k:_ordered(np.concatenate(v)) for k,v in units.items()}
+    flows = {comp[f.labels[0]]:f for f in d.flows}
     members,mixed,coarse,parts = _members(d, units),_mixed(d, units),_coarse(comp, tables, units),_parts(d, comp, units)
     res,taken = [],set()
     for k,u in units.items():
         name = _name(*names[k], taken)
-        res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, ''), parts.get(k, ())))
+        res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, ''), parts.get(k, ()), flows.get(k)))
     return tuple(res)
 
 def _parts(d, comp, units): # The equal parts of each component
@@ -388,7 +461,7 @@ def _name(layer, i, k, taken):
     taken.add(name)
     return name
 
-# %% ../../nbs/surgery/04_coupling.ipynb #00000011
+# %% ../../nbs/surgery/04_coupling.ipynb #00000013
 def _layer_of(d, a:Axis):
     "Name of the layer whose parameter has this axis"
     if not hasattr(d, 'layers'): d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
@@ -417,7 +490,7 @@ def _mixed(d, units:dict)->dict:
             if k>=0: res.setdefault(k, where)
     return res
 
-# %% ../../nbs/surgery/04_coupling.ipynb #00000016
+# %% ../../nbs/surgery/04_coupling.ipynb #00000018
 @patch
 def pins(self:Coupling)->list[tuple]:
     "`(layer, positions that stay, of how many, reason)` for each written axis that is pinned"

@@ -27,9 +27,16 @@ class Constants:
     def cat(self, axes): return Axis(sum(a.n for a in axes), np.concatenate([a.rows[:,:1] for a in axes]))
     def same(self, *axes): return Axis(axes[0].n, np.min([a.rows[:,:1] for a in axes], axis=0))
     def split(self, a, sizes):
+        if len(sizes)==1: return [a]
         x = a.rows[:,0].reshape(sizes)
-        return [Axis(n, x.all(tuple(j for j in range(len(sizes)) if j!=i)).astype(np.int64)[:,None]) for i,n in enumerate(sizes)]
+        res = [Axis(n, x.all(tuple(j for j in range(len(sizes)) if j!=i)).astype(np.int64)[:,None]) for i,n in enumerate(sizes)]
+        for i,b in enumerate(res): b.src = (a, sizes, i) # in case all of them meet again in another order, as in a channel shuffle
+        return res
     def merge(self, axes):
+        src = [a.src for a in axes]
+        if all(src) and len({id(a) for a,*_ in src})==1 and sorted(i for *_,i in src)==list(range(len(src[0][1]))):
+            a,sizes,_ = src[0]
+            return self.take(a, np.arange(a.n).reshape(sizes).transpose([i for *_,i in src]).ravel())
         x = np.zeros((), np.int64)
         for a in axes: x = x[...,None] | a.rows[:,0]
         return Axis(x.size, x.reshape(-1,1))
@@ -38,7 +45,8 @@ class Constants:
     def sums(self, s, ref, i): pass
     def pin_axis(self, a, reason): pass
     def begins(self, s, a, start): pass
-    def equal_parts(self, s, parts): pass
+    def equal_parts(self, s, parts, whole): pass
+    def shuffle(self, s): return None
 
 # %% ../../nbs/surgery/05_liveness.ipynb #00000006
 def _axis(b): return Axis(len(b), np.asarray(b, np.int64)[:,None])
@@ -48,6 +56,7 @@ def _const(a): return a.rows[:,0].astype(bool)
 @patch
 def broadcast(self:Constants, s, refs, shape):
     "Constant where every operand is; a product or quotient also where it begins with a constant zero"
+    if s.node.op=='clone' and refs and refs[0].id in self.dep: return list(s.axes(refs[0]))
     res = []
     for i,n in enumerate(shape):
         at = [(r, i-len(shape)) for r in refs]

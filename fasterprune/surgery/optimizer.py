@@ -10,6 +10,7 @@ __all__ = ['plain_optimizer', 'param_lists', 'follows', 'check_optimizer', 'slic
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #00000002
 from functools import lru_cache
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -115,20 +116,19 @@ def carry_flat_(
     if not _is_flat(opt): return
     opt._numel_cache,s = None,opt.state.get(opt._params[0])
     if not s or 'prev_flat_grad' not in s: return
-    stays = torch.cat([_stays(p, *shapes.get(id(p), (p.shape, ()))) for p in opt._params])
-    cut = lambda v: v[stays] if isinstance(v, Tensor) and v.shape==stays.shape else v
+    old = [shapes.get(id(p), (p.shape, ())) for p in opt._params]
+    ends = np.cumsum([0, *(shape.numel() for shape,_ in old)])
+    stays = torch.cat([_stays(p, *o, int(n)) for p,o,n in zip(opt._params, old, ends)])
+    cut = lambda v: v[stays] if isinstance(v, Tensor) and v.shape==(int(ends[-1]),) else v
     for k in ('d', 'prev_flat_grad', 'old_dirs', 'old_stps'): s[k] = [cut(v) for v in s[k]] if isinstance(s[k], list) else cut(s[k])
     pairs = [(y,d) for y,d in zip(s['old_dirs'], s['old_stps']) if y.dot(d)>1e-10]
     s['old_dirs'],s['old_stps'],s['ro'] = [y for y,_ in pairs],[d for _,d in pairs],[1/y.dot(d) for y,d in pairs]
     s['H_diag'] = pairs[-1][0].dot(pairs[-1][1])/pairs[-1][0].dot(pairs[-1][0]) if pairs else 1
 
-def _stays(p, shape, edits): # Bool for each number that it had
-    keep = torch.ones(shape, dtype=torch.bool, device=p.device)
-    for e in edits:
-        k = torch.zeros(e.n, dtype=torch.bool, device=p.device)
-        k[list(e.keep)] = True
-        keep &= k.view([-1 if i==e.dim else 1 for i in range(len(shape))])
-    return keep.flatten()
+def _stays(p, shape, edits, start): # Which of the numbers that it had, counted from `start`
+    at = torch.arange(shape.numel(), device=p.device).view(shape)
+    for e in edits: at = at.index_select(e.dim, _index(e.keep, p.device))
+    return at.flatten()+start
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #00000011
 def adopt_(

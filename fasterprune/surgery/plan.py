@@ -190,7 +190,9 @@ def spare(
     kept = Kept(l, gone)
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
         if not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
-    while any([_evened(gone, g, units) for g in c.groups for units in g.even]): pass
+    for g in c.groups:
+        if g.flow is not None and gone[g.labels].any(): gone[g.flow.labels] = ~g.flow.cover(~gone[g.flow.labels])
+    while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.even]): pass
     return gone
 
 def _evened(gone, g, parts): # Leave each part as many as the others; was there anything to leave?
@@ -208,10 +210,11 @@ def cuts_of(
     "Which positions of which parameters stay when these labels go"
     l,kept = c.labels,Kept(c.labels, gone)
     cuts = tuple(Cut(g.name, g.n, tuple(np.flatnonzero(~gone[g.labels]).tolist())) for g in c.groups)
-    edits = []
+    edits,order = [],{}
+    for f in l.flows: order.update((f.order(~gone[f.labels]) or {}) if gone[f.labels].any() else {})
     for i,name in c.trace.names.items():
         for dim,a in enumerate(l.env[i]):
-            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, kept.indices(a)))
+            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, _places(l, a, order) if order and not a.open and l.expand(a.rows).tobytes() in order else kept.indices(a)))
     attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
     return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed)
@@ -242,6 +245,11 @@ def make_plan(
 )->Plan:
     "The whole plan"
     return mended(c, gone, cuts_of(c, gone, folds), fixes or {})
+
+def _places(l, a, order): # Positions that stay of an axis with shuffled channels, in the order in which they will stand
+    labels = l.expand(a.rows)[:,0]
+    at = np.argsort(labels)
+    return tuple(at[np.searchsorted(labels, order[labels.tobytes()], sorter=at)].tolist())
 
 def labels_of(
     c:Coupling,

@@ -222,7 +222,7 @@ def split(d, s):
     i = (s['dim'] or 0)%len(s.shape('self'))
     s.args['dim'] = i
     parts = _parts(d, s, [shape[i] for shape in s.out_shapes])
-    if len({p[i].n for p in parts})==1 and len(parts)>1: d.equal_parts(s, [p[i] for p in parts])
+    if len({p[i].n for p in parts})==1 and len(parts)>1: d.equal_parts(s, [p[i] for p in parts], s.axes('self')[i])
     return parts
 
 @rule('split_with_sizes', 'unsafe_split_with_sizes', 'split_with_sizes_copy')
@@ -337,6 +337,7 @@ def regroup(
 def view(d, s):
     x,old,new = s.axes('self'),s.shape('self'),s.out_shapes[0]
     if int(np.prod(old))!=int(np.prod(new)) or 0 in old: return unknown(d, s)
+    if (shuffle := d.shuffle(s)) is not None: return [shuffle]
     res = [fixed(n) for n in new]
     for a,b in regroup(old, new):
         a,b = [i for i in a if old[i]>1],[j for j in b if new[j]>1]
