@@ -15,9 +15,9 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types
 from .capture import Ref, Trace, capture_all
-from .shuffle import Flow, Step, connected, flow_of, key_of, shuffled, shuffles
+from .shuffle import Flow, Step, connected, flow_of, key_of, shuffled, shuffles, views
 from .labels import Axis, Labels, Share, distinct, fixed
-from .rules import Site, aligned, step
+from .rules import Site, aligned, step, tensors_of
 
 # %% ../../nbs/surgery/04_coupling.ipynb #00000005
 @dataclass(frozen=True)
@@ -101,15 +101,24 @@ class Coupler(Labels):
         self.env = {i:[Axis(n) for n in trace.shapes[i]] for i in trace.names}
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
         self.shuffles = {i:v for i,v in shuffles(trace).items() if i not in straight and v[2] not in straight}
-        self.steps,self.flows,self.decks = [],[],{} # movements of channels; those that shuffle; and what is shuffled
+        self.uses,self.steps,self.flows,self.decks = None,[],[],{} # who takes each tensor; movements of channels; those that shuffle; and what is shuffled
         self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
     def free(self, n): return Axis(n) if n>1 else fixed(n)
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
     def equal_parts(self, s, parts, whole):
-        if s.node.index in self.tied: return self.same(*parts)
+        if s.node.index in self.tied or self._cut_again(s): return self.same(*parts)
         self.even.append((s.node.index, str(s), parts))
         self.steps.append(Step('chunk', s.node.index, (whole,), tuple(parts), len(parts), str(s)))
+    def _cut_again(self, s): # Is it plain to see that a part becomes a product, such as heads?
+        if self.uses is None:
+            self.uses = {}
+            for n in self.trace.nodes:
+                for r in tensors_of(n): self.uses.setdefault(r.id, []).append(n)
+        shape = lambda r: self.trace.shapes[r.id]
+        table = lambda n: n.op in views and n.index not in self.shuffles and len(shape(n.outs[0]))>len(shape(n.args[0]))
+        grouped = lambda n: n.op=='convolution' and 1<Site(n, self.trace, {})['groups']<shape(n.args[0])[1]
+        return any(table(n) or grouped(n) for r in s.node.outs for n in self.uses.get(r.id, ()))
     def cat(self, axes):
         a = super().cat(axes)
         if self.shuffles: self.steps.append(Step('cat', -1, tuple(axes), (a,)))
