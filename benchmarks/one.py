@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 from fasterprune.core import as_call
-from fasterprune.surgery.capture import capture, capture_all, tensors_in
+from fasterprune.surgery.trace import tensors_in
+from fasterprune.surgery.capture import capture, capture_all
 from fasterprune.surgery.cost import n_params, trace_macs
 from fasterprune.surgery.coupling import Coupling
 from fasterprune.surgery.pruner import Pruner

@@ -9,7 +9,7 @@ from torchvision import models as tv
 from fasterprune.measure.latency import compare_latency
 from fasterprune.measure.metrics import *
 from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.capture import state_of
+from fasterprune.surgery.guard import state_of
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.liveness import dead_labels, observe
 from fasterprune.surgery.plan import fold_targets, folds_of, make_plan, spare

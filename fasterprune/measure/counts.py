@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..surgery.capture import Node, Recorder, Ref, record, state_of
+from ..surgery.guard import state_of
+from ..surgery.trace import Node, Ref
+from ..surgery.capture import Recorder, record
 from ..surgery.cost import macs_of
 from ..surgery.plan import labels_of
 from ..surgery.pruner import Pruner

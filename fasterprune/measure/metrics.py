@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import as_call, no_such, prunable_layers
-from ..surgery.capture import tensors_in
+from ..surgery.trace import tensors_in
 from ..surgery.cost import n_params
 from .counts import Left, Tally, layer_cost, n_nonzero
 from .latency import LatencyComparison, compare_latency

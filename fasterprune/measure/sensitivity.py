@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from ..allocation import keep_top
 from ..core import check_fraction, eval_mode
 from ..criteria.base import as_criterion
-from ..surgery.capture import state_of
+from ..surgery.guard import state_of
 from ..surgery.choose import group_scores
 from ..surgery.coupling import Group
 from ..surgery.pruner import Pruner

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..surgery.capture import state_of
+from ..surgery.guard import state_of
 
 # %% ../../nbs/sparse/00_masks.ipynb #00000005
 @dataclass(frozen=True)

@@ -178,8 +178,7 @@ def masks(self:Sparsifier,
     if not regrow:
         for n,z in self.zeros().items():
             if not (n in self.born_zero and z.all()): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
-    keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts={g.name:g.even for g in self.groups} if self.coupled else None)
-    if self.coupled: keep.update({g.name:torch.as_tensor(g.arranged(keep[g.name].cpu().numpy(), s[g.name].cpu())) for g in self.groups if g.flow is not None})
+    keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs)
     return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
 
 @patch

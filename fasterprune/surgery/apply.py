@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import module_of
-from .capture import state_of
+from .guard import state_of
 from .optimizer import OptimizerSnapshot, adopt_, carry_, carry_flat_, check_optimizer, sliced
 from .plan import Plan, taker, total
 from .sizes import install_, uninstall_

@@ -6,17 +6,13 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, dataclasses, logging, os, sys, weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import contextlib, logging, os, sys, weakref
 from functools import lru_cache
-from operator import is_
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from torch import nn, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -24,107 +20,16 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import recurrent # registers adapters
-from .adapters import ADAPTERS, forward_of
 from .shapes import Shapes
-from ..core import as_call, eval_mode, modules_of, PruningError
+from ..core import as_call, modules_of, PruningError
+from .guard import adapted, plain_operators, stand_ins, state_of, swapped, unchanged
+from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['size_calls', 'size_questions', 'Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in', 'Recorder', 'numbers_in',
-           'plainly', 'mutated', 'caller', 'CallLog', 'Frame', 'module_stack', 'same_noise', 'plain_operators',
-           'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped', 'record', 'probe', 'record_in',
-           'quiet', 'fake_trace', 'capture', 'capture_all']
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000005
-@dataclass(frozen=True)
-class Ref:
-    "A tensor seen while capturing, by number"
-    id:int # Position in the order of appearance
-
-@dataclass(frozen=True)
-class Node:
-    "One dispatched operator"
-    index:int # Position in the trace
-    func:Any # The `OpOverload` that ran
-    args:tuple # Positional arguments; each tensor is a `Ref`
-    kwargs:dict # Keyword arguments; each tensor is a `Ref`
-    outs:tuple # `Ref` of each tensor result
-    mutates:tuple # `Ref` of each argument that the operator writes to
-    module:str # Path of the module that was running
-    key:tuple=() # (module, operator, how many of that were before): the same node in another run, which may do more or less elsewhere
-    value:tuple=() # The numbers of a small tensor that the code made from numbers
-
-    @property
-    def op(self)->str:
-        "Name of the operator, the same for all its overloads"
-        return self.func.overloadpacket.__name__
+__all__ = ['size_calls', 'size_questions', 'Recorder', 'numbers_in', 'plainly', 'mutated', 'caller', 'CallLog', 'Frame',
+           'module_stack', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000006
-@dataclass(frozen=True)
-class Call:
-    "A function call in which Python code says a size: `x.view(b, 8, 64)`"
-    module:str # Path of the module that was running
-    order:str # 'Attention.forward view 2': the third `view` that this function called since the module was entered
-    name:str # `view`, `expand`, `split`, ...
-    outs:tuple # `Ref` of each tensor result
-    node:int # Index of the first operator that it caused
-    args:tuple # Positional arguments; each tensor is a `Ref`
-    kwargs:dict # Keyword arguments
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000007
-@dataclass
-class Trace:
-    "All operators of one forward pass, in order"
-    nodes:list = field(default_factory=list) # `Node`s
-    shapes:dict = field(default_factory=dict) # `Ref` id → shape
-    storage:dict = field(default_factory=dict) # `Ref` id → identity of its memory; views share it
-    names:dict = field(default_factory=dict) # `Ref` id → parameter or buffer name
-    inputs:list = field(default_factory=list) # `Ref`s of the model's inputs
-    outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
-    calls:list = field(default_factory=list) # `Call`s in which Python code says a size
-    asked:set = field(default_factory=set) # `Ref` ids of tensors whose size the code asked for
-    own:dict = field(default_factory=dict) # Module path → {call: the sizes that its code said by itself}, of modules that say planned ones
-    fake:bool = True # Was it captured without arithmetic?
-    training:tuple = () # Modules that ran in training mode
-
-    def name_of(self, ref:Ref)->str|None:
-        "Parameter or buffer name, or None"
-        return self.names.get(ref.id)
-
-    @property
-    def used(self)->set:
-        "Names of the parameters and buffers that an operator met"
-        return {self.names[r.id] for r in used_refs(self) if r.id in self.names}
-
-    def __repr__(self):
-        kind = 'fake' if self.fake else 'real'
-        return f"Trace of {len(self.nodes)} operators ({len({n.op for n in self.nodes})} different, {kind} tensors), {len(self.names)} parameters and buffers"
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000008
-def used_refs(trace:Trace)->set:
-    "`Ref`s that some operator takes or the model returns"
-    res,todo = set(trace.outputs),[v for n in trace.nodes for v in (*n.args, *n.kwargs.values())]
-    for v in todo: # grows
-        if type(v) is Ref: res.add(v)
-        elif isinstance(v, (list, tuple)): todo += v
-        elif isinstance(v, dict): todo += v.values()
-    return res
-
-# %% ../../nbs/surgery/01_capture.ipynb #0000000a
-def tensors_in(
-    o, # Any nesting of tensors
-    _depth:int=8,
-)->list[Tensor]:
-    "Every tensor in a nest of lists, tuples, dicts, dataclasses and objects"
-    if isinstance(o, Tensor): return [o]
-    if o is None or isinstance(o, (str, bytes, int, float, bool, type)) or _depth==0: return []
-    if isinstance(o, Mapping): items = o.values()
-    elif isinstance(o, (list, tuple, set, frozenset)): items = o
-    elif dataclasses.is_dataclass(o): items = [getattr(o, f.name) for f in dataclasses.fields(o)]
-    elif hasattr(o, '__dict__'): items = vars(o).values()
-    else: return []
-    return [t for i in items for t in tensors_in(i, _depth-1)]
-
-# %% ../../nbs/surgery/01_capture.ipynb #0000000d
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False):
@@ -174,7 +79,7 @@ class Recorder(TorchDispatchMode):
         if self.listen is not None: self.listen(node, args, out)
         return out
 
-# %% ../../nbs/surgery/01_capture.ipynb #0000000e
+# %% ../../nbs/surgery/01_capture.ipynb #00000007
 def numbers_in(
     t:Tensor, # A real tensor
     most:int=16, # Larger ones are no numbers
@@ -197,7 +102,7 @@ def mutated(
 def _written(func): # (position, name) of the arguments that an operator writes to
     return tuple((i, a.name) for i,a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
-# %% ../../nbs/surgery/01_capture.ipynb #00000010
+# %% ../../nbs/surgery/01_capture.ipynb #00000009
 size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
     '__rmul__', 'mul_', '__imul__', 'tensor', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
     'zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty', 'new_full')
@@ -215,7 +120,7 @@ def caller()->str:
     return ''
 
 _torch,_own = (os.path.dirname(f)+os.sep for f in (torch.__file__, recurrent.__file__))
-_forwards = tuple(f"{_own}{n}.py" for n in ('capture','sizes')) # where forwards of ours stand in a module's place
+_forwards = tuple(f"{_own}{n}.py" for n in ('guard','sizes')) # where forwards of ours stand in a module's place
 
 class CallLog(TorchFunctionMode):
     "Note the calls in `size_calls`, by module and order, and the tensors whose size is asked for"
@@ -241,7 +146,7 @@ class Frame(str):
     "The path of a running module, and how many size calls of each function and name were made in it"
     def __init__(self, _): self.calls = {}
 
-# %% ../../nbs/surgery/01_capture.ipynb #00000012
+# %% ../../nbs/surgery/01_capture.ipynb #0000000b
 @contextlib.contextmanager
 def module_stack(
     model:nn.Module, # The model that will run
@@ -257,108 +162,7 @@ def module_stack(
         pre.remove(); post.remove()
         stack.clear()
 
-# %% ../../nbs/surgery/01_capture.ipynb #00000014
-@contextlib.contextmanager
-def same_noise(model:nn.Module):
-    "Code that draws random numbers draws the same ones in each run, and nobody outside notices"
-    gpus = sorted({t.device.index for t in state_of(model).values() if t.device.type=='cuda'}) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=gpus):
-        for g in [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)]: g.manual_seed(0)
-        yield
-
-@contextlib.contextmanager
-def plain_operators(
-    model:nn.Module, # Restored afterwards
-    training:tuple=(), # Modules that are to be in training mode all the same
-):
-    "Eval mode, no gradients, and no fused fast paths, restored afterwards"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), same_noise(model):
-            for n in training: model.get_submodule(n).training = True
-            yield
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000016
-@contextlib.contextmanager
-def unchanged(model:nn.Module):
-    "Put back the attributes of all modules, and the contents of their lists, dicts and sets"
-    parts = [(d, d.copy(), [(v, v.copy()) for v in d.values() if type(v) in (list, dict, set)]) for _,m in modules_of(model) for d in (vars(m), m._buffers)]
-    try: yield
-    finally:
-        for d,old,inside in parts:
-            if d.keys()!=old.keys() or not all(map(is_, d.values(), old.values())): _refill(d, old)
-            for v,content in inside:
-                if not _same_items(v, content): _refill(v, content)
-
-def _same_items(a, b):
-    if isinstance(a, set): return a==b
-    if isinstance(a, list): return len(a)==len(b) and all(map(is_, a, b))
-    return a.keys()==b.keys() and all(map(is_, a.values(), b.values()))
-
-def _refill(v, content):
-    v.clear()
-    (v.extend if isinstance(v, list) else v.update)(content)
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000017
-class Adapted:
-    "An adapter bound to a module"
-    def __init__(self, module:nn.Module, check:Callable|None=None): self.module,self.check = module,check
-    def __call__(self, *args, **kwargs):
-        out = forward_of(self.module)(self.module, *args, **kwargs)
-        if self.check is not None: self.check(self.module, args, kwargs, out)
-        return out
-
-@contextlib.contextmanager
-def adapted(
-    model:nn.Module,
-    check:Callable|None=None, # Is given each such module, its arguments and what its adapter returned
-):
-    "Let modules that have an adapter run through it"
-    ms = [m for _,m in modules_of(model) if type(m) in ADAPTERS and 'forward' not in vars(m)]
-    try:
-        for m in ms: m.forward = Adapted(m, check)
-        yield
-    finally:
-        for m in ms: vars(m).pop('forward', None)
-
-# %% ../../nbs/surgery/01_capture.ipynb #00000019
-def state_of(model:nn.Module)->dict[str,Tensor]:
-    "Parameters and buffers by name, each shared tensor once"
-    params,buffers,seen = {},{},set()
-    for n,m in modules_of(model):
-        for found,own in ((params,m._parameters), (buffers,m._buffers)):
-            for k,t in own.items():
-                if t is None or id(t) in seen: continue
-                seen.add(id(t))
-                found[f"{n}.{k}" if n else k] = t
-    return {**params, **buffers}
-
-def stand_ins(model:nn.Module)->dict[str,Tensor]:
-    "Parameters as they are and copies of the buffers: a forward pass may write to these"
-    params = {id(p) for p in model.parameters()}
-    return {n:t if id(t) in params else t.clone() for n,t in state_of(model).items()}
-
-@contextlib.contextmanager
-def swapped(
-    model:nn.Module,
-    state:dict[str,Tensor], # Name → what it computes with instead; a shared tensor is named once
-):
-    "Let a model compute with other tensors for a while"
-    own = state_of(model)
-    new = {id(own[n]):t for n,t in state.items()}
-    parts = [m for _,m in modules_of(model)]
-    places = [(d, k, t) for m in parts for d in (m._parameters, m._buffers) for k,t in d.items() if id(t) in new]
-    flat = [(vars(m), vars(m)['_flat_weights']) for m in parts if isinstance(m, nn.RNNBase)] # which it calls its operator with
-    try:
-        for d,k,t in places: d[k] = new[id(t)]
-        for d,ws in flat: d['_flat_weights'] = [new.get(id(w), w) for w in ws]
-        yield
-    finally:
-        for d,k,t in places: d[k] = t
-        for d,ws in flat: d['_flat_weights'] = ws
-
+# %% ../../nbs/surgery/01_capture.ipynb #0000000d
 def record(
     model:nn.Module, # Any module
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -377,7 +181,7 @@ def record(
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return out
 
-# %% ../../nbs/surgery/01_capture.ipynb #0000001b
+# %% ../../nbs/surgery/01_capture.ipynb #0000000f
 def probe(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
@@ -402,7 +206,7 @@ def record_in(
     cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
     return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in stand_ins(model).items()})
 
-# %% ../../nbs/surgery/01_capture.ipynb #0000001d
+# %% ../../nbs/surgery/01_capture.ipynb #00000011
 @contextlib.contextmanager
 def quiet(logger:str): # Name of a logger
     "Keep a logger from writing for a while: what it would say is answered"
@@ -424,7 +228,7 @@ def fake_trace(
     with quiet('torch._subclasses.fake_tensor'): record(model, tree_map(lambda t: run.like(t) if isinstance(t, Tensor) else t, x), rec, state)
     return rec.trace
 
-# %% ../../nbs/surgery/01_capture.ipynb #0000001e
+# %% ../../nbs/surgery/01_capture.ipynb #00000012
 def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -438,7 +242,7 @@ def capture(
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/01_capture.ipynb #00000028
+# %% ../../nbs/surgery/01_capture.ipynb #0000001c
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

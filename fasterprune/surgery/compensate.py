@@ -14,7 +14,9 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from ..core import as_call
-from .capture import Recorder, record, stand_ins, tensors_in
+from .guard import stand_ins
+from .trace import tensors_in
+from .capture import Recorder, record
 from .coupling import Coupling
 from .plan import Fold, fold_targets
 from .recalibrate import batches_of, inputs_of

@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from ..core import no_such
-from .capture import Node, Ref, Trace, capture, state_of
+from .guard import state_of
+from .trace import Node, Ref, Trace
+from .capture import capture
 from .coupling import Coupling
 
 # %% ../../nbs/surgery/11_cost.ipynb #00000005

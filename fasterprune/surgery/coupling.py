@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types
-from .capture import Ref, Trace, capture_all
+from .trace import Ref, Trace
+from .capture import capture_all
 from .shuffle import Flow, Step, connected, flow_of, key_of, shuffled, shuffles, views
 from .labels import Axis, Labels, Share, distinct, fixed
 from .rules import Site, aligned, step, tensors_of

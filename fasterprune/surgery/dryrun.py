@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 from fastcore.basics import patch
 from .apply import apply_, attributes, new_attributes, planned_shapes
-from .capture import Node, Recorder, Trace, fake_trace, record, size_calls, used_refs
+from .trace import Node, Trace, used_refs
+from .capture import Recorder, fake_trace, record, size_calls
 from .coupling import Coupling
 from .labels import Kept
 from .plan import Plan

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .capture import Recorder, Ref, record_in
+from .trace import Ref
+from .capture import Recorder, record_in
 from .coupling import Coupling, Read, couple
 from .labels import Axis, fixed
 from .rules import Site, aligned, step

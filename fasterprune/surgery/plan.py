@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import module_of
 from .adapters import ADAPTERS
-from .capture import Ref
+from .trace import Ref
 from .coupling import Coupling, Read
 from .labels import Kept
 from .liveness import Facts

@@ -14,7 +14,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import no_such
 from .adapters import ADAPTERS
-from .capture import Ref, Trace
+from .trace import Ref, Trace
 from .cost import macs_of
 from .plan import Plan
 from .rules import rule_for

@@ -18,7 +18,7 @@ import torch
 import numpy as np
 from collections.abc import Callable
 from functools import lru_cache
-from .capture import Node, Ref, Trace
+from .trace import Node, Ref, Trace
 from .labels import Axis, fixed
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000005

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 from ..core import PruningError
-from .capture import Trace
+from .trace import Trace
 from .coupling import Coupling
 from .dryrun import dry_run
 from .plan import Plan, cuts_of, make_plan, mended, spare

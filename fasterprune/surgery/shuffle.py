@@ -11,7 +11,7 @@ __all__ = ['views', 'Step', 'shuffled', 'key_of', 'shuffles', 'Flow', 'flow_of',
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
-from .capture import Trace
+from .trace import Trace
 from .labels import Axis, Labels
 from .rules import Site, tensors_of
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
-from .capture import Call, Ref, caller, size_calls
+from .trace import Call, Ref
+from .capture import caller, size_calls
 from .coupling import Coupling, Read
 from .labels import Kept
 from .rules import tensors_of

@@ -20,7 +20,8 @@ from torch import nn
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from ..core import as_call, eval_mode
-from .capture import Node, Ref, state_of
+from .guard import state_of
+from .trace import Node, Ref
 from .cost import Costs, macs_of, tensors_of
 from .coupling import Coupling
 

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from ..core import VerificationError
 from .adapters import ADAPTERS
-from .capture import Recorder, plainly, record_in, tensors_in
+from .trace import tensors_in
+from .capture import Recorder, plainly, record_in
 from .coupling import Coupling
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000005
