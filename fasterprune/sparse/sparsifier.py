@@ -172,13 +172,15 @@ def masks(self:Sparsifier,
 )->Masks:
     "Choose what becomes zero; the model is not changed"
     sparsity,costs = self.check(sparsity),self.costs() if self.count=='params' else None
+    parts = {g.name:g.even for g in self.groups} if self.coupled else None
     none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if self.criterion.stats or self.criterion.selector else {}
-    keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs).items()} if self.criterion.selector else None
+    keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs, parts=parts).items()} if self.criterion.selector else None
     s = none if self.criterion.stats and self.part(sparsity)==0 else self.scores(keep) # nothing to choose: nothing to gather
     if not regrow:
         for n,z in self.zeros().items():
             if not (n in self.born_zero and z.all()): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
-    keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs)
+    keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts=parts)
+    if self.coupled: keep.update({g.name:torch.as_tensor(g.arranged(keep[g.name].cpu().numpy(), s[g.name].cpu())) for g in self.groups if g.flow is not None})
     return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
 
 @patch
