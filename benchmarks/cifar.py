@@ -126,7 +126,7 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     learn.remove_cb(ProgressCallback)
     return learn
 
-def trained(data=DATA, cache=CACHE, epochs=24, lr=.2, bs=128, bf16=True, seed=0, at_least=.9, said=print):
+def trained(data=DATA, cache=CACHE, epochs=50, lr=.1, bs=128, bf16=True, seed=0, at_least=.9, said=print):
     "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from the last epoch if it was stopped, and one shorter cycle more if it is not good enough"
     final,res = cache/'resnet20.pt',None
     if final.exists(): res = torch.load(final, weights_only=True)
@@ -170,7 +170,7 @@ def correct(model, d, bs=100, bf16=False):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--data', type=Path, default=DATA); p.add_argument('--cache', type=Path, default=CACHE)
-    p.add_argument('--epochs', type=int, default=24); p.add_argument('--lr', type=float, default=.2); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--epochs', type=int, default=50); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')
