@@ -21,7 +21,7 @@ from ..core import check_fraction, eval_mode
 from ..criteria.base import as_criterion
 from ..surgery.guard import state_of
 from ..surgery.choose import group_scores
-from ..surgery.coupling import Group
+from ..surgery.groups import Group
 from ..surgery.pruner import Pruner
 
 # %% ../../nbs/measure/05_sensitivity.ipynb #00000006

@@ -22,7 +22,8 @@ from ..criteria.stats import Evidence
 from .budget import Budget, within
 from .choose import alike, check_where, group_scores, sides
 from .cost import unit_costs
-from .coupling import Coupling, Group
+from .groups import Group
+from .coupling import Coupling
 from .plan import Plan
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000005

@@ -19,7 +19,8 @@ from ..criteria.base import Criterion, Statistic, channel_scores, element_scores
 from ..criteria.listen import Place
 from ..criteria.stats import Evidence, check_needs
 from .capture import adapted, state_of
-from .coupling import Coupling, Group, Member
+from .groups import Group, Member
+from .coupling import Coupling
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000005
 sides = {'filter': 'write', 'shared_kernel': 'read'}

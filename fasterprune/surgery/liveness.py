@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .trace import Ref
 from .capture import Recorder, record_in
-from .coupling import Coupling, Read, couple
+from .coupler import Read
+from .coupling import Coupling, couple
 from .labels import Axis, fixed
 from .rules import Site, aligned, step
 

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..core import module_of
 from .adapters import ADAPTERS
 from .trace import Ref
-from .coupling import Coupling, Read
+from .coupler import Read
+from .coupling import Coupling
 from .labels import Kept
 from .liveness import Facts
 from .rules import Site

@@ -21,7 +21,8 @@ from .choose import evidence_for
 from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
-from .coupling import Coupling, Group
+from .groups import Group
+from .coupling import Coupling
 from .liveness import dead_labels, held, observe
 from .operation import Extras, Operation
 from .plan import Plan, fold_targets, folds_of

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from .adapters import forward_of
 from .trace import Call, Ref
 from .capture import caller, size_calls
-from .coupling import Coupling, Read
+from .coupler import Read
+from .coupling import Coupling
 from .labels import Kept
 from .rules import tensors_of
 from .labels import Axis
