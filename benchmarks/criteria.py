@@ -19,6 +19,8 @@ SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION,CHOICE = (2,3,4),(0,1,2),150,128,8,2000
 HOW = dict(budget='one ranking over all layers', uniform='the same part of each layer')
 
 # -- one measurement ------------------------------------------------------------------------------
+def no_bars(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
+
 @lru_cache(1)
 def ready(data, cache):
     "Images, and the trained network"
@@ -86,7 +88,7 @@ def measure(job, data, cache):
     "One row"
     stage,name,how,speedup,seed = (job[k] for k in ('stage','criterion','how','speedup','seed'))
     d,m,choice = ready(data, cache)
-    torch.set_num_threads(1); warnings.simplefilter('ignore')
+    torch.set_num_threads(1); warnings.simplefilter('ignore'); no_bars()
     row,began = dict(job),time.perf_counter()
     if name=='dense': small = m
     else:
@@ -202,16 +204,19 @@ def picture(rows, names, path):
     fig.savefig(path, dpi=130); plt.close(fig)
 
 def main():
+    global SPEEDUPS, SEEDS
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--data', type=Path, default=DATA, help='the file of JPEGs'); p.add_argument('--cache', type=Path, default=CACHE, help='folder of what is kept')
     p.add_argument('--only', nargs='*', help='names of criteria; all by default'); p.add_argument('--workers', type=int, default=os.cpu_count() if (os.cpu_count() or 1)<3 else 2)
     p.add_argument('--minutes', type=float, default=115, help='stop then; a second call goes on'); p.add_argument('--report', action='store_true', help='only say what there is')
     p.add_argument('--again', nargs='*', help='forget the rows of these criteria; without names, those that were refused'); p.add_argument('--shots', action='store_true', help='no fine-tuning')
+    p.add_argument('--speedups', nargs='*', type=int, default=SPEEDUPS); p.add_argument('--seeds', nargs='*', type=int, default=SEEDS)
     a = p.parse_args()
+    SPEEDUPS,SEEDS = tuple(a.speedups),tuple(a.seeds)
     a.rows,until = a.cache/'criteria.jsonl',time.time()+60*a.minutes
     names = ordered(a.only or list(criteria))
     if unknown := [n for n in names if n not in criteria]: raise SystemExit(f"no criterion {unknown[0]!r}; there are {', '.join(criteria)}")
-    fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
+    no_bars()
     if a.again is not None and a.rows.exists(): a.rows.write_text(''.join(json.dumps(r)+'\n' for r in read(a.rows) if not (r['criterion'] in a.again if a.again else 'refused' in r)))
     if not a.report:
         if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return
