@@ -77,6 +77,25 @@ def unread(m, plan, reads=()):
         elif isinstance(c, CONV+(nn.Linear,)) and 1 in gone.get(id(c.weight), {}): c.weight[:,gone[id(c.weight)][1]] = 0
     return m
 
+class Trunk(nn.Module):
+    "A stem, a residual block, a wide layer and a head"
+    def __init__(self):
+        super().__init__()
+        conv = lambda i,o: nn.Sequential(nn.Conv2d(i,o,3,padding=1), nn.BatchNorm2d(o), nn.ReLU())
+        self.stem,self.block,self.wide,self.head = conv(2,6),conv(6,6),conv(6,20),nn.Linear(20,5)
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.wide(x+self.block(x)).mean((2,3)))
+
+def engine(model, x, c, data=None, granularity='filter', loss_func=None):
+    "Scores of all primary groups, as the pruner gets them"
+    from fasterprune.criteria.base import criteria
+    from fasterprune.surgery.choose import evidence_for, group_scores
+    from fasterprune.surgery.coupling import couple
+    c = criteria[c] if isinstance(c, str) else c
+    gs = [g for g in couple(model, x).groups if g.primary]
+    return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))
+
 WRITTEN = ('write', 'bias', 'scale', 'shift')
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from fasterprune.criteria.activation import *
 from fasterprune.criteria.base import Seen, criteria, unit_scores
+from laws import engine
 
 FAMILY = 'apoz', 'mean_act', 'std_act', 'max_act', 'entropy', 'hrank', 'wanda', 'wanda_row', 'thinet', 'nisp'
 UNITS = 'apoz', 'mean_act', 'std_act', 'max_act', 'entropy', 'hrank'
@@ -315,13 +316,6 @@ def test_they_pickle(c):
     assert pickle.loads(pickle.dumps(c)) == c or c.name in ('apoz', 'entropy', 'hrank', 'thinet') and pickle.loads(pickle.dumps(c)).name == c.name
 
 # ---- through the engine
-
-def engine(model, x, c, data=None, granularity='filter', loss_func=None):
-    from fasterprune.surgery.choose import evidence_for, group_scores
-    from fasterprune.surgery.coupling import couple
-    c = criteria[c] if isinstance(c, str) else c
-    gs = [g for g in couple(model, x).groups if g.primary]
-    return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))
 
 class Residual(nn.Module):
     def __init__(self):

@@ -7,20 +7,12 @@ from fasterprune.criteria.base import Criterion, Statistic, criteria, normalizer
 from fasterprune.measure.importance import *
 from fasterprune.measure.plots import lowest_counts, plot_lowest, plot_scores
 from fasterprune.sparse.sparsifier import Sparsifier
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        conv = lambda i,o: nn.Sequential(nn.Conv2d(i,o,3,padding=1), nn.BatchNorm2d(o), nn.ReLU())
-        self.stem,self.block,self.wide,self.head = conv(2,6),conv(6,6),conv(6,20),nn.Linear(20,5)
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(self.wide(x+self.block(x)).mean((2,3)))
+from laws import Trunk
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    m = Net().eval()
+    m = Trunk().eval()
     for k in m.modules():
         if isinstance(k, nn.BatchNorm2d): nn.init.uniform_(k.weight, .5, 1.5)
     return m

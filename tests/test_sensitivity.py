@@ -8,6 +8,7 @@ from fasterprune.core import n_removed
 from fasterprune.measure.plots import plot_curves
 from fasterprune.measure.sensitivity import *
 from fasterprune.surgery.pruner import Pruner
+from laws import Trunk
 
 @pytest.fixture(autouse=True, scope='module')
 def quiet():
@@ -18,18 +19,9 @@ def quiet():
     fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = was
     torch.set_num_threads(n)
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        conv = lambda i,o: nn.Sequential(nn.Conv2d(i,o,3,padding=1), nn.BatchNorm2d(o), nn.ReLU())
-        self.stem,self.block,self.wide,self.head = conv(2,6),conv(6,6),conv(6,20),nn.Linear(20,5)
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(self.wide(x+self.block(x)).mean((2,3)))
-
 def net():
     torch.manual_seed(0)
-    m = Net()
+    m = Trunk()
     for k in m.modules():
         if isinstance(k, nn.BatchNorm2d): nn.init.uniform_(k.weight, .5, 1.5); nn.init.normal_(k.bias); k.running_mean.normal_(); k.running_var.uniform_(.5, 1.5)
     return m

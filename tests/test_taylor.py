@@ -1,5 +1,6 @@
 "Taylor and curvature: golden values, naive loops, identities of autograd, a full Hessian, the mistakes of others"
 import pickle
+from functools import partial
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -8,6 +9,7 @@ from torch.func import functional_call
 from fasterprune.criteria.base import Seen, criteria, unit_scores
 from fasterprune.criteria.taylor import *
 from fasterprune.criteria.curvature import *
+import laws
 
 def ag(N=6, n=4, S=9, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -350,12 +352,7 @@ def test_probes_and_seeds(f, name):
 
 # ---- through the engine
 
-def engine(model, x, c, data=None, granularity='filter', loss_func=F.cross_entropy):
-    from fasterprune.surgery.choose import evidence_for, group_scores
-    from fasterprune.surgery.coupling import couple
-    c = criteria[c] if isinstance(c, str) else c
-    gs = [g for g in couple(model, x).groups if g.primary]
-    return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))
+engine = partial(laws.engine, loss_func=F.cross_entropy)
 
 class Residual(nn.Module):
     def __init__(self):

@@ -20,7 +20,7 @@ from ..criteria import norm, correlation, activation, information, taylor, curva
 from ..criteria.base import as_criterion, as_normalizer, ranking, reductions, unit_scores
 from ..granularity import as_granularity, kind_of, unit_dims, unit_size
 from .masks import Masks, plain_module
-from ..surgery.capture import state_of
+from ..surgery.guard import state_of
 from ..surgery.choose import check_where, evidence_for, group_scores, sides, wanted_of, wanted_of_weights, weight_stats
 from ..surgery.coupling import couple
 

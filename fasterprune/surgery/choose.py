@@ -18,7 +18,7 @@ from ..core import layer_types, no_such
 from ..criteria.base import Criterion, Statistic, channel_scores, element_scores, layer_scores, reductions, vector_scores
 from ..criteria.listen import Place
 from ..criteria.stats import Evidence, check_needs
-from .capture import adapted, state_of
+from .guard import adapted, no_fastpath, state_of
 from .groups import Group, Member
 from .coupling import Coupling
 
@@ -125,11 +125,7 @@ def watched(
     model:nn.Module, # Runs in modules that can be listened to
 ):
     "Let modules that hide what they do say it in plain operators"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with adapted(model): yield
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
+    with no_fastpath(), adapted(model): yield
 
 def evidence_for(
     criterion:Criterion,
@@ -224,7 +220,7 @@ def group_scores(
 )->dict[str,Tensor]: # Group name → (n,) scores, high = keep
     "One score for each unit of each group, from all the layers that it runs through"
     check_where(criterion, granularity)
-    if criterion.stats and evidence is None: check_needs(criterion); evidence = evidence_for(criterion, model)
+    if criterion.stats and evidence is None: evidence = evidence_for(criterion, model) # refuses what needs data
     score = _Scoring(model, groups, criterion, granularity, {} if pooled is None else pooled, evidence, keep or {})
     res = {}
     for g in groups:
@@ -246,7 +242,8 @@ class _Scoring: # The scores of each member of a group
         if c.stats and not (ms := [m for m in ms if m.param in self.stats]): raise ValueError(f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; use a criterion of weights alone, or ignore={g.name!r}")
         if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))): return res
         if c.vectors is not None: return self.named(g, lambda: [r for m in ms for r in _compared(c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
-        return [(np.unique(m.unit[m.unit>=0]), s[np.unique(m.unit[m.unit>=0])]) if (m.unit<0).any() or len(m.unit)<g.n else (None, s) for m in ms for s in [self.pool(m, g.n)]]
+        whole = lambda m: (m.unit>=0).all() and len(m.unit)>=g.n
+        return [(None, s) if whole(m) else (u, s[u]) for m in ms for s,u in [(self.pool(m, g.n), None if whole(m) else np.unique(m.unit[m.unit>=0]))]]
 
     def pool(self, m, n):
         if (m.param,m.dim) not in self.pooled: self.pooled[m.param,m.dim] = _pooled(self.criterion, self.state[m.param], m.dim, self.stats[m.param] if self.criterion.stats else None)

@@ -16,7 +16,7 @@ from ..core import eval_mode, modules_of
 from .adapters import ADAPTERS, forward_of
 
 # %% auto #0
-__all__ = ['same_noise', 'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped']
+__all__ = ['same_noise', 'no_fastpath', 'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped']
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000006
 @contextlib.contextmanager
@@ -28,18 +28,22 @@ def same_noise(model:nn.Module):
         yield
 
 @contextlib.contextmanager
+def no_fastpath():
+    "Transformer layers run in plain operators, also where PyTorch has a fused path"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
+
+@contextlib.contextmanager
 def plain_operators(
     model:nn.Module, # Restored afterwards
     training:tuple=(), # Modules that are to be in training mode all the same
 ):
     "Eval mode, no gradients, and no fused fast paths, restored afterwards"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), same_noise(model):
-            for n in training: model.get_submodule(n).training = True
-            yield
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
+    with no_fastpath(), eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), same_noise(model):
+        for n in training: model.get_submodule(n).training = True
+        yield
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000008
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/recalibrate.html.md"""
 __all__ = ['inputs_of', 'batches_of', 'recalibrate_', 'batch_norms']
 
 # %% ../../nbs/surgery/16_recalibrate.ipynb #00000002
-import contextlib, inspect, warnings
+import contextlib, warnings
 from itertools import islice
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from fastprogress.fastprogress import progress_bar
 from ..core import NoEffectWarning, as_call, eval_mode
+from ..criteria.stats import check_n_batches, known_args
 
 # %% ../../nbs/surgery/16_recalibrate.ipynb #00000005
 def inputs_of(
@@ -26,15 +27,11 @@ def inputs_of(
     if hasattr(batch, 'keys'): batch = dict(batch)
     t = next(iter([*model.parameters(), *model.buffers()]), None)
     batch = tree_map(lambda b: b.as_subclass(Tensor).to(b.device if t is None else t.device) if isinstance(b, Tensor) else b, batch)
-    if isinstance(batch, dict): return (),_known(batch, model)
+    if isinstance(batch, dict): return (),known_args(batch, model)
     if isinstance(batch, (list,tuple)):
         if not len(batch): raise ValueError('a batch of the data loader is empty; it must hold what the model is called with')
         batch = tuple(batch)[:max(len(batch)-1, 1) if n_inp is None else n_inp]
     return as_call(batch)
-
-def _known(batch, model): # Without those that the model does not take, such as labels
-    names = inspect.signature(type(model).forward).parameters
-    return batch if any(p.kind==p.VAR_KEYWORD for p in names.values()) else {k:v for k,v in batch.items() if k in names}
 
 # %% ../../nbs/surgery/16_recalibrate.ipynb #00000008
 def batches_of(
@@ -44,7 +41,7 @@ def batches_of(
 )->tuple: # The batches, and how many there will be, or None if that is not known
     "Look at a data loader before it is used"
     if isinstance(dl, (Tensor, str, dict)) or not hasattr(dl, '__iter__'): raise TypeError(f"{what} is a data loader, or a list of batches, not {type(dl).__name__}; for a single batch, put it into a list")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1): raise ValueError(f"n_batches is at least 1, or None for all, not {n!r}")
+    check_n_batches(n)
     size = len(dl) if hasattr(dl, '__len__') else None
     if size==0: raise ValueError(f"{what}: the data loader is empty, so there is nothing to measure on")
     return islice(dl, n),size if n is None or size is None else min(n, size)
