@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from fasterprune.data import small_resnet
 from fasterprune.core import NoEffectWarning, VerificationError
-from fasterprune.surgery import apply as apply_module, operation as operation_module
+from fasterprune.surgery import apply as apply_module, capture as capture_module, dryrun as dryrun_module, operation as operation_module
 from fasterprune.surgery.adapters import ADAPTERS, adapter
 from fasterprune.surgery.apply import apply_
+from fasterprune.surgery.capture import capture
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.plan import Plan
 from fasterprune.surgery.pruner import Pruner
@@ -437,3 +438,31 @@ class Nothing(nn.Module):
 def test_empty_outputs_verify_nothing():
     r = Pruner(Nothing(), torch.randn(4,8)).prune(.5)
     assert r.removed==8 and r.error is None and 'not verified: the outputs for this example are empty' in repr(r)
+
+class Boxes(nn.Module):
+    "As many boxes as values say, and convolutions over them"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.up,self.head = nn.Conv2d(3,8,3,padding=1),nn.ConvTranspose2d(8,12,2,stride=2),nn.Conv2d(12,4,1)
+    def forward(self, x):
+        x = self.stem(x)
+        n = 40+int(x[0,0,0,0]>-1e9)
+        return self.head(self.up(x.expand(n,-1,-1,-1)+torch.arange(n).view(-1,1,1,1)).relu())
+
+def test_values_that_do_not_matter_are_not_computed(monkeypatch):
+    "Of 41 boxes, capture and dry run convolve eight; shapes are those of all, and the check computes all"
+    seen,conv,roughly = [],torch.ops.aten.convolution.default,capture_module.roughly
+    def spied(key, func, args, kwargs):
+        out = roughly(key, func, args, kwargs)
+        if func is conv: seen.append((args[0].shape[0], torch.equal(out, conv(*args, **kwargs))))
+        return out
+    for m in (capture_module, dryrun_module): monkeypatch.setattr(m, 'roughly', spied)
+    net,x = Boxes().eval(),torch.randn(1,3,6,6)
+    t = capture(net, x)
+    assert not t.fake and seen==[(1,True),(41,False),(41,False)]
+    want = {n.key:[t.shapes[r.id] for r in n.outs] for n in t.nodes if n.func is conv}
+    rec = capture_module.Recorder()
+    capture_module.record(net, x, rec)
+    assert want=={n.key:[rec.trace.shapes[r.id] for r in n.outs] for n in rec.trace.nodes if n.func is conv}
+    r = Pruner(net, x).prune(.5)
+    assert r.error<1e-10 and net.up.weight.shape[:2]==(5,6) and net(x).shape==(41,4,12,12) and len(seen)==3+3+3

@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from .apply import apply_, attributes, new_attributes, planned_shapes
 from .trace import Node, Trace, used_refs
-from .capture import Recorder, fake_trace, record, size_calls
+from .capture import Recorder, fake_trace, record, roughly, size_calls
 from .coupling import Coupling
 from .labels import Kept
 from .plan import Plan
@@ -158,7 +158,7 @@ def dry_run(
     "Run the network as it would be, on fake tensors, and compare every shape"
     kept = Kept(c.labels, gone)
     if not notices(c, kept, plan): return None,predicted(c, kept)
-    rec,look,found = Recorder(training=c.trace.training),Comparison(c, gone),[]
+    rec,look,found = Recorder(run=roughly, training=c.trace.training),Comparison(c, gone),[]
     def listen(node, *_):
         if bad := look(node, rec.trace.shapes):
             found.append(bad)
