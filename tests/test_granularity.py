@@ -6,26 +6,27 @@ from fasterprune.granularity import *
 
 LAYERS = dict(Conv1d=lambda: nn.Conv1d(3, 4, 5), Conv2d=lambda: nn.Conv2d(3, 4, (2, 5)), Conv3d=lambda: nn.Conv3d(3, 4, (2, 5, 6)), Linear=lambda: nn.Linear(3, 4),
               ConvTranspose1d=lambda: nn.ConvTranspose1d(3, 4, 5), ConvTranspose2d=lambda: nn.ConvTranspose2d(3, 4, (2, 5)),
-              ConvTranspose3d=lambda: nn.ConvTranspose3d(3, 4, (2, 5, 6)), grouped=lambda: nn.Conv2d(6, 4, (2, 5), groups=2), depthwise=lambda: nn.Conv2d(4, 4, 3, groups=4))
+              ConvTranspose3d=lambda: nn.ConvTranspose3d(3, 4, (2, 5, 6)), grouped=lambda: nn.Conv2d(6, 4, (2, 5), groups=2), depthwise=lambda: nn.Conv2d(4, 4, 3, groups=4), Embedding=lambda: nn.Embedding(5, 3))
 
 # What makes two weights part of the same unit: equal values of these coordinates (o, i, d, h, w)
 SAME = dict(weight='oidhw', row='oidh', column='oidw', frame='oid', kernel='oi', filter='o', shared_kernel='i', channel='odhw', shared_weight='idhw',
             shared_channel='dhw', shared_row='idh', shared_column='idw', vertical_slice='odw', horizontal_slice='odh', shared_vertical_slice='dw',
             shared_horizontal_slice='dh', layer='')
+SAME_EMBEDDING = dict(weight='oi', row='i', column='o')
 SAME_LINEAR = dict(weight='oi', row='o', filter='o', column='i', shared_kernel='i', layer='')
 ALL = ['weight', 'kernel', 'filter', 'shared_kernel', 'channel', 'shared_weight', 'shared_channel', 'layer']
 PLANE = [g for g in SAME if g != 'frame']
-VALID = dict(Conv1d=ALL, Conv2d=PLANE, Conv3d=list(SAME), Linear=list(SAME_LINEAR))
+VALID = dict(Conv1d=ALL, Conv2d=PLANE, Conv3d=list(SAME), Linear=list(SAME_LINEAR), Embedding=list(SAME_EMBEDDING))
 
 def names_of(layer, shape): # The letters of the weight's axes, written down once more by hand
     k = len(shape) - 2
-    return ('io' if 'Transpose' in type(layer).__name__ else 'oi') + 'dhw'[3-k:]
+    return ('io' if 'Transpose' in type(layer).__name__ or isinstance(layer, nn.Embedding) else 'oi') + 'dhw'[3-k:]
 
 def valid(layer): return VALID[type(layer).__name__.replace('Transpose', '')]
 
 def units_by_loop(layer, g):
     "Position → unit, by walking over every single weight"
-    w, same = layer.weight, (SAME_LINEAR if isinstance(layer, nn.Linear) else SAME)[g]
+    w, same = layer.weight, (SAME_LINEAR if isinstance(layer, nn.Linear) else SAME_EMBEDDING if isinstance(layer, nn.Embedding) else SAME)[g]
     letters, res = names_of(layer, w.shape), {}
     for pos in itertools.product(*map(range, w.shape)):
         at = dict(zip(letters, pos))
@@ -71,7 +72,7 @@ def test_names_that_a_layer_does_not_have_are_refused(layer):
 def test_the_table_names_every_granularity_of_the_tests():
     assert set(granularities) == set(SAME)
     assert [n for n,g in granularities.items() if g.prunable] == ['filter', 'shared_kernel']
-    assert granularities['row'].layers == ('Conv2d', 'Conv3d', 'Linear', 'ConvTranspose2d', 'ConvTranspose3d')
+    assert granularities['row'].layers == ('Conv2d', 'Conv3d', 'Linear', 'ConvTranspose2d', 'ConvTranspose3d', 'Embedding')
     assert len(repr(granularities).splitlines()) == len(granularities) + 1
 
 @pytest.mark.parametrize('g,dims', [('weight', ()), ('row', (3,)), ('column', (2,)), ('kernel', (2, 3)), ('filter', (1, 2, 3)), ('shared_kernel', (0, 2, 3)), ('channel', (1,)),
