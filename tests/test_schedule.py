@@ -123,3 +123,67 @@ def test_unknown_name_lists_the_names():
 def test_refused_at_construction(f, text):
     with pytest.raises((ValueError, TypeError)) as e: f()
     assert text in e.value.args[0]
+
+# rounds by the part of what is left
+@pytest.mark.parametrize('q,target,n', [(.2, .9, 11), (.5, .9, 4), (.2, .2, 1), (.2, .36, 2), (.2, .1, 1), (.2, 0., 0), (.9, .9, 1)])
+def test_rounds_by_a_fraction_of_the_remaining(q, target, n):
+    assert n_rounds(q, target) == n
+    s = geometric(q, start=0)
+    got = [s(k/max(n, 1), target) for k in range(n+1)]
+    assert got[-1] == target and all((1-b)/(1-a) == pytest.approx(1-q) for a,b in zip(got, got[1:-1])) # all but the last remove exactly the part
+    if n: assert 1-(1-got[-1])/(1-got[-2]) <= q+1e-9 # the last one what is missing
+
+def test_geometric_from_an_initial_sparsity():
+    s = geometric(.5, start=0, initial=.5)
+    assert n_rounds(.5, .9, .5) == 3 and [s(k/3, .9) for k in range(4)] == pytest.approx([.5, .75, .875, .9])
+    assert geometric(.2)(1, 1.) == 1. and geometric(.2)(.95, 1.) < 1
+
+# one after the other
+def test_phases():
+    assert agp().phases(.2, .3) == agp(.2, .7) and one_shot(.5).phases(.2).start == pytest.approx(.6)
+    s = cosine().phases(warmup=.25, finetune=.25)
+    assert [s(p, .8) for p in (0, .2499, .5, .75, 1)] == pytest.approx([0, 0, .4, .8, .8]) and s(.75, .8) == .8
+    two = linear().then(linear(), share=.5).phases(.5)
+    assert [two(p, .8) for p in (.5, .625, .75, .875, 1)] == pytest.approx([0, .2, .4, .6, .8])
+
+def test_then_is_continuous_and_exact():
+    for a in (linear(), agp(), cosine(), iterative(), one_cycle()):
+        for b in (linear(), agp(), geometric()):
+            for at in (.1, .5, 1/3):
+                s = a.then(b, at=at, share=.6)
+                assert s(1, .9) == .9 and s(at, .9) == pytest.approx(.54, abs=1e-9 if b.name!='one_cycle' else .01)
+                v = [s(k/200, .9) for k in range(201)]
+                assert all(y >= x-1e-9 for x,y in zip(v, v[1:]))
+
+def test_then_of_then_and_a_fall():
+    hard = hold(0).then(hold(1).then(hold(0)), at=1/3)
+    assert [hard(p, .8) for p in (0, .33, .34, .66, .67, 1)] == [0, 0, .8, .8, 0, 0]
+    s = agp(initial=.1).then('cosine', share=.5) # by name, and the first one's initial sparsity
+    assert s(0, .9) == pytest.approx(.1) and s(.5, .9) == pytest.approx(.5) and s(1, .9) == .9
+    assert linear().then(dsd())(1, .9) == linear().then(dsd())(.5, .9) == .9 # what dsd returns to is where it began
+
+def test_composed_schedules_are_values():
+    s = one_shot(0).then(iterative(4, start=0), at=.3, share=.6)
+    assert s == one_shot(0).then(iterative(4, start=0), at=.3, share=.6) and hash(s) and pickle.loads(pickle.dumps(s)) == s == copy.deepcopy(s)
+    assert repr(linear().then(cosine())) == 'linear(start=0.0, end=1.0, initial=0.0).then(cosine(start=0.0, end=1.0, initial=0.0), at=0.5, share=1.0)'
+    assert eval(repr(linear().then(cosine()))) == linear().then(cosine())
+    assert repr(geometric(.3)) == 'geometric(start=0.2, end=1.0, initial=0.0, fraction=0.3)'
+
+def test_course():
+    assert linear().course(3, .8) == [(0., 0.), (.5, .4), (1., .8)] and agp().course(1) == [(1., 1.)]
+
+@pytest.mark.parametrize('f,text', [
+    (lambda: geometric(1.), 'in (0, 1), not fraction=1.0'),
+    (lambda: geometric(0), 'in (0, 1), not fraction=0'),
+    (lambda: geometric(20), 'fraction is a fraction in [0, 1], not 20; did you mean 0.2?'),
+    (lambda: agp().phases(.6, .4), 'warmup=0.6 and finetune=0.4 leave no training for the schedule; together they must be below 1'),
+    (lambda: agp().phases(10), 'warmup is a fraction in [0, 1], not 10; did you mean 0.1?'),
+    (lambda: agp().then('cosine', at=0), 'then(..., at=0): one schedule follows another at a part of training between 0 and 1'),
+    (lambda: agp().then('cosin'), "no schedule 'cosin'; did you mean 'cosine'?"),
+    (lambda: agp().then(cosine), 'schedule=cosine is the function that makes a schedule; call it: cosine()'),
+    (lambda: agp().then('cosine', share=50), 'share is a fraction in [0, 1], not 50; did you mean 0.5?'),
+    (lambda: hold(2), 'share is a fraction in [0, 1], not 2'),
+    (lambda: agp().course(0), 'at least 1, not n=0')])
+def test_composition_refuses(f, text):
+    with pytest.raises((ValueError, TypeError)) as e: f()
+    assert text in e.value.args[0]
