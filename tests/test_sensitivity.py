@@ -50,6 +50,15 @@ def test_against_a_loop():
         for p in (w.wide[0].weight, w.wide[0].bias, w.wide[1].weight, w.wide[1].bias): p[order] = 0
     assert list(s.curves) == ['wide.0'] and s.curves['wide.0'][1] == mean(w)
 
+@pytest.mark.parametrize('criterion', ['taylor_act','apoz','kmeans','thinet']) # two of them choose sets, another one for each fraction
+def test_criteria_with_data_and_selectors(criterion):
+    m,how = net(),dict(criterion=criterion, data=[(X,torch.tensor([0,1,2,1]))], loss_func=nn.functional.cross_entropy)
+    s = sensitivity(m, X, mean, ratios=(.3,.6), only='wide', **how)
+    for r,v in zip((.3,.6), s.curves['wide.0'][1:]):
+        p = deepcopy(m).eval()
+        Pruner(p, X).prune({'wide.0':r}, **how)
+        assert v == pytest.approx(mean(p), rel=1e-5)
+
 def snapshot(m): return {k:v.clone() for k,v in m.state_dict().items()},[k.training for k in m.modules()],[p.requires_grad for p in m.parameters()],[id(p) for p in m.parameters()]
 
 def same(a, b): return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1:] == b[1:]

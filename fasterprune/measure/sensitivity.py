@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from ..allocation import keep_top
-from ..core import check_fraction, eval_mode
+from ..core import check_fraction, eval_mode, n_removed
 from ..criteria.base import as_criterion
 from ..surgery.guard import state_of
-from ..surgery.choose import group_scores
+from ..surgery.choose import evidence_for, group_scores
 from ..surgery.groups import Group
 from ..surgery.pruner import Pruner
 
@@ -77,10 +77,15 @@ def _checked(model, evaluate_fn, ratios): # The fractions, sorted, and the metri
     try: return ratios,float(v)
     except (TypeError, ValueError): raise TypeError(f"evaluate_fn returns one number for the model, not {v!r}") from None
 
-def _curve(model, evaluate_fn, g, scores, ratios, baseline): # The metric at each fraction; the same units are not evaluated twice
+def _scores(model, groups, criterion, ratios, evidence, reduce): # Of each fraction; a selector chooses again for each
+    if not criterion.selector: return dict.fromkeys(ratios, group_scores(model, groups, criterion, evidence=evidence, reduce=reduce))
+    stay = {r:{g.name:g.n-n_removed(g.n, r) for g in groups} for r in ratios}
+    return {r:group_scores(model, groups, criterion, evidence=evidence, reduce=reduce, keep=stay[r]) for r in ratios}
+
+def _curve(model, evaluate_fn, g, scores, baseline): # The metric at each fraction; the same units are not evaluated twice
     res,seen = [],{0:baseline}
-    for r in ratios:
-        keep = keep_top(scores, r)
+    for r,s in scores.items():
+        keep = keep_top(s[g.name], r)
         k = int((~keep).sum())
         if k not in seen:
             with without(model, g, keep), eval_mode(model), torch.no_grad(): seen[k] = float(evaluate_fn(model))
@@ -94,12 +99,17 @@ def sensitivity(
     *, criterion='l1', # Which units go first: a name, a `Criterion` or a function
     ratios:Iterable[float]=(.1,.2,.3,.4,.5,.6,.7,.8,.9), # Parts of a group to remove
     only:str|list|None=None, # Names of layers whose groups to look at; None is all
+    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    n_batches:int|None=8, # How many of them, at most; None is all
+    loss_func:Callable|None=None, # `(out, y)` → loss, for a criterion that needs gradients
+    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
 )->Sensitivity:
     "Evaluate a model without a part of one group at a time"
     criterion = as_criterion(criterion)
+    evidence = evidence_for(criterion, model, data, x, n_batches=n_batches, loss_func=loss_func) if criterion.stats else None
     groups = [g for g in Pruner(model, x, only=only).couple().groups if g.primary]
     if not groups: raise ValueError('no group of this model can be pruned, so there is nothing to compare; Pruner(model, x).plan() says why')
-    scores = group_scores(model, groups, criterion)
     ratios,baseline = _checked(model, evaluate_fn, ratios)
-    curves = {g.name:_curve(model, evaluate_fn, g, scores[g.name], ratios, baseline) for g in progress_bar(groups, leave=False)}
+    scores = _scores(model, groups, criterion, ratios, evidence, reduce)
+    curves = {g.name:_curve(model, evaluate_fn, g, scores, baseline) for g in progress_bar(groups, leave=False)}
     return Sensitivity(ratios, curves, {g.name:g.n for g in groups}, criterion.name)
