@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from ..allocation import allocate, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
-from ..criteria.base import as_criterion, as_normalizer, ranking, reductions, unit_scores
-from ..granularity import as_granularity, kind_of, unit_dims, unit_size
+from ..criteria.base import as_criterion, as_normalizer, element_scores, layer_scores, ranking, reductions, unit_scores
+from ..granularity import as_granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not
+from .heads import head_dim_groups, head_groups
 from .masks import Masks, plain_module
 from ..surgery.guard import state_of
 from ..surgery.choose import check_where, evidence_for, group_scores, sides, wanted_of, wanted_of_weights, weight_stats
@@ -50,12 +51,12 @@ class Sparsifier:
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
-        check_where(self.criterion, self.granularity.name)
+        check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         if self.criterion.stats and evidence is None: evidence_for(self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
         self.reduce,self.evidence = reduce,evidence or partial(evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
-        layers = select_layers(self.model, only, ignore)
-        self.coupled = self.granularity.name in sides
+        layers = _chosen(self.model, only, ignore)
+        self.coupled,self.rule,self.skipped = self.granularity.like in sides,self.granularity.rule,{} # skipped: layer name → why it has no such units
         if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
         if not self.criterion.stats: self.scores() # a criterion that cannot score this model says so now
@@ -65,7 +66,13 @@ class Sparsifier:
     def totals(self)->dict:
         "Layer or group name → number of units"
         if self.coupled: return {g.name:g.n for g in self.groups}
-        return {n: m.weight.numel()//unit_size(m.weight.shape, d) for n,(m,d) in self.layers.items()}
+        return {n: m.weight.numel()//unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
+
+def _chosen(model, only, ignore): # Layers, and the embeddings that `only` names
+    asked = [] if only is None else [only] if isinstance(only, (str, type)) else list(only)
+    found = {n:m for n,m in model.named_modules() if isinstance(m, nn.Embedding) and any(n==a or isinstance(a, type) and isinstance(m, a) for a in asked)}
+    rest = [a for a in asked if a not in found and not (isinstance(a, type) and issubclass(a, nn.Embedding) and found)]
+    return {**(select_layers(model, rest if found else only, ignore) if rest or not found else {}), **found}
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000006
 @patch
@@ -73,16 +80,27 @@ def _couple(self:Sparsifier, x, layers, ignore):
     if x is None: raise ValueError(f"granularity {self.granularity.name!r} is for whole channels, which run through several layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
     c = couple(self.model, x)
     left_out = set(select_layers(self.model))-set(select_layers(self.model, None, ignore))
-    ok = lambda g: any(l in layers for l in g.layers) and not left_out&set(g.layers)
-    self.groups = [g for g in c.groups if g.primary and ok(g)]
+    heads = dict(head=head_groups, head_dim=head_dim_groups).get(self.granularity.name)
+    named = lambda l, ns: l in ns or heads and any(n.startswith(f'{l}.') for n in ns) # nn.MultiheadAttention is no layer, and has one
+    ok = lambda g: any(named(l, layers) for l in g.layers) and not any(named(l, left_out) for l in g.layers)
+    find = heads or (lambda c: [g for g in c.groups if g.primary])
+    self.groups = [g for g in find(c) if ok(g)]
     self.pins = c.pins()
+    self.skipped = {n:why for n,_,_,why in self.pins if n in layers}
+    if not self.groups and heads: raise ValueError(f"granularity {self.granularity.name!r} is for attention, and {'that of this model is left out by only or ignore' if find(c) else 'no softmax over a table of scores was seen in this model'}; use granularity='filter' for whole channels")
     if not self.groups: raise ValueError(f"no channel of this model can be chosen by {self.granularity.name}: "+('; '.join(f"{n}: {why}" for n,_,_,why in self.pins) or 'only and ignore leave none'))
 
 @patch
 def _layers(self:Sparsifier, layers, only):
-    if only is not None: [unit_dims(m, self.granularity) for m in layers.values()] # refuses a layer that was asked for and cannot
-    self.layers = {n:(m, unit_dims(m, self.granularity)) for n,m in layers.items() if self.granularity.dims(kind_of(m)) is not None}
-    if not self.layers: raise ValueError(f"no layer of this model has units of granularity {self.granularity.name!r} ({self.granularity.meaning}); it is defined for {', '.join(self.granularity.layers)}")
+    g,first = self.granularity,{}
+    if only is not None: [unit_dims(m, g) for m in layers.values()] # refuses a layer that was asked for and cannot
+    self.skipped = {n:why for n,m in layers.items() if (why := why_not(m, g))}
+    if self.skipped and only is not None: raise ValueError(f"layer {next(iter(self.skipped))!r} has no units of granularity {g.name!r}: {next(iter(self.skipped.values()))}; leave it out of only, or use another granularity")
+    for n,m in layers.items():
+        if (o := first.setdefault(id(m.weight), n))!=n: self.skipped[n] = f"its weight is that of {o!r}"
+    self.layers = {n:(m, unit_dims(m, g)) for n,m in layers.items() if n not in self.skipped}
+    self.tiles = {n:unit_tiles(m, g) for n,(m,_) in self.layers.items()}
+    if not self.layers: raise ValueError(f"no layer of this model has units of granularity {g.name!r} ({g.meaning}); it is defined for {', '.join(g.layers)}"+''.join(f"; {n!r}: {why}" for n,why in list(self.skipped.items())[:3]))
     made = [n for n,(m,_) in self.layers.items() if 'weight' not in m._parameters]
     if made: raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
 
@@ -92,8 +110,8 @@ def _layers(self:Sparsifier, layers, only):
 def zeros(self:Sparsifier)->dict: # Layer or group name → bool, True = all its weights are zero
     "Which units are zero now, measured on the model"
     if not self.coupled:
-        return {n: (m.weight==0).all(dims, keepdim=True) if dims else m.weight==0 for n,(m,dims) in self.layers.items()}
-    state,res,role = state_of(self.model),{},sides[self.granularity.name]
+        return {n: reduce_units(m.weight!=0, dims, 'max', self.tiles[n])==0 if dims or self.tiles[n] else m.weight==0 for n,(m,dims) in self.layers.items()}
+    state,res,role = state_of(self.model),{},sides[self.granularity.like]
     for g in self.groups:
         z = np.ones(g.n, bool)
         for m in g.role(role):
@@ -132,17 +150,17 @@ def scores(self:Sparsifier,
 )->dict: # Layer or group name → scores, high = keep
     "Score every unit; for a global ranking, normalised"
     evidence = self.evidence() if self.criterion.stats else None
-    if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.name, evidence=evidence, reduce=self.reduce, keep=keep)
+    if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.like, evidence=evidence, reduce=self.reduce, keep=keep)
     else: s = self._layer_scores(evidence, keep or {})
     if self.context=='local': return s
-    raw = self.granularity.name=='weight' or max(self.totals.values())==1 # one unit is its own mean
+    raw = self.granularity.like=='weight' or max(self.totals.values())==1 # one unit is its own mean
     f = ranking(self.criterion, self.normalizer, alike=raw)
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
 
 @patch
 def wanted(self:Sparsifier)->list: # (`Statistic`, `Place`)
     "What has to be known before units can be scored"
-    if self.coupled: return wanted_of(self.criterion, self.model, self.groups, granularity=self.granularity.name)
+    if self.coupled: return wanted_of(self.criterion, self.model, self.groups, granularity=self.granularity.like)
     return wanted_of_weights(self.criterion, self.model, list(_weights(self.layers).values()))
 
 def _weights(layers): return {n:f"{n}.weight" if n else 'weight' for n in layers}
@@ -153,21 +171,30 @@ def _layer_scores(self:Sparsifier, evidence, keep):
     stats,res = weight_stats(self.criterion, self.model, list(names.values()), evidence),{}
     for n,(m,d) in self.layers.items():
         if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {self.criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")
-        try: res[n] = unit_scores(self.criterion, m.weight, d, n, s=stats[names[n]], k=keep.get(n))
+        try: res[n] = _scores_of(self.criterion, m.weight, d, self.tiles[n], n, stats[names[n]], keep.get(n))
         except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
     return res
+
+def _scores_of(c, w, dims, tiles, key, s, k): # As `unit_scores`, also for units that are several entries wide
+    if not tiles: return unit_scores(c, w, dims, key, s=s, k=k)
+    shape = [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
+    if c.vectors is not None:
+        v,at,inside = in_tiles(w, dims, tiles)
+        return unit_scores(c, v, tuple(sorted(at+inside)), key, s=s and {n:in_tiles(t.expand(w.shape), dims, tiles)[0] for n,t in s.items()}, k=k).view(shape)
+    t = reduce_units(element_scores(c, w, s), dims, c.pool, tiles)
+    return layer_scores(c, t if c.finish is None else c.finish(t), key)
 
 @patch
 def costs(self:Sparsifier)->dict: # Layer or group name → parameters of one unit
     "What one unit is worth in parameters"
-    if not self.coupled: return {n: unit_size(m.weight.shape, d) for n,(m,d) in self.layers.items()}
-    state,role = state_of(self.model),sides[self.granularity.name]
+    if not self.coupled: return {n: unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
+    state,role = state_of(self.model),sides[self.granularity.like]
     return {g.name: sum(state[m.param].numel()/state[m.param].shape[m.dim]*(m.unit>=0).sum()/g.n for m in g.role(role)) for g in self.groups}
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000b
 @patch
 def masks(self:Sparsifier,
-    sparsity:float|dict, # Part of the units that shall be zero, in all; or a dict of layer or group name → part
+    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of layer or group name → part; None: that of the granularity, such as half for '2:4'
     *, regrow:bool=False, # May units that are zero now be chosen to stay?
 )->Masks:
     "Choose what becomes zero; the model is not changed"
@@ -176,16 +203,24 @@ def masks(self:Sparsifier,
     none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if self.criterion.stats or self.criterion.selector else {}
     keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs, parts=parts).items()} if self.criterion.selector else None
     s = none if self.criterion.stats and self.part(sparsity)==0 else self.scores(keep) # nothing to choose: nothing to gather
-    if not regrow:
-        for n,z in self.zeros().items():
-            if not (n in self.born_zero and z.all()): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
+    gone = {} if regrow else {n:z for n,z in self.zeros().items() if not (n in self.born_zero and z.all())}
+    for n,z in gone.items(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
+    if self.rule is not None: s = self._ruled(s, self.part(sparsity))
     keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts=parts)
     if self.coupled: keep.update({g.name:torch.as_tensor(g.arranged(keep[g.name].cpu().numpy(), s[g.name].cpu())) for g in self.groups if g.flow is not None})
+    if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()}) # more than the rule takes had gone already
     return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
 
 @patch
+def _ruled(self:Sparsifier, s, part):
+    "Weights that a rule does not let go are never among the lowest"
+    if part>0: self.rule = self.rule.settled(list(s.values())) # what it finds out about the network it finds out once
+    may = {n:self.rule.may_go(v, layer_axes[kind_of(self.layers[n][0])]) for n,v in s.items()}
+    return {n:v.masked_fill(~may[n], torch.inf) for n,v in s.items()}
+
+@patch
 def sparsify(self:Sparsifier,
-    sparsity:float|dict, # Part of the units that shall be zero, in all; or a dict of layer or group name → part
+    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of layer or group name → part; None: that of the granularity, such as half for '2:4'
 )->Masks:
     "Choose what becomes zero and make it so"
     m = self.masks(sparsity)
@@ -208,11 +243,20 @@ def warn_of_none(self:Sparsifier,
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
 def check(self:Sparsifier,
-    sparsity:float|dict, # As for `masks`
+    sparsity:float|dict|None, # As for `masks`
 )->float|dict:
     "Refuse a sparsity that this model cannot have; layer names become names of groups"
+    if sparsity is None: sparsity = self._own()
     if isinstance(sparsity, dict) and self.coupled: sparsity = self._by_group(sparsity)
-    return check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
+    res = check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
+    over = max(res.values()) if isinstance(res, dict) else res
+    if over>self.granularity.most+1e-9: raise ValueError(f"sparsity={over!r} is more than {self.granularity.name!r} takes, which is {self.granularity.most:.4g} ({self.granularity.meaning}); ask for that or less, or use granularity='weight'")
+    return res
+
+@patch
+def _own(self:Sparsifier):
+    if self.rule is None: raise ValueError(f"sparsity is None, and granularity {self.granularity.name!r} has none of its own, as '2:4' or 'pattern' have; pass a fraction such as 0.5")
+    return self.granularity.most
 
 @patch
 def _by_group(self:Sparsifier, sparsity):
@@ -232,9 +276,9 @@ def _group(self:Sparsifier, name):
 @patch
 def _spread(self:Sparsifier, keep):
     "Masks of parameters from the units that stay"
-    if not self.coupled: return {f"{n}.weight" if n else 'weight':k for n,k in keep.items()}
+    if not self.coupled: return {w:self._untiled(n, keep[n]) for n,w in _weights(keep).items()}
     state,params = state_of(self.model),dict(self.model.named_parameters())
-    filters = self.granularity.name=='filter'
+    filters = self.granularity.like=='filter'
     res = {}
     for g in self.groups:
         k = keep[g.name].cpu().numpy()
@@ -244,3 +288,8 @@ def _spread(self:Sparsifier, keep):
             v = v.view([-1 if i==m.dim else 1 for i in range(state[m.param].dim())])
             res[m.param] = res[m.param]&v if m.param in res else v
     return res
+
+@patch
+def _untiled(self:Sparsifier, n, k):
+    m,dims = self.layers[n]
+    return expand_units(k, [1 if d in dims else a for d,a in enumerate(m.weight.shape)], self.tiles[n]) if self.tiles[n] else k
