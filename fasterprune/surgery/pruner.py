@@ -21,8 +21,9 @@ from .choose import evidence_for
 from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
-from .groups import Group
+from .groups import Group, Member
 from .coupling import Coupling
+from .kernel_shape import shrink_kernels
 from .liveness import dead_labels, held, observe
 from .operation import Extras, Operation
 from .plan import Plan, fold_targets, folds_of
@@ -56,6 +57,7 @@ class Pruner:
         return keep_divisors(self.coupling, self.exact_norms)
 
     def _may(self, g:Group)->bool: return (self.only is None or is_of(g, self.only)) and not is_of(g, self.ignore or ())
+    def _may_layer(self, name:str)->bool: return self._may(Group('', 0, None, (Member(f"{name}.weight", 0, None, 'write'),), True))
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000008
 @patch
@@ -65,7 +67,7 @@ def _dead(self:Pruner, soft:bool=False): # `soft`: constants that cannot be fold
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
     plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    return replace(plan, held=tuple(held(c, seen, foldable, gone))),gone,trace
+    return shrink_kernels(c, self.x, replace(plan, held=tuple(held(c, seen, foldable, gone))), trace, self._may_layer),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
@@ -154,7 +156,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras):
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras)
     try:
         done = op.run_()
-        small = capture(self.model, self.x) if t.training else small
+        small = capture(self.model, self.x) if t.training or plan.kernels else small
         after = n_params(self.model),trace_macs(small),layer_sizes(self.model, small)
     except BaseException:
         op.restore_()

@@ -16,7 +16,7 @@ from ..core import no_such
 from .adapters import ADAPTERS
 from .trace import Ref, Trace
 from .cost import macs_of
-from .plan import Plan
+from .plan import Plan, size_text
 from .rules import rule_for
 
 # %% ../../nbs/surgery/15_report.ipynb #00000005
@@ -139,7 +139,12 @@ def _equal(self):
     if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
     return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype})"
 
-_counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape') # every standard layer has these set; that goes without saying
+_counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape', 'kernel_size', 'dilation', 'padding', 'output_padding', '_reversed_padding_repeated_twice') # every standard layer has these set; that goes without saying
+
+def _kernels(plan): # (size before, after) → layers
+    res = {}
+    for n,a,b in plan.kernels: res.setdefault((a,b), []).append(n)
+    return res
 
 def _modules(names): return f"{names[0] or 'the model'}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
@@ -178,6 +183,7 @@ def _lines(self):
     yield 'verified', _equal(self)
     for c in self.also: yield 'copy', f"{c.kind} was cut as well" + ('' if c.change is None else f"; its outputs changed by {c.change:.1e}, and are what its law demands to {c.error:.1e}")
     for what,names in self.modules(): yield 'module', f"{_modules(names)}: {what}"
+    for (a,b),names in _kernels(self.plan).items(): yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
     for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
 
