@@ -9,19 +9,20 @@ __all__ = ['modes', 'participation', 'kernel_norms', 'by_group', 'by_weight', 's
            'low_level', 'PKP', 'check_options', 'Round', 'pkp_rounds']
 
 # %% ../../nbs/sparse/02_progressive.ipynb #00000002
-import math
+import math, warnings
 from dataclasses import dataclass, replace
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..allocation import allocate, check_allocation
-from ..core import as_call, check_fraction, n_removed, no_such, select_layers, wide
+from ..allocation import allocate
+from ..core import NoEffectWarning, as_call, check_fraction, n_removed, no_such, select_layers, wide
 from ..granularity import kind_of
 from ..schedule import as_schedule
 from ..surgery.capture import capture
 from ..surgery.cost import macs_of
-from ..surgery.guard import state_of
+from ..surgery.coupling import couple
 from .masks import Masks, plain_module
+from .silence import silenced
 
 # %% ../../nbs/sparse/02_progressive.ipynb #00000005
 def participation(
@@ -145,13 +146,14 @@ class PKP:
         p:int=1, # The norm: 1 or 2
         protect_until:float|int=.5, # Layers of low level, where each input channel keeps a kernel: the first part of them; or, from 2, those before the image is so many times smaller
         protect_out:bool=False, # Must each filter keep a kernel, too?
+        silence:bool=False, # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
         count:str='units', # What a sparsity is a part of: 'units' (kernels), 'params' or 'macs'
         only=None, # Names, prefixes or types of the layers to take; None is all convolutions
         ignore=None, # Names, prefixes or types of the layers to leave out
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"PKP needs an nn.Module, not {model!r}")
         as_call(x)
-        check_options(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out, count=count)
+        check_options(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out, silence=silence, count=count)
         self.model,self.mode,self.p,self.protect_out,self.count = plain_module(model),mode,p,protect_out,count
         self.skipped = {} # name → why
         layers = self._convs(select_layers(self.model, only, ignore), only)
@@ -159,16 +161,18 @@ class PKP:
         self.skipped.update({n:'it did not run' for n in layers if n not in runs})
         if not runs: raise ValueError(f"no convolution can be taken: {'; '.join(f'{n}: {why}' for n,why in self.skipped.items())}")
         self.layers,self.low = {n:layers[n] for n in runs},low_level(runs, protect_until)
+        self.groups = couple(self.model, x).groups if silence else ()
         self.costs = {n:r.macs if count=='macs' else layers[n].weight[0,0].numel() for n,r in runs.items()}
 
 # %% ../../nbs/sparse/02_progressive.ipynb #0000001c
 def check_options(
-    *, mode:str='norm', p:int=1, protect_until:float|int=.5, protect_out:bool=False, count:str='units', # As for `PKP`
+    *, mode:str='norm', p:int=1, protect_until:float|int=.5, protect_out:bool=False, silence:bool=False, count:str='units', # As for `PKP`
 ):
     "Refuse options that `PKP` could not follow"
     if mode not in modes: raise ValueError(no_such('mode', mode, modes))
     if p not in (1, 2): raise ValueError(f"p is 1 or 2, not {p!r}")
-    if not isinstance(protect_out, bool): raise TypeError(f"protect_out is True or False, not {protect_out!r}")
+    for n,v in dict(protect_out=protect_out, silence=silence).items():
+        if not isinstance(v, bool): raise TypeError(f"{n} is True or False, not {v!r}")
     if count not in ('units','params','macs'): raise ValueError(no_such('count', count, ('units','params','macs')))
     if isinstance(protect_until, bool) or not isinstance(protect_until, int) or protect_until<2: check_fraction(protect_until, 'protect_until')
 
@@ -206,6 +210,13 @@ def theta(self:PKP,
     return res
 
 @patch
+@torch.no_grad()
+def sparsity(self:PKP)->float:
+    "Part of what is counted that is zero now, measured on the model"
+    gone = {n:int((kernel_norms(m, self.p)==0).sum())*self._cost(n) for n,m in self.layers.items()}
+    return float(sum(gone.values())/sum(self._cost(n)*math.prod(m.weight.shape[:2]) for n,m in self.layers.items()))
+
+@patch
 def most(self:PKP,
     stage:int=2, # 1 or 2
 )->float: # Of what is counted
@@ -231,7 +242,8 @@ def masks(self:PKP,
     sparsity,t = check_fraction(sparsity),self.theta(stage, within)
     self._reachable(sparsity, stage, t)
     keep = allocate({n:-v for n,v in t.items()}, sparsity, context='global', count='units' if self.count=='units' else 'params', costs=self.costs)
-    return Masks({f"{n}.weight" if n else 'weight':by_weight(k, self.layers[n]) for n,k in keep.items()}, {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
+    res = Masks({f"{n}.weight" if n else 'weight':by_weight(k, self.layers[n]) for n,k in keep.items()}, {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
+    return silenced(res, self.model, self.groups) if self.groups else res
 
 @patch
 def _reachable(self:PKP, sparsity, stage, t):
@@ -280,7 +292,16 @@ def sparsify(self:PKP,
         if tune is not None:
             tune(self.model, masks)
             masks.apply_(self.model)
+    self.warn_of_none(masks, sparsity)
     return masks
+
+@patch
+def warn_of_none(self:PKP,
+    masks:Masks, # Chosen for
+    sparsity:float, # this
+):
+    "Say so where a sparsity rounds to no kernel at all"
+    if sparsity and not any(z for z,_ in masks.units.values()): warnings.warn(f"no kernel was set to zero: sparsity={sparsity!r} of {sum(n for _,n in masks.units.values())} kernels rounds to none; ask for more", NoEffectWarning, stacklevel=3)
 
 @patch
 def check(self:PKP,
