@@ -59,6 +59,7 @@ class Granularity:
     )->tuple|None: # Dimensions of the weight, ascending; None: the layer has no such unit
         "The dimensions of the weight that a unit spans"
         axes,own = layer_axes[kind],dict(Linear=self.linear, Embedding=self.embedding)
+        if self.rule is not None and kind not in self.rule.layers: return None
         inside = own[kind] if kind in own else self.axes if self.axes is not None and set(self.axes + self.needs) <= {*axes, '*'} else None
         if inside is None: return None
         return tuple(d for d,a in enumerate(axes) if a in inside or ('*' in inside and a not in 'oi'))
@@ -128,6 +129,7 @@ class NofM:
         _check_whole(self.m, 'n_m: m', 2)
         _check_whole(self.n, 'n_m: n')
         if self.n >= self.m: raise ValueError(f"n_m: n of m stay, and {self.n} of {self.m} is no choice; n is less than m, such as n_m(2, 4)")
+    layers = tuple(k for k in layer_axes if k!='Embedding')
     @property
     def most(self)->float: "The largest part that may go"; return 1-self.n/self.m
 
@@ -179,8 +181,8 @@ class Pattern:
         _check_whole(self.k, 'pattern: k')
         if self.k > len(_shapes): raise ValueError(f"pattern: k is at most {len(_shapes)}, for so many shapes keep the centre and three more, not {self.k!r}")
         if bad := [p for p in self.library if tuple(sorted(p)) not in _shapes]: raise ValueError(f"pattern: a shape is four taps from 0 to 8, row by row, with the centre 4, not {bad[0]!r}")
-    @property
-    def most(self)->float: "The largest part that may go"; return 5/9
+    layers = ('Conv2d', 'ConvTranspose2d')
+    most = 5/9
 
     def why_not(self, layer:nn.Module)->str:
         "Why a layer cannot have it, or nothing"

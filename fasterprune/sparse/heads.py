@@ -13,13 +13,23 @@ from ..surgery.coupling import Coupling
 from ..surgery.trace import Ref
 
 # %% ../../nbs/sparse/00_heads.ipynb #00000005
-def _tables(trace): # (tensor, how many of its first dimensions) where attention is computed
-    for n in trace.nodes:
-        refs = [a for a in n.args if isinstance(a, Ref)]
-        if 'scaled_dot_product' in n.op: yield from ((r.id, len(trace.shapes[r.id])-2) for r in refs[:3])
+_products = ('bmm', 'mm', 'matmul', 'baddbmm')
+
+def _value(trace, start): # What a table of weights is multiplied with
+    made = {r.id for r in trace.nodes[start].outs}
+    for n in trace.nodes[start+1:]:
+        refs = [a.id for a in n.args if isinstance(a, Ref)]
+        if not made&set(refs): continue
+        if n.op in _products: return next((i for i in refs[::-1] if i not in made), None)
+        made |= {r.id for r in n.outs}
+
+def _tables(trace): # (tensor, how many of its first dimensions are heads, the tensor of values) where attention is computed
+    for at,n in enumerate(trace.nodes):
+        refs = [a.id for a in n.args if isinstance(a, Ref)]
+        if 'scaled_dot_product' in n.op and len(refs)>2: yield refs[0],len(trace.shapes[refs[0]])-2,refs[2]
         elif n.op in ('_softmax', '_safe_softmax', 'softmax') and refs:
-            dims = len(trace.shapes[refs[0].id])
-            if dims>2 and n.args[1] in (-1, dims-1): yield refs[0].id,dims-2
+            dims = len(trace.shapes[refs[0]])
+            if dims>2 and n.args[1] in (-1, dims-1): yield refs[0],dims-2,_value(trace, at)
 
 def head_groups(
     c:Coupling, # By `couple`
@@ -28,11 +38,12 @@ def head_groups(
     d = c.labels
     group,res = np.full(d.size, -1),set()
     for i,g in enumerate(c.groups): group[g.labels] = i
-    for t,k in _tables(c.trace):
-        for a in d.env.get(t, [])[:k]:
-            if not a.open: res |= set(np.unique(group[d.expand(a.rows)]).tolist())-{-1}
-    found = [c.groups[i] for i in sorted(res)]
-    return tuple(g for g in found if any(_shares(g, o) for o in c.groups if o is not g))
+    on = lambda axes: {i for a in axes if not a.open for i in np.unique(group[d.expand(a.rows)]).tolist()}-{-1}
+    writers = lambda i: {m.param for m in c.groups[i].role('write')}
+    for table,k,value in _tables(c.trace):
+        wrote = set().union(*map(writers, on(d.env.get(value, [])[-2:]))) # the values
+        res |= {i for i in on(d.env.get(table, [])[:k]) if writers(i)&wrote}
+    return tuple(g for g in (c.groups[i] for i in sorted(res)) if any((m.unit>=0).sum()>g.n for m in g.role('write'))) # a head is several rows
 
 def _shares(g, o): # Do they divide the same channels?
     at = {(m.param,m.dim):m.unit>=0 for m in g.role('write')}

@@ -87,7 +87,7 @@ def _couple(self:Sparsifier, x, layers, ignore):
     self.groups = [g for g in find(c) if ok(g)]
     self.pins = c.pins()
     self.skipped = {n:why for n,_,_,why in self.pins if n in layers}
-    if not self.groups and heads: raise ValueError(f"granularity {self.granularity.name!r} is for attention, and {'that of this model is left out by only or ignore' if find(c) else 'no softmax over a table of scores was seen in this model'}; use granularity='filter' for whole channels")
+    if not self.groups and heads: raise ValueError(f"granularity {self.granularity.name!r} is for attention, and {'that of this model is left out by only or ignore' if find(c) else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs'}; use granularity='filter' for whole channels")
     if not self.groups: raise ValueError(f"no channel of this model can be chosen by {self.granularity.name}: "+('; '.join(f"{n}: {why}" for n,_,_,why in self.pins) or 'only and ignore leave none'))
 
 @patch
