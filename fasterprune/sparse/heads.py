@@ -31,19 +31,23 @@ def _tables(trace): # (tensor, how many of its first dimensions are heads, the t
             dims = len(trace.shapes[refs[0]])
             if dims>2 and n.args[1] in (-1, dims-1): yield refs[0],dims-2,_value(trace, at)
 
-def head_groups(
-    c:Coupling, # By `couple`
-)->tuple: # `Group`s; () where there is no attention
-    "The groups whose units are heads"
-    d = c.labels
-    group,res = np.full(d.size, -1),set()
+def _before(c): # Groups along the dimensions before a table; and those of them that write its values, which are heads
+    d,before,heads = c.labels,set(),set()
+    group = np.full(d.size, -1)
     for i,g in enumerate(c.groups): group[g.labels] = i
     on = lambda axes: {i for a in axes if not a.open for i in np.unique(group[d.expand(a.rows)]).tolist()}-{-1}
     writers = lambda i: {m.param for m in c.groups[i].role('write')}
     for table,k,value in _tables(c.trace):
         wrote = set().union(*map(writers, on(d.env.get(value, [])[-2:]))) # the values
-        res |= {i for i in on(d.env.get(table, [])[:k]) if writers(i)&wrote}
-    return tuple(g for g in (c.groups[i] for i in sorted(res)) if any((m.unit>=0).sum()>g.n for m in g.role('write'))) # a head is several rows
+        before |= (now := on(d.env.get(table, [])[:k]))
+        heads |= {i for i in now if writers(i)&wrote and any((m.unit>=0).sum()>c.groups[i].n for m in c.groups[i].role('write'))} # a head is several rows
+    return [[c.groups[i] for i in sorted(s)] for s in (before, heads)]
+
+def head_groups(
+    c:Coupling, # By `couple`
+)->tuple: # `Group`s; () where there is no attention
+    "The groups whose units are heads"
+    return tuple(_before(c)[1])
 
 def _shares(g, o): # Do they divide the same channels?
     at = {(m.param,m.dim):m.unit>=0 for m in g.role('write')}
@@ -54,5 +58,5 @@ def head_dim_groups(
     c:Coupling, # By `couple`
 )->tuple: # `Group`s; () where there is no attention
     "The groups whose units are one dimension of all heads"
-    heads = head_groups(c)
-    return tuple(g for g in c.groups if g not in heads and any(_shares(h, g) for h in heads))
+    before,heads = _before(c)
+    return tuple(g for g in c.groups if all(g is not b for b in before) and any(_shares(h, g) for h in heads))
