@@ -29,10 +29,11 @@ def ready(data, cache):
     pick = torch.randperm(len(d['train_y']), generator=g)[:CHOICE] # training images that choose what is tuned, so that test images do not
     return d,m,dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
 
+def drawn(d, seed): return torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(100+seed))[:CALIBRATION*BATCH].split(BATCH)
+
 def calibration(d, seed):
     "Batches of training images without augmentation, the same for every criterion"
-    at = torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(100+seed))[:CALIBRATION*BATCH].split(BATCH)
-    return [(normalised(d['train_x'][i]),d['train_y'][i]) for i in at]
+    return [(normalised(d['train_x'][i]),d['train_y'][i]) for i in drawn(d, seed)]
 
 @lru_cache(None)
 def uniform(speedup):
@@ -64,9 +65,10 @@ def recalibrated(m, d, seed):
     m,bns = deepcopy(m),[]
     for k in m.modules():
         if isinstance(k, torch.nn.BatchNorm2d): k.reset_running_stats(); k.momentum = None; bns.append(k)
+    images = Images(d['train_x'], d['train_y'], True, seed) # cropped and flipped as in training: without, the network as it is loses three points
     m.train()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=FAST):
-        for x,_ in calibration(d, 50+seed): m(x)
+        for at in drawn(d, 50+seed): m(images.batch(at)[0])
     return m.eval()
 
 class Untested(Callback):
