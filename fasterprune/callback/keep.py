@@ -153,15 +153,16 @@ def example_batch(
     learn:Learner,
 )->tuple: # Positional arguments of the model, at most two items of the batch, on its device
     "The inputs of one training batch, without consuming randomness"
-    dl = learn.dls.train
-    own = [(d, r, r.getstate()) for d in loaders_of(dl) if (r := getattr(d, 'rng', None)) is not None]
+    dl = loaders_of(learn.dls.train)[-1]
+    rng = getattr(dl, 'rng', None)
+    state = None if rng is None else rng.getstate()
     with no_random(reproducible=False): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
-    for d,rng,state in own: rng.setstate(state); d.rng = rng
+    if rng is not None: rng.setstate(state); dl.rng = rng
     if not isinstance(batch, (list,tuple)): batch = (batch,)
-    xs = batch[:_n_inputs(learn.dls, batch)]
+    xs = batch[:_n_inputs(learn.dls, dl, batch)]
     xs = tuple(x[:2].as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in xs)
     return to_device(xs, next(learn.model.parameters()).device)
 
-def _n_inputs(dls, batch): # `dls.n_inp` may draw a batch to find out, and with it random numbers
-    dls_and_train = vars(dls).get('n_inp'),getattr(getattr(dls.train, 'dataset', None), 'n_inp', None),vars(dls.train).get('_n_inp')
-    return next((n for n in dls_and_train if n is not None), max(len(batch)-1, 1))
+def _n_inputs(dls, dl, batch): # `dls.n_inp` may draw a batch to find out, and with it random numbers
+    said = vars(dls).get('n_inp'),getattr(getattr(dl, 'dataset', None), 'n_inp', None),vars(dl).get('_n_inp')
+    return next((n for n in said if n is not None), max(len(batch)-1, 1))

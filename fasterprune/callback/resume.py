@@ -154,6 +154,7 @@ def before_fit(self:ResumeCallback):
     self._live,self._todo,self._quiet = is_training(self.learn),None,[]
     if not self._live: return
     if not any(isinstance(c, _Skip) for c in self.learn.cbs): self.learn.add_cb(_Skip(self))
+    distrib_barrier() # the first process may still remove the file of the fit before
     if not self.file.exists(): return
     found,kind = torch.load(self.file, map_location=next(self.learn.model.parameters()).device, weights_only=False),self._kind()
     distrib_barrier() # all have read it before it is written again
