@@ -166,8 +166,9 @@ def _costs(costs, s, n): # The cost of each unit of a layer, 1-D
     if not (c >= 0).all(): raise ValueError(f"costs[{n!r}] must be numbers ≥ 0, not {costs[n]!r}")
     return c.expand(s.numel())
 
-def _remove(s, can, fraction, cost=None): # Bool: the lowest of those that `can` go, until the fraction is reached
-    gone, at = s == -torch.inf, can.nonzero().flatten()
+def _remove(s, can, fraction, cost=None): # Bool: the lowest of those that `can` go, or of all if it is None, until the fraction is reached
+    if can is None and cost is None: return (s == -torch.inf) | _lowest(s, n_removed(len(s), fraction))
+    gone, at = s == -torch.inf, torch.arange(len(s), device=s.device) if can is None else can.nonzero().flatten()
     if cost is None: low = _lowest(s[at], n_removed(len(s), fraction))
     else:
         order = s[at].argsort(stable=True)
@@ -189,8 +190,9 @@ def _join(ts): # Tensors in a row, on one device
     return torch.cat([t.to(ts[0].device) for t in ts])
 
 def _remove_lowest(part, cap, fraction, cost): # The same unit by unit; nothing is sorted, for these may be all weights of a model
-    can = {n: _lowest(s, cap[n][0]) | (s == -torch.inf) for n,s in part.items()}
-    gone = _remove(_join(part.values()), _join(can.values()), fraction, _join(cost[n] for n in part) if cost else None)
+    free = all(cap[n][0] == len(s) for n,s in part.items())
+    can = None if free else _join(_lowest(s, cap[n][0]) | (s == -torch.inf) for n,s in part.items())
+    gone = _remove(_join(part.values()), can, fraction, _join(cost[n] for n in part) if cost else None)
     return dict(zip(part, gone.split([len(s) for s in part.values()])))
 
 # %% ../nbs/03_allocation.ipynb #0000001b

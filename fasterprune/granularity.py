@@ -46,6 +46,7 @@ class Granularity:
     tiles: dict|tuple = () # 'o' or 'i' → how many neighbours along that axis are in one unit
     rule: Callable|None = None # Which single weights may go, such as `NofM`; None: any
     like: str = '' # The granularity that criteria know it as; '' is its own name
+    how: str = '' # How surgery removes such units, or where; '' is not at all: they stay as zeros
 
     def __post_init__(self):
         tiles,vars(self)['like'] = dict(self.tiles),self.like or self.name
@@ -76,25 +77,25 @@ def _check_whole(n, name, least=1):
     if isinstance(n, bool) or not isinstance(n, Integral) or n < least: raise ValueError(f"{name} is a whole number, at least {least}, not {n!r}")
 
 # %% ../nbs/02_granularity.ipynb #0000000b
-granularities = Registry('granularity', ('meaning', 'axes', 'prunable', 'layers'))
+granularities = Registry('granularity', ('meaning', 'axes', 'how', 'layers'))
 granularities.update({g.name: g for g in (
     Granularity('weight', '', 'a single number', linear='', embedding=''),
-    Granularity('row', 'w', 'one row of one kernel; of a linear layer, all that writes one output; of an embedding, one word', needs='h', linear='i', embedding='o'),
-    Granularity('column', 'h', 'one column of one kernel; of a linear layer, all that reads one input; of an embedding, one dimension', needs='w', linear='o', embedding='i'),
+    Granularity('row', 'w', 'one row of one kernel; of a linear layer, all that writes one output; of an embedding, one word', needs='h', linear='i', embedding='o', how='of a linear layer: the output goes'),
+    Granularity('column', 'h', 'one column of one kernel; of a linear layer, all that reads one input; of an embedding, one dimension', needs='w', linear='o', embedding='i', how='of a linear layer: the input goes, with what writes it'),
     Granularity('frame', 'hw', 'one frame of one 3-D kernel', needs='d'),
     Granularity('kernel', '*', 'all weights from one input to one output channel'),
-    Granularity('filter', 'i*', 'all weights that write one output channel', True, linear='i'),
-    Granularity('shared_kernel', 'o*', 'all weights that read one input channel', True, linear='o'),
+    Granularity('filter', 'i*', 'all weights that write one output channel', True, linear='i', how='the channel goes, with all that reads it'),
+    Granularity('shared_kernel', 'o*', 'all weights that read one input channel', True, linear='o', how='the channel goes, with the filter that writes it'),
     Granularity('channel', 'i', 'one tap of one filter, over all its input channels'),
     Granularity('shared_weight', 'o', 'one tap of one input channel, over all filters'),
-    Granularity('shared_channel', 'oi', 'one tap of the kernel, everywhere'),
+    Granularity('shared_channel', 'oi', 'one tap of the kernel, everywhere', how='at the border: the kernel shrinks'),
     Granularity('shared_row', 'ow', 'one row of the kernels of one input channel, over all filters', needs='h'),
     Granularity('shared_column', 'oh', 'one column of the kernels of one input channel, over all filters', needs='w'),
     Granularity('vertical_slice', 'ih', 'one column of all kernels of one filter', needs='w'),
     Granularity('horizontal_slice', 'iw', 'one row of all kernels of one filter', needs='h'),
-    Granularity('shared_vertical_slice', 'oih', 'one column of the kernel, everywhere', needs='w'),
-    Granularity('shared_horizontal_slice', 'oiw', 'one row of the kernel, everywhere', needs='h'),
-    Granularity('layer', 'oi*', 'the whole weight', linear='oi'),
+    Granularity('shared_vertical_slice', 'oih', 'one column of the kernel, everywhere', needs='w', how='at the border: the kernel shrinks'),
+    Granularity('shared_horizontal_slice', 'oiw', 'one row of the kernel, everywhere', needs='h', how='at the border: the kernel shrinks'),
+    Granularity('layer', 'oi*', 'the whole weight', linear='oi', how='in a residual branch: the branch goes'),
 )})
 aliases = dict(vector='channel', tap='shared_channel')
 
@@ -223,11 +224,11 @@ def pattern(
     return Granularity('pattern' if k == 8 else f'pattern{k}', '', f'a single number; of each 3×3 kernel four stay, in one of {k} shapes', needs='hw', rule=rule, like='weight')
 
 # %% ../nbs/02_granularity.ipynb #00000019
-families = Registry('granularity', ('meaning', 'layers'))
+families = Registry('granularity', ('meaning', 'how', 'layers'))
 families.update({g.name: g for g in (
     n_m(2, 4), one_by_n(4), block(2, 2), pattern(),
-    Granularity('head', None, 'one head of attention: its rows of query, key and value, its columns of the output', True, like='filter'),
-    Granularity('head_dim', None, 'one dimension of all heads of an attention', True, like='filter'))})
+    Granularity('head', None, 'one head of attention: its rows of query, key and value, its columns of the output', True, like='filter', how='the head goes'),
+    Granularity('head_dim', None, 'one dimension of all heads of an attention', True, like='filter', how='the dimension goes from all heads'))})
 
 def _written(name): # A granularity with numbers in its name, or None
     whole = lambda p: re.fullmatch(p, name)

@@ -56,7 +56,7 @@ def test_no_cycles():
         path.pop(); done.add(m)
     for m in PATHS: visit(m)
 
-ONLY = dict(fastai=('callback', 'data', 'job', 'cli'), matplotlib=('measure.plots',), safetensors=('persist',), onnx=('persist',))
+ONLY = dict(fastai=('callback', 'data', 'job', 'cli'), matplotlib=('measure.plots', 'measure.gallery'), safetensors=('persist',), onnx=('persist',))
 @pytest.mark.parametrize('m', PATHS)
 def test_each_library_in_its_place(m):
     for name,_,line in imports(m):

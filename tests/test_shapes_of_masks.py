@@ -1,5 +1,6 @@
 "Tiles, N:M, patterns, embeddings and heads on every layer type, against loops over single weights; exact counts, locally and globally; and what cannot be"
 import itertools, math
+import matplotlib; matplotlib.use("Agg")
 import pytest, torch
 from copy import deepcopy
 from torch import nn
@@ -8,6 +9,8 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import criteria
 from fasterprune.granularity import *
 from fasterprune.granularity import block, families, n_m, one_by_n, pattern, unit_tiles, why_not
+from fasterprune.measure.gallery import exhibit, plot_gallery
+from fasterprune.measure.storage import Storage, layer_storage, model_storage
 from fasterprune.sparse.heads import head_dim_groups, head_groups
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
@@ -362,3 +365,71 @@ def test_heads_of_known_networks(name):
         assert all(z==n//2 for z,n in masks.units.values()) and len(masks.units)==(4 if name=='swin' or name=='bert' and g=='head_dim' else 3 if name=='llama' and g=='head_dim' else 2) # rotary positions are the same in all layers
         before = out(m)
         assert Pruner(m, x).prune().removed==sum(z for z,_ in masks.units.values()) and rel(out(m), before)<1e-10
+
+# ---- what it costs
+
+def test_storage_against_a_loop():
+    torch.manual_seed(0)
+    model = net(ties=False)
+    width = lambda n: max(1, math.ceil(math.log2(n)))
+    for g in ('weight', 'kernel', 'row', 'shared_channel', '1x4', 'block2x2', '2:4', 'pattern'):
+        m = deepcopy(model)
+        s = Sparsifier(m, granularity=g)
+        s.sparsify(None if s.rule else .5)
+        for n in s.totals:
+            l,got = m.get_submodule(n),layer_storage(m.get_submodule(n), g)
+            w = l.weight.detach()
+            rows = w.movedim(AXES[type(l)].index('o'), 0).flatten(1)
+            nz,all_ = int((w!=0).sum()),w.numel()
+            assert (got['dense'].bits, got['bitmask'].bits)==(all_*64, nz*64+all_) and set(got)=={'dense','csr','bitmask','units'}
+            assert got['csr'].bits==nz*64+nz*width(rows.shape[1])+(len(rows)+1)*width(nz+1)
+            if g=='2:4': want = all_//2*64+all_//2*2
+            elif g=='pattern': k = len(torch.unique(w.reshape(-1,9)!=0, dim=0)); want = all_//9*4*64+all_//9*width(k)+9*k
+            else: z,a = s.measured()[n]; want = (a-z)*s.costs()[n]*64+a
+            assert got['units'].bits==want and got['units'].nbytes==-(-want//8)
+    lin = nn.Linear(8,8)
+    assert 'units' not in layer_storage(lin, '2:4') and layer_storage(lin, 'filter')['small'].bits==64*32 # dense: there are no 2 of 4
+    with torch.no_grad(): lin.weight[:2] = 0
+    assert layer_storage(lin, 'filter')['small']==Storage(48, 48*32, 0) and layer_storage(lin, value_bits=8, index_bits=16)['csr']==Storage(48, 48*8, (48+9)*16)
+
+def test_storage_of_a_network_counts_everything_once():
+    model = Words()
+    dense = sum(p.numel() for p in model.parameters())*4
+    assert {f:s.nbytes for f,s in model_storage(model).items()}==dict.fromkeys(('dense','csr','bitmask','units'), dense) # nothing is zero
+    Sparsifier(model, granularity='row', only='emb').sparsify(.5)
+    got = model_storage(model, 'row')
+    assert got['dense'].nbytes==dense and got['units'].bits==(dense-60*4)*8+30*32+10 and got['bitmask'].bits==(dense-60*4)*8+30*32+60
+
+def test_every_name_has_an_exhibit():
+    for g,v in {**granularities, **families}.items():
+        if g in ('frame', 'head', 'head_dim'): continue
+        e = exhibit(g)
+        assert e.keep.shape==(4,4,3,3) and not e.keep.all() and 0<=e.part<1 and e.text()[0] and (e.text()[3]=='stays as zeros' or e.text()[3].startswith('removed: '))
+    f = exhibit('frame', layer=nn.Conv3d(2,2,3))
+    assert f.index==1/9 and len(plot_gallery([f, 'weight'], ncols=5).axes)==4
+
+# ---- boxes: which go, on every layer type, by a loop
+
+SAME = dict(weight='oidhw', row='oidh', column='oidw', kernel='oi', channel='odhw', shared_weight='idhw', shared_channel='dhw', shared_row='idh', shared_column='idw',
+            vertical_slice='odw', horizontal_slice='odh', shared_vertical_slice='dw', shared_horizontal_slice='dh', layer='')
+NEEDS = dict(row='hw', column='hw', shared_row='hw', shared_column='hw', vertical_slice='hw', horizontal_slice='hw', shared_vertical_slice='hw', shared_horizontal_slice='hw')
+
+@pytest.mark.parametrize('g', SAME)
+def test_boxes_against_a_loop(g):
+    model,scores,units = net(),{},{}
+    for n,m in model.named_children():
+        axes = AXES[type(m)]
+        same = dict(weight='oi', row='o', column='i', layer='').get(g) if isinstance(m, nn.Linear) else SAME[g] if set(NEEDS.get(g, ''))<=set(axes) else None
+        if same is None: continue
+        units[n] = {pos:tuple(at[a] for a in axes if a in same) for pos,at in places(m)}
+        scores[n] = {}
+        for pos,u in units[n].items(): scores[n][u] = scores[n].get(u, 0.)+abs(m.weight[pos].item())
+    rank = {n:i for i,n in enumerate(scores)}
+    for f in (.25, .57):
+        m,wide = (Sparsifier(model, granularity=g, context=c, normalizer=None if c=='local' else 'none').masks(f) for c in ('local', 'global'))
+        both = low([(v, (rank[n], *u)) for n in scores for u,v in scores[n].items()], floor(f, sum(map(len, scores.values()))))
+        assert set(m.units)==set(scores)
+        for n in scores:
+            l = model.get_submodule(n)
+            one,got,all_ = low([(v, u) for u,v in scores[n].items()], floor(f, len(scores[n]))),gone(m, n, l),gone(wide, n, l)
+            assert all(got[p].item()==(u in one) and all_[p].item()==((rank[n], *u) in both) for p,u in units[n].items())
