@@ -8,7 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/sparse/progressive.html.md"""
 __all__ = ['modes', 'participation', 'kernel_norms', 'by_group', 'by_weight', 'saliency', 'thresholds', 'ConvRun', 'conv_runs',
            'low_level', 'PKP', 'check_options', 'Round', 'pkp_rounds']
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000002
+# %% ../../nbs/sparse/02_progressive.ipynb #00000003
 import math, warnings
 from dataclasses import dataclass, replace
 import torch
@@ -24,7 +24,7 @@ from ..surgery.coupling import couple
 from .masks import Masks, plain_module
 from .silence import silenced
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000005
+# %% ../../nbs/sparse/02_progressive.ipynb #00000006
 def participation(
     v:Tensor, # Norms, ≥ 0
     dim:int|None=None, # Dimension along which they are counted, which then has size 1; None counts all
@@ -37,7 +37,7 @@ def participation(
     res = torch.where(square>0, total.square()/square, 0.)
     return res[0] if res.ndim==1 else res
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000000b
+# %% ../../nbs/sparse/02_progressive.ipynb #0000000c
 def kernel_norms(
     layer:nn.Module, # A convolution, also a transposed, grouped or depthwise one
     p:int=1, # 1: sum of magnitudes; 2: root of the sum of squares
@@ -47,6 +47,7 @@ def kernel_norms(
     if p not in (1, 2): raise ValueError(f"p is 1 or 2, not {p!r}")
     return by_group(torch.linalg.vector_norm(wide(layer.weight.detach()).flatten(2), p, dim=2), layer)
 
+# %% ../../nbs/sparse/02_progressive.ipynb #0000000e
 def by_group(
     t:Tensor, # A number for each kernel, in the order of the layer's weight
     layer:nn.Module, # A convolution
@@ -55,6 +56,7 @@ def by_group(
     t = t.unflatten(0, (layer.groups, -1))
     return t.transpose(1,2) if layer.transposed else t
 
+# %% ../../nbs/sparse/02_progressive.ipynb #0000000f
 def by_weight(
     t:Tensor, # [groups, outputs of a group, inputs of a group]
     layer:nn.Module, # A convolution
@@ -63,7 +65,7 @@ def by_weight(
     t = (t.transpose(1,2) if layer.transposed else t).flatten(0,1)
     return t.reshape(*t.shape, *(1,)*(layer.weight.ndim-2))
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000000e
+# %% ../../nbs/sparse/02_progressive.ipynb #00000012
 modes = ('norm', 'smioc')
 
 def saliency(
@@ -73,7 +75,7 @@ def saliency(
     share = lambda dim: s/s.amax(dim, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
     return (share(1)*share(2)).sqrt()
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000011
+# %% ../../nbs/sparse/02_progressive.ipynb #00000015
 def _lines(t, of): # The kernels of an input channel, of an output channel, or of the layer in a row each
     return dict(input=t.transpose(1,2), output=t, layer=t.reshape(1,1,-1))[of]
 
@@ -100,7 +102,7 @@ def thresholds(
     t = _places(rank.masked_fill(must, torch.inf), of)/_unlines(n, of, s.shape)
     return t.masked_fill(must, -torch.inf).masked_fill(~alive, torch.inf)
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000017
+# %% ../../nbs/sparse/02_progressive.ipynb #0000001b
 @dataclass(frozen=True)
 class ConvRun:
     "What a run tells about a convolution"
@@ -124,7 +126,7 @@ def conv_runs(
         res[name] = replace(before, macs=before.macs+macs)
     return res
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000018
+# %% ../../nbs/sparse/02_progressive.ipynb #0000001c
 def low_level(
     runs:dict, # Name → `ConvRun`, in order, as from `conv_runs`
     until:float|int, # Part of the layers, in [0, 1]; or how many times smaller than the image their output is not yet: a whole number from 2
@@ -136,7 +138,7 @@ def low_level(
         return tuple(names[:next((i for i,n in enumerate(names) if runs[n].resolution<=size), len(names))])
     return tuple(names[:n_removed(len(names), check_fraction(until, 'protect_until'))])
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000001b
+# %% ../../nbs/sparse/02_progressive.ipynb #0000001f
 class PKP:
     "Choose kernels of a model's convolutions in two stages, and set them to zero"
     def __init__(self,
@@ -164,7 +166,7 @@ class PKP:
         self.groups = couple(self.model, x).groups if silence else ()
         self.costs = {n:r.macs if count=='macs' else layers[n].weight[0,0].numel() for n,r in runs.items()}
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000001c
+# %% ../../nbs/sparse/02_progressive.ipynb #00000020
 def check_options(
     *, mode:str='norm', p:int=1, protect_until:float|int=.5, protect_out:bool=False, silence:bool=False, count:str='units', # As for `PKP`
 ):
@@ -189,7 +191,7 @@ def _convs(self:PKP, layers, only):
     self.skipped.update({n:'all of it is zero' for n,m in res.items() if not m.weight.detach().any()})
     return {n:m for n,m in res.items() if n not in self.skipped}
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000001d
+# %% ../../nbs/sparse/02_progressive.ipynb #00000021
 @patch
 @torch.no_grad()
 def theta(self:PKP,
@@ -231,7 +233,7 @@ def _most(self:PKP, t):
 @patch
 def _cost(self:PKP, n): return 1 if self.count=='units' else self.costs[n]
 
-# %% ../../nbs/sparse/02_progressive.ipynb #0000001e
+# %% ../../nbs/sparse/02_progressive.ipynb #00000022
 @patch
 def masks(self:PKP,
     sparsity:float, # Part of the kernels that shall be gone, in all
@@ -252,13 +254,14 @@ def _reachable(self:PKP, sparsity, stage, t):
     way = 'a smaller part for the first stage (moderate=)' if stage==1 else 'a smaller protect_until'
     raise ValueError(f"sparsity={sparsity!r} cannot be reached in stage {stage}: {why}{', and each filter one' if self.protect_out else ''}, so at most {math.floor(most*1e4)/1e4:g} of the {self.count} can go; ask for less, or for {way}")
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000027
+# %% ../../nbs/sparse/02_progressive.ipynb #0000002b
 @dataclass(frozen=True)
 class Round:
     "One cut"
     stage:int # 1 or 2
     sparsity:float # That is reached with it, in all
 
+# %% ../../nbs/sparse/02_progressive.ipynb #0000002c
 def pkp_rounds(
     sparsity:float, # In the end
     n:int=1, # Rounds of each stage
@@ -274,7 +277,7 @@ def pkp_rounds(
     if any(a.sparsity>b.sparsity for a,b in zip(res, res[1:])): raise ValueError(f"schedule {schedule.name!r} falls, and what has gone does not come back here; choose one that rises")
     return tuple(res)
 
-# %% ../../nbs/sparse/02_progressive.ipynb #00000029
+# %% ../../nbs/sparse/02_progressive.ipynb #0000002e
 @patch
 def sparsify(self:PKP,
     sparsity:float, # Part of the kernels that is zero in the end

@@ -7,14 +7,14 @@ Docs: https://fasterprune.github.io/fasterprune/sparse/silence.html.md"""
 # %% auto #0
 __all__ = ['silenced']
 
-# %% ../../nbs/sparse/01_silence.ipynb #00000002
+# %% ../../nbs/sparse/01_silence.ipynb #00000003
 import numpy as np
 import torch
 from torch import nn
 from .masks import Masks
 from ..surgery.guard import state_of
 
-# %% ../../nbs/sparse/01_silence.ipynb #00000005
+# %% ../../nbs/sparse/01_silence.ipynb #00000006
 @torch.no_grad()
 def silenced(
     masks:Masks, # Of any granularity
