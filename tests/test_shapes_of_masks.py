@@ -433,3 +433,47 @@ def test_boxes_against_a_loop(g):
             l = model.get_submodule(n)
             one,got,all_ = low([(v, u) for u,v in scores[n].items()], floor(f, len(scores[n]))),gone(m, n, l),gone(wide, n, l)
             assert all(got[p].item()==(u in one) and all_[p].item()==((rank[n], *u) in both) for p,u in units[n].items())
+
+# ---- in training, and on sparse tensor cores
+
+@pytest.mark.parametrize('g,s', [('2:4', .5), ('pattern', 5/9), ('block2x2', .5)])
+def test_in_training(g, s):
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fasterprune.callback.sparsify import SparsifyCallback
+    from fasterprune.data import digits_dls
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,8,3,stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    dls = digits_dls(bs=256, valid_pct=.6)
+    with torch.no_grad(): model(dls.one_batch()[0].cpu())
+    cb = SparsifyCallback(s, g, schedule='agp', ignore='0')
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=cb)
+    w = learn.model[2].weight.detach().cpu()!=0
+    assert cb.measured_sparsity()==pytest.approx(s, abs=1e-3)
+    if g=='2:4': assert w.unflatten(1, (2,4)).sum(2).unique().tolist()==[2]
+    elif g=='pattern': assert w.sum((2,3)).unique().tolist()==[4]
+    else: assert w.unflatten(0, (4,2)).unflatten(2, (4,2)).float().std((1,3,4,5)).max()==0
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_sparse_tensor_cores():
+    from fasterprune.sparse.semi_structured import semi_structured_
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8192,8192), nn.ReLU(), nn.Linear(8192,8192), nn.Linear(8192,10)).half().cuda().eval()
+    Sparsifier(model, granularity='2:4').sparsify()
+    x = torch.randn(4096, 8192, device='cuda', dtype=torch.half)
+    def time(n=20):
+        with torch.no_grad():
+            for _ in range(3): model(x)
+            ts = []
+            for _ in range(n):
+                a,b = torch.cuda.Event(enable_timing=True),torch.cuda.Event(enable_timing=True)
+                a.record(); out = model(x); b.record(); torch.cuda.synchronize()
+                ts.append(a.elapsed_time(b))
+        return out,sorted(ts)[n//2]
+    dense,t = time()
+    said = semi_structured_(model)
+    sparse,u = time()
+    assert said['0']==said['2']=='' and 'multiple of' in said['3'] # ten outputs are no multiple of theirs
+    assert (dense-sparse).abs().max()<.01*dense.abs().max() and u<t, f"{t:.3f} ms dense, {u:.3f} ms 2:4"
