@@ -436,3 +436,18 @@ def test_epochs_cut_short_and_resumed():
     late,learn = PKPCallback(.6),learner()
     fit(learn, 4, late, start_epoch=3)
     assert gone(late.masks)==floor(.6, total(late.masks))
+
+# ---- on networks as they are used: pytest tests/test_progressive.py -m slow
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,sparsity', [('resnet18',.9), ('mobilenet_v2',.7), ('densenet121',.9)])
+def test_law_on_known_networks(name, sparsity):
+    from torchvision import models
+    torch.manual_seed(0)
+    net,x = uneven(getattr(models, name)(weights=None, num_classes=10)).double(),torch.randn(1,3,64,64).double()
+    pkp = PKP(net, x, silence=True)
+    m = pkp.sparsify(min(sparsity, pkp.most()), rounds=2)
+    for l in pkp.low:
+        for ks in readers(pkp.layers[l]).values(): assert any(keep_of(m, l, None)[k] for k in ks)
+    r,error = law(net, x)
+    assert error<1e-10 and r.removed>0
