@@ -1,9 +1,10 @@
 "SparsifyCallback, KeepZeros and learn.prune in a real fastai training, with everything else that may be going on there"
-import math, random
+import importlib.util, math, random
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 import numpy as np
+import pandas as pd
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException, FetchPredsCallback
 from fastai.callback.fp16 import MixedPrecision
@@ -21,7 +22,8 @@ from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
 from fasterprune.sparse.masks import plain_module
-from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback, example_batch
+from fasterprune.callback.keep import KeepZeros, example_batch
+from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp, linear, one_shot
@@ -668,6 +670,168 @@ def test_compiled():
     x, = example_batch(learn)
     with torch.no_grad(): want = model.eval()(x)
     assert learn.prune().removed==10 and torch.allclose(model(x), want, rtol=1e-5, atol=1e-5)
+
+# ---- learners of fastai's applications
+
+def pruned(learn): # what training made zero is removed, and the network says the same
+    xs = example_batch(learn)
+    with torch.no_grad(): want = learn.model.eval()(*xs)
+    r = learn.prune()
+    with torch.no_grad(): got = learn.model(*xs)
+    assert r.removed and type(got) is type(want) and torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    return r
+
+def image_dls(n, target):
+    x = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return DataLoaders.from_dsets(*[torch.utils.data.TensorDataset(x, target(x))]*2, bs=4, num_workers=0, device='cpu')
+
+def test_vision_learner():
+    from fastai.vision.learner import vision_learner
+    from torchvision.models import resnet18
+    learn = vision_learner(image_dls(8, lambda x: (x.mean((1,2,3))>0).long()), resnet18, pretrained=False, n_out=2, normalize=False, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    cb,low = SparsifyCallback(.5),[]
+    with quiet(learn): learn.fine_tune(1, 1e-3, cbs=[cb, Holds(), Spy('after_train', lambda l: low.append(n_zeros(l.model)))])
+    assert {n:len(v) for n,v in zero_filters(learn.model).items() if n in ('0.0','0.4.0.conv1','0.7.1.conv2','1.4','1.8')}=={'0.0':32, '0.4.0.conv1':32, '0.7.1.conv2':256, '1.4':256, '1.8':0}
+    assert low==sorted(low) and pruned(learn).removed==sum(z for z,_ in cb.masks.units.values())
+
+@pytest.mark.xfail(strict=True, reason='the output of a layer that makes a tensor subclass is not seen as an output, so its channels count as free')
+def test_unet_learner():
+    from fastai.vision.learner import unet_learner
+    from torchvision.models import resnet18
+    learn = unet_learner(image_dls(4, lambda x: (x[:,0]>0).long()), resnet18, pretrained=False, n_out=2, normalize=False, loss_func=CrossEntropyLossFlat(axis=1))
+    cb = SparsifyCallback(.5)
+    with quiet(learn): learn.fit(1, 1e-3, cbs=[cb, Holds()])
+    assert 'layers.12.0' not in cb.masks.units # the classes
+    assert pruned(learn).removed==sum(z for z,_ in cb.masks.units.values())
+
+def test_tabular_learner():
+    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
+    g = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=g.integers(0, 4, 200).astype(str), b=g.normal(size=200), c=g.normal(size=200)))
+    df['y'] = (df.b+df.c>0).astype(int)
+    dls = TabularDataLoaders.from_df(df, y_names='y', y_block=CategoryBlock(), cat_names=['a'], cont_names=['b','c'], procs=[Categorify, Normalize], bs=50, valid_idx=list(range(50)))
+    learn,cb = tabular_learner(dls, layers=[32,16], metrics=accuracy),SparsifyCallback(.5)
+    with quiet(learn): learn.fit_one_cycle(3, 1e-2, cbs=[cb, Holds()])
+    assert cb.masks.units=={'layers.0.0':(16,32), 'layers.1.0':(8,16)} and pruned(learn).removed==24
+
+def sentences(n=120):
+    x = torch.randint(0, 20, (n,12), generator=torch.Generator().manual_seed(0))
+    return x,(x[:,0]>9).long()
+
+def test_text_classifier_learner():
+    from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, text_classifier_learner
+    from fastcore.foundation import L
+    x,y = sentences()
+    dls = DataLoaders.from_dsets(*[torch.utils.data.TensorDataset(x[i], y[i]) for i in (slice(80), slice(80, None))], bs=40, num_workers=0, device='cpu')
+    dls.vocab = L(['w']*20, ['a','b'])
+    for granularity,want in (('filter', {'1.layers.0.2':(25,50)}), ('weight', {'1.layers.0.2':(1200,2400), '1.layers.1.2':(50,100)})):
+        learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=awd_lstm_clas_config|dict(emb_sz=16, n_hid=24, n_layers=2), n_out=2, loss_func=CrossEntropyLossFlat(), metrics=accuracy, seq_len=12)
+        cb = SparsifyCallback(.5, granularity, only='1')
+        with quiet(learn): learn.fit(2, 1e-2, cbs=[cb, Holds()])
+        assert cb.masks.units==want and all(int((learn.model.get_parameter(n)==0).sum())>=int((~k).sum()) for n,k in cb.masks.keep.items())
+
+@pytest.mark.xfail(strict=True, reason='masks are not found under the second name of a tied weight')
+def test_language_model_learner(): # its decoder is tied to its embedding
+    from fastai.text.all import AWD_LSTM, LMDataLoader, awd_lstm_lm_config, language_model_learner
+    items = list(sentences()[0].reshape(-1, 60))
+    dls = DataLoaders(*[LMDataLoader(i, bs=4, seq_len=12, num_workers=0) for i in (items[:16], items[16:])])
+    dls.vocab = ['w']*20
+    learn = language_model_learner(dls, AWD_LSTM, pretrained=False, config=awd_lstm_lm_config|dict(emb_sz=16, n_hid=24, n_layers=2))
+    cb = SparsifyCallback(.5, 'weight', only='1')
+    with quiet(learn): learn.fit(2, 1e-2, cbs=[cb, Holds()])
+    w = learn.model[1].decoder.weight
+    assert w is learn.model[0].encoder.weight and int((w==0).sum())==160 and cb.history.sparsity.iloc[-1]==.5
+
+# ---- averages, rates, loggers, GPUs
+
+class EMA(Callback): # fastai has none: PyTorch's, after each step
+    order = KeepZeros.order+2
+    def before_fit(self):
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(.9))
+    def after_step(self): self.average.update_parameters(self.model)
+
+def test_average_of_the_weights(): # it remembers weights that are zero now; the masks apply to it, and it is cut along
+    learn,cb,ema = learner(),SparsifyCallback(.5),EMA()
+    fit(learn, 4, cbs=[cb, ema, Holds()])
+    average = ema.average.module
+    assert not any(map(len, zero_filters(average).values()))
+    cb.masks.apply_(average)
+    assert zero_filters(average)==zero_filters(learn.model)
+    x, = example_batch(learn)
+    want = average.eval()(x)
+    assert learn.prune(also=average).removed==10 and torch.allclose(average(x), want, rtol=1e-5, atol=1e-6)
+    assert [p.shape for p in average.parameters()]==[p.shape for p in learn.model.parameters()]
+
+@pytest.mark.parametrize('f', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr'])
+def test_discriminative_rates(f):
+    learn,rates = learner(body_head, splitter=split),[]
+    spies = [SparsifyCallback(.5), Holds(), Spy('before_step', lambda l: rates.append([h['lr'] for h in l.opt.hypers]))]
+    with quiet(learn):
+        if f=='fit_sgdr': learn.fit_sgdr(2, 1, slice(1e-4, 1e-2), cbs=spies)
+        else: getattr(learn, f)(3, slice(1e-4, 1e-2), cbs=spies)
+    assert all(r[1]==pytest.approx(100*r[0]) for r in rates) and len(rates)==9
+    assert [len(v) for v in zero_filters(learn.model).values()]==[4, 6, 0]
+
+def test_learn_save_in_the_middle_of_training(tmp_path): # a file that was written by hand holds what was zero then
+    learn = learner(tmp=tmp_path)
+    fit(learn, 3, cbs=[SparsifyCallback(.5, schedule=linear()), Spy('after_epoch', lambda l: l.save(f'at{l.epoch}'))])
+    counts = []
+    for i in range(3):
+        learn.load(f'at{i}')
+        counts.append(sum(map(len, zero_filters(learn.model).values())))
+    assert counts==[0, 5, 10]
+
+@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='tensorboard is not installed')
+def test_tensorboard(tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    fit(learner(tmp=tmp_path), 3, cbs=[SparsifyCallback(.5, schedule=linear()), TensorBoardCallback(tmp_path/'log', trace_model=False, log_preds=False)])
+    log = EventAccumulator(str(tmp_path/'log')).Reload()
+    assert [round(e.value, 4) for e in log.Scalars('sparsity')]==[0, .25, .5] and len(log.Scalars('compression'))==3
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_mixed_precision_on_a_gpu(mode):
+    learn = learner(dls=digits_dls(bs=128, valid_pct=.75).cuda())
+    clean_fit = fit(learn, 4, cbs=[MixedPrecision(mode), SparsifyCallback(.5, criterion='taylor_act'), Holds()])
+    assert next(learn.model.parameters()).is_cuda and [len(v) for v in zero_filters(clean_fit.model).values()]==[4, 6, 0]
+    assert learn.prune().removed==10
+
+# ---- what a table and a picture say
+
+def test_layers_and_plot():
+    cb = SparsifyCallback(.5, schedule=linear())
+    with pytest.raises(ValueError, match='nothing has been made sparse yet'): cb.plot()
+    learn = fit(learner(), 3, cbs=cb)
+    assert list(cb.layers)==['0','4'] and cb.layers.index.tolist()==[(0,0.), (1,.5), (2,1.)] and cb.layers.to_numpy().tolist()==[[0,0], [2/8,3/12], [4/8,6/12]]
+    (ax,) = cb.plot().axes
+    assert {l.get_label():list(l.get_ydata()) for l in ax.lines}=={'sparsity, requested':[0,.25,.5], 'sparsity':[0,.25,.5]}
+    (ax,) = cb.plot(by_layer=True).axes
+    assert {l.get_label() for l in ax.lines}=={'sparsity of 0','sparsity of 4'}
+
+# ---- memory
+
+def held_by(*cbs): # bytes of all tensors that callbacks hold beside the model's, each memory once
+    seen = {}
+    def look(v, depth=0):
+        if isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter): seen[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        elif isinstance(v, dict): [look(i, depth+1) for i in v.values()]
+        elif isinstance(v, (list,tuple)): [look(i, depth+1) for i in v]
+        elif type(v).__name__=='Masks': look(v.keep, depth+1)
+    for c in cbs: look({k:v for k,v in vars(c).items() if k not in ('_room',)})
+    return sum(seen.values())
+
+@pytest.mark.parametrize('granularity', ['weight', 'column', 'kernel', 'filter', 'shared_row'])
+def test_at_most_a_byte_a_weight(granularity):
+    make = lambda: nn.Sequential(nn.Conv2d(1,160,3,padding=1), nn.BatchNorm2d(160), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Conv2d(160,200,3,padding=1), nn.BatchNorm2d(200), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(200,10))
+    learn,seen = learner(make, bs=256),[]
+    n = sum(m.weight.numel() for m in learn.model if hasattr(m, 'weight') and m.weight.dim()>1)
+    for _ in range(2): # and no more in a second fit
+        cb = SparsifyCallback(.5, granularity)
+        look = lambda l: seen.append(held_by(cb, *kept(l))) if l.training else None
+        fit(learn, 1, cbs=[cb, Holds(), Spy('after_step', look)])
+    assert 0<max(seen)<=n
 
 # ---- learn.prune
 

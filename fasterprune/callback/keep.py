@@ -102,7 +102,7 @@ def _pair(self:KeepZeros):
     model = plain_module(self.model)
     try: self.masks.apply_(model)
     except ValueError as e: raise ValueError(f"KeepZeros: {e.args[0]}; learn.remove_cb(KeepZeros) lets them go") from e
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters(remove_duplicate=False))
     out = {n:written_out(k, params[n]) for n,k in self.masks.keep.items()}
     self.masks,self._pairs = Masks({n:k for n,(k,_) in out.items()}, self.masks.units),[(params[n], full) for n,(_,full) in out.items()]
     large = [p for p,full in self._pairs if p.device.type=='cpu' and full.shape==p.shape]
