@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/apply.html.md"""
 
 # %% auto #0
 __all__ = ['planned_shapes', 'new_attributes', 'attributes', 'replace_', 'bare', 'fold_', 'edits_of', 'outputs_kept', 'apply_',
-           'check_plan', 'Snapshot']
+           'remove_', 'check_plan', 'Snapshot']
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000002
 import contextlib
@@ -15,7 +15,8 @@ import torch
 from torch import nn, Tensor
 from ..core import module_of
 from .guard import state_of
-from .optimizer import OptimizerSnapshot, adopt_, carry_, carry_flat_, check_optimizer, sliced
+from .branch import Removed
+from .optimizer import OptimizerSnapshot, adopt_, carry_, carry_flat_, check_optimizer, drop_, sliced
 from .plan import Plan, taker, total
 from .sizes import install_, uninstall_
 
@@ -26,7 +27,7 @@ def planned_shapes(
 )->dict[str,tuple]: # Parameter or buffer name → shape, for those that change
     "The shapes that a plan leads to"
     state,res = state_of(model),{}
-    for e in plan.edits:
+    for e in plan.slices:
         shape = list(res.get(e.param, state[e.param].shape))
         shape[e.dim] = len(e.keep)
         res[e.param] = tuple(shape)
@@ -130,7 +131,7 @@ def edits_of(
 )->dict: # Parameter or buffer name → its `Edit`s
     "The edits of each parameter"
     res = {}
-    for e in plan.edits: res.setdefault(e.param, []).append(e)
+    for e in plan.slices: res.setdefault(e.param, []).append(e)
     return res
 
 def _stay(model, f, edits): # Which of the numbers of a fold stay
@@ -158,6 +159,7 @@ def apply_(
 )->nn.Module:
     "Carry a plan out: slice parameters and buffers, set the attributes of standard layers, fold constants"
     whole,model = model,bare(model, plan)
+    if plan.branches: remove_(model, plan, optimizer)
     check_plan(model, plan, optimizer)
     attrs,state,shapes = new_attributes(model, plan),state_of(model),{}
     for n,es in edits_of(plan).items():
@@ -172,6 +174,23 @@ def apply_(
     fold_(model, plan, optimizer)
     return whole
 
+def remove_(
+    model:nn.Module, # Changed in place
+    plan:Plan, # With branches
+    optimizer=None, # Forgets what goes, and trains what is new
+)->Removed: # Can put them back; the optimizer has a snapshot of its own
+    "Take the branches of a plan out"
+    state,modules = state_of(model),{n for n,_ in model.named_modules()}
+    for b in plan.branches:
+        missing = [n for n,k in b.params if n not in state or len(state[n])!=k]+[g.module for g in b.modules if g.module not in modules]
+        if missing: raise ValueError(f"this plan is of another model, or has been applied before: it takes out a branch with {missing[0]!r}, which this one does not have so")
+    if optimizer is not None: check_optimizer(optimizer, model, {})
+    r = Removed(model, plan.branches)
+    if optimizer is not None:
+        for p,beside in r.new: adopt_(optimizer, p, beside)
+        drop_(optimizer, r.old)
+    return r
+
 def check_plan(
     model:nn.Module,
     plan:Plan,
@@ -179,7 +198,7 @@ def check_plan(
 ):
     "Refuse a plan that does not fit a model, and an optimizer that cannot follow"
     state = state_of(model)
-    for e in plan.edits:
+    for e in plan.slices:
         if e.param not in state: raise ValueError(f"this plan is of another model: it cuts {e.param!r}, which this one does not have")
         n = tuple(state[e.param].shape)
         if e.dim>=len(n) or n[e.dim]!=e.n: raise ValueError(f"this plan is of another model, or has been applied before: it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
@@ -197,11 +216,11 @@ def _check_fold(model, f):
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000000e
 class Snapshot:
-    "Remember tensors, gradients, attributes and optimizer state of a model, by reference; `restore_` puts them back"
+    "Remember tensors, gradients, attributes and optimizer state of a model, by reference; `restore_` puts them back; branches remember themselves (`Removed`)"
     def __init__(self, model:nn.Module, plan:Plan, optimizer=None):
         self.model = model = bare(model, plan)
         state = state_of(model)
-        names = {e.param for e in plan.edits} | {f.name for f in plan.folds if f.kind!='new'}
+        names = {e.param for e in plan.slices} | {f.name for f in plan.folds if f.kind!='new'}
         self.tensors = [(state[n], state[n].detach(), state[n].grad) for n in names]
         self.attrs = [(m, k, getattr(m, k)) for m,k,_ in new_attributes(model, plan)]
         self.forwards = [(m, vars(m).get('forward')) for m in (model.get_submodule(s.module) for s in plan.sized)]

@@ -14,6 +14,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import NoEffectWarning, as_call
 from ..criteria.base import as_criterion, has_values
+from .branch import Removed, silent_branches
 from .budget import Budget
 from .capture import capture, capture_all
 from .choice import Choice, is_of, layers_of, warn_of_emptied
@@ -25,8 +26,8 @@ from .groups import Group, Member
 from .coupling import Coupling
 from .kernel_shape import shrink_kernels
 from .liveness import dead_labels, held, observe
-from .operation import Extras, Operation
-from .plan import Plan, fold_targets, folds_of
+from .operation import Extras, Operation, Removal
+from .plan import Plan, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .settle import settle
 from .sizes import keep_divisors
@@ -61,9 +62,15 @@ class Pruner:
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000008
 @patch
-def _dead(self:Pruner, soft:bool=False): # `soft`: constants that cannot be folded exactly go as well
+def _silent(self:Pruner): # Branches that go, those that stay with a reason, and what was seen
+    terms = {}
+    facts = observe(self.model, self.x, self.coupling, terms)
+    return *silent_branches(self.coupling, self.x, terms, self._may_layer),facts
+
+@patch
+def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that cannot be folded exactly go as well
     c = self.coupling
-    facts,targets = observe(self.model, self.x, c),fold_targets(c)
+    facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
     plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
@@ -111,7 +118,17 @@ def plan(self:Pruner,
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
     self.couple()
-    return (self._dead() if how is None else self._chosen(how))[0]
+    return self._chosen(how)[0] if how is not None else self._clean()
+
+@patch
+def _clean(self:Pruner)->Plan: # What is dead, branches first
+    branches,left,facts = self._silent()
+    out = Removed(self.model, branches)
+    try:
+        if branches: self.couple()
+        plan = self._dead(None if branches else facts)[0]
+    finally: out.restore_()
+    return with_branches(replace(plan, held=plan.held+left), branches)
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000d
 @patch
@@ -141,27 +158,43 @@ def prune(self:Pruner,
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
     _check_values(self.model, how, extras)
     self.couple()
-    plan,gone,small = self._dead(bool(compensate)) if how is None else self._chosen(how)
-    return self._carry_out(plan, gone, small, 'masks' if how is None else 'readers', extras)
+    before,first,left = self._counts(),None,()
+    try:
+        if how is None:
+            branches,left,facts = self._silent()
+            if branches:
+                first = Removal(self.model, self.x, self.coupling, branches, extras)
+                first.run_(); self.couple()
+            plan,gone,small = self._dead(None if branches else facts, bool(compensate))
+        else: plan,gone,small = self._chosen(how)
+        return self._carry_out(replace(plan, held=plan.held+left), gone, small, 'masks' if how is None else 'readers', extras, before, first)
+    except BaseException:
+        if first is not None: first.restore_()
+        raise
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000e
 @patch
-def _carry_out(self:Pruner, plan, gone, small, law, extras):
+def _counts(self:Pruner): # What the model is now: its trace, parameters, multiply-accumulates, layers
     t = self.coupling.trace
     whole = capture(self.model, self.x) if t.training else t
-    inputs,before = tuple(t.shapes[r.id] for r in t.inputs),(n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole))
-    if not plan.edits:
+    return whole,n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole)
+
+@patch
+def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
+    t,(whole,*before) = self.coupling.trace,before
+    inputs = tuple(t.shapes[r.id] for r in t.inputs)
+    if not plan.edits and first is None:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
-    op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras)
+    op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
     try:
         done = op.run_()
-        small = capture(self.model, self.x) if t.training or plan.kernels else small
+        small = capture(self.model, self.x) if t.training or plan.kernels or first else small
         after = n_params(self.model),trace_macs(small),layer_sizes(self.model, small)
     except BaseException:
         op.restore_()
         raise
-    return Report(op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, **done)
+    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''

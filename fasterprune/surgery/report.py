@@ -141,6 +141,8 @@ def _equal(self):
 
 _counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape', 'kernel_size', 'dilation', 'padding', 'output_padding', '_reversed_padding_repeated_twice') # every standard layer has these set; that goes without saying
 
+def _listed(names): return ', '.join(names[:-1])+' and '*(len(names)>1)+names[-1] if len(names)<6 else f"{', '.join(names[:4])} and {len(names)-4} more"
+
 def _kernels(plan): # (size before, after) → layers
     res = {}
     for n,a,b in plan.kernels: res.setdefault((a,b), []).append(n)
@@ -183,6 +185,7 @@ def _lines(self):
     yield 'verified', _equal(self)
     for c in self.also: yield 'copy', f"{c.kind} was cut as well" + ('' if c.change is None else f"; its outputs changed by {c.change:.1e}, and are what its law demands to {c.error:.1e}")
     for what,names in self.modules(): yield 'module', f"{_modules(names)}: {what}"
+    for b in self.plan.branches: yield 'branch', f"{b.where}: {_listed([g.module.removeprefix(b.where).lstrip('.') for g in b.modules])} run{'s'*(len(b.modules)==1)} no more, for {_listed(b.banks)} {'is' if len(b.banks)==1 else 'are'} zero{'' if b.modules[-1].value is None else '; a constant stays'}"
     for (a,b),names in _kernels(self.plan).items(): yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
     for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
