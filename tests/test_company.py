@@ -694,7 +694,6 @@ def test_vision_learner():
     assert {n:len(v) for n,v in zero_filters(learn.model).items() if n in ('0.0','0.4.0.conv1','0.7.1.conv2','1.4','1.8')}=={'0.0':32, '0.4.0.conv1':32, '0.7.1.conv2':256, '1.4':256, '1.8':0}
     assert low==sorted(low) and pruned(learn).removed==sum(z for z,_ in cb.masks.units.values())
 
-@pytest.mark.xfail(strict=True, reason='the output of a layer that makes a tensor subclass is not seen as an output, so its channels count as free')
 def test_unet_learner():
     from fastai.vision.learner import unet_learner
     from torchvision.models import resnet18

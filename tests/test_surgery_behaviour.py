@@ -466,3 +466,25 @@ def test_values_that_do_not_matter_are_not_computed(monkeypatch):
     assert want=={n.key:[rec.trace.shapes[r.id] for r in n.outs] for n in rec.trace.nodes if n.func is conv}
     r = Pruner(net, x).prune(.5)
     assert r.error<1e-10 and net.up.weight.shape[:2]==(5,6) and net(x).shape==(41,4,12,12) and len(seen)==3+3+3
+
+class Image(torch.Tensor): "Wraps what comes out of an operator, as fastai's tensors do"
+
+class Casts(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.a,self.b,self.last = nn.Conv2d(3,8,3),nn.Conv2d(8,4,1),last
+    def forward(self, x):
+        x = self.a(x) if self.last else self.a(x).as_subclass(Image)
+        x = self.b(x.relu())
+        return x.as_subclass(Image) if self.last else x
+
+@pytest.mark.parametrize('last,kind', [(False,torch.Tensor),(True,torch.Tensor),(False,Image)])
+def test_subclasses_of_tensor_hide_nothing(last, kind):
+    net,x,was = Casts(last).eval(),torch.randn(2,3,6,6).as_subclass(kind),vars(torch.Tensor).get('as_subclass') # fastai has its own
+    t = capture(net, x)
+    assert t.fake and [n.op for n in t.nodes]==['convolution','relu','convolution'] and t.outputs==list(t.nodes[-1].outs)
+    assert all(a.args[0]==b.outs[0] for a,b in zip(t.nodes[1:], t.nodes))
+    with pytest.raises(TypeError): capture(net, x, training=0)
+    assert vars(torch.Tensor).get('as_subclass') is was and type(x.as_subclass(Image)) is Image
+    r = Pruner(net, x).prune(.5)
+    assert r.error<1e-10 and net.b.weight.shape==(4,4,1,1) and type(net(x)) is (kind if kind is Image else Image)

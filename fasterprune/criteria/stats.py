@@ -100,6 +100,7 @@ def same_random(
     loader=None, # A fastai loader has random numbers of its own
 ):
     "Draw random numbers, and let the others draw what they would have drawn"
+    while 'dl' in getattr(loader, '__dict__', {}): loader = vars(loader)['dl'] # with several processes, a loader of a loader
     own = getattr(loader, 'rng', None)
     own = (own,own.getstate()) if isinstance(own, random.Random) else None
     gen = getattr(loader, 'generator', None)

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import recurrent # registers adapters
 from .shapes import Shapes
 from ..core import as_call, modules_of, PruningError
-from .guard import adapted, plain_operators, stand_ins, state_of, swapped, unchanged
+from .guard import adapted, as_plain, plain_operators, plain_tensors, stand_ins, state_of, swapped, unchanged
 from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
@@ -178,12 +178,12 @@ def record(
     state:dict[str,Tensor]|None=None, # Stand-ins for the parameters and buffers, by name
 ):
     "Run `model` under the recorder and return its output"
-    args,kwargs = as_call(x)
+    args,kwargs = as_call(tree_map(as_plain, x))
     if state is None: state = state_of(model)
     for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
     rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
     rec.trace.training = rec.training
-    with unchanged(model), adapted(model, rec.check), plain_operators(model, rec.training), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
+    with unchanged(model), adapted(model, rec.check), plain_operators(model, rec.training), plain_tensors(), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
         out = model(*args, **kwargs)
     rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
     if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
@@ -250,7 +250,7 @@ def capture(
     rec.trace.fake = False
     return rec.trace
 
-# %% ../../nbs/surgery/01_capture.ipynb #0000001c
+# %% ../../nbs/surgery/01_capture.ipynb #0000001e
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

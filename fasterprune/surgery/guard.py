@@ -16,7 +16,8 @@ from ..core import eval_mode, modules_of
 from .adapters import ADAPTERS, forward_of
 
 # %% auto #0
-__all__ = ['same_noise', 'no_fastpath', 'plain_operators', 'unchanged', 'Adapted', 'adapted', 'state_of', 'stand_ins', 'swapped']
+__all__ = ['same_noise', 'no_fastpath', 'as_plain', 'plain_tensors', 'plain_operators', 'unchanged', 'Adapted', 'adapted',
+           'state_of', 'stand_ins', 'swapped']
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000006
 @contextlib.contextmanager
@@ -34,6 +35,24 @@ def no_fastpath():
     torch.backends.mha.set_fastpath_enabled(False)
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
+
+def as_plain(
+    t, # A tensor, or anything else
+):
+    "A tensor without the subclass of `Tensor` that it is of, unless that has operators of its own"
+    return t.as_subclass(Tensor) if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) and _ordinary(type(t)) else t
+
+def _ordinary(cls): return cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+@contextlib.contextmanager
+def plain_tensors():
+    "Results are not wrapped in subclasses of `Tensor` (`as_subclass`): that is no operator, so nobody would see it"
+    was,wrap = vars(Tensor).get('as_subclass'),Tensor.as_subclass
+    Tensor.as_subclass = lambda t, cls: t if _ordinary(cls) and cls is not Tensor else wrap(t, cls)
+    try: yield
+    finally:
+        if was is None: del Tensor.as_subclass
+        else: Tensor.as_subclass = was
 
 @contextlib.contextmanager
 def plain_operators(
