@@ -39,7 +39,7 @@ class Granularity:
     name: str # What users write
     axes: str # Letters of the axes inside a unit; '*' is all axes of the kernel
     meaning: str # One sentence
-    prunable: bool = False # Can surgery remove such a unit?
+    prunable: bool = False # Can surgery remove such a unit, wherever it lies?
     needs: str = '' # Further axes that a kernel must have
     linear: str|None = None # Axes inside a unit of a linear layer; None: it has no such unit
     embedding: str|None = None # The same of an embedding

@@ -477,3 +477,27 @@ def test_sparse_tensor_cores():
     sparse,u = time()
     assert said['0']==said['2']=='' and 'multiple of' in said['3'] # ten outputs are no multiple of theirs
     assert (dense-sparse).abs().max()<.01*dense.abs().max() and u<t, f"{t:.3f} ms dense, {u:.3f} ms 2:4"
+
+# ---- what says how it is removed is removed, and nothing else changes
+
+class Mixed(nn.Module):
+    "A residual branch, kernels with padding, and two linear layers"
+    def __init__(self):
+        super().__init__()
+        self.a,self.na,self.b,self.nb,self.c,self.head,self.out = nn.Conv2d(3,8,3,padding=1),nn.BatchNorm2d(8),nn.Conv2d(8,8,3,padding=1),nn.BatchNorm2d(8),nn.Conv2d(8,12,3,padding=1),nn.Linear(12,16),nn.Linear(16,4)
+    def forward(self, x):
+        x = self.na(self.a(x)).relu()
+        return self.out(self.head(self.c(x+self.nb(self.b(x))).relu().flatten(2).mean(2)).relu())
+
+REMOVED = [('filter', .5, {}), ('shared_kernel', .5, {}), ('shared_horizontal_slice', .67, {}), ('shared_vertical_slice', .67, {}), ('shared_channel', .8, {}), ('layer', {'b':1.}, {}),
+           ('row', .5, dict(only='head')), ('column', .5, dict(only='out')), ('column', .5, dict(only='head'))]
+
+@pytest.mark.parametrize('g,s,kw', REMOVED)
+def test_what_can_go_goes(g, s, kw):
+    assert granularities[g].how
+    torch.manual_seed(0)
+    model,x = Mixed().double().eval(),torch.randn(2,3,8,8).double()
+    Sparsifier(model, x, granularity=g, **kw).sparsify(s)
+    before,n = run(model, x),sum(p.numel() for p in model.parameters())
+    Pruner(model, x).prune()
+    assert rel(run(model, x), before)<1e-10 and sum(p.numel() for p in model.parameters())<n
