@@ -82,10 +82,11 @@ class Units:
         *, only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         reads:bool=False, # Do the weights that read a unit belong to it, too?
+        empty:bool=False, # May there be none?
     ):
         layers,left = select_layers(model, only, ignore),set(select_layers(model))-set(select_layers(model, None, ignore))
         groups = [g for g in couple(model, x).groups if g.primary and any(l in layers for l in g.layers) and not left&set(g.layers)]
-        if not groups: raise ValueError(f"no channel of this {type(model).__name__} can be removed, so there is no unit to make small")
+        if not groups and not empty: raise ValueError(f"no channel of this {type(model).__name__} can be removed, so there is no unit to make small")
         params,roles = dict(model.named_parameters()),('write','bias','scale','shift')+('read',)*reads
         self.n,self.members = {g.name:g.n for g in groups},{}
         for g in groups:
@@ -152,11 +153,11 @@ class UnitsCallback(TrainingCallback):
         self._x = example_batch(self.learn) if self.x is None else self.x
         self._units = self._find()
 
-    def _find(self): return Units(plain_module(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads)
+    def _find(self, empty=False): return Units(plain_module(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads, empty=empty)
     @property
     def units(self)->Units:
         "Those of the model as it is now"
-        if self._units.stale: self._units = self._find()
+        if self._units.stale: self._units = self._find(empty=True) # a channel that is the only one left is no unit any more
         return self._units
 
     def stop(self): "Let go of the model's weights"; self._units = None
@@ -179,7 +180,7 @@ class GroupLassoCallback(UnitsCallback):
     def measured_zero(self)->float:
         "Part of the units that is zero in the model now"
         s = self.units.squares()
-        return sum(int((v==0).sum()) for v in s.values())/sum(self.units.n.values())
+        return sum(int((v==0).sum()) for v in s.values())/max(sum(self.units.n.values()), 1)
 
 # %% ../../nbs/callback/05_regularise.ipynb #00000018
 @torch.no_grad()
