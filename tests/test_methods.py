@@ -181,6 +181,12 @@ def test_soft_pruning_on_a_schedule_and_another_fit_keeps():
     before = zero_filters(learn.model)
     assert zero_filters(fit(learn, 1).model)==before==[4,6,0]
 
+def test_dense_sparse_dense_with_hard_switches():
+    cb = SparsifyCallback(.5, schedule=hold(0).then(hold(1).then(hold(0)), at=1/3))
+    learn = fit(learner(), 6, cbs=cb)
+    assert [v[3] for v in learn.recorder.values]==[0, 0, .5, .5, 0, 0] and zero_filters(learn.model)==[0,0,0]
+    assert zero_filters(fit(learn, 1).model)==[0,0,0]
+
 # ---- sparse all along
 
 def test_erk():

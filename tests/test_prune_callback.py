@@ -229,6 +229,15 @@ def test_without_a_target_what_dies_goes():
     learn = fit(learner(), 3, cbs=[cb, Spy('after_train', at(0, kill)), Spy('after_epoch', lambda l: seen.append(widths(l.model)))])
     assert seen==[[8,12],[5,12],[5,12]] and cb.reports[1].law=='masks' and cb.reports[1].error<1e-10
 
+def test_a_branch_that_dies_goes_while_training_goes_on():
+    def kill(l):
+        with torch.no_grad():
+            for m in (l.model.stage1.conv2, l.model.stage1.bn2): [p.zero_() for p in m.parameters()]
+    cb = PruneCallback()
+    learn = fit(learner(partial(small_resnet, width=4)), 3, cbs=[cb, Spy('after_train', at(1, kill))])
+    assert cb.reports[-1].error<1e-10 and cb.history.params.iloc[-1]==sum(p.numel() for p in learn.model.parameters())<cb.history.params.iloc[0]
+    assert len(learn.recorder.losses)==9 and all(np.isfinite(learn.recorder.losses)) and learn.prune(.25).error<1e-10
+
 def test_masks_of_an_earlier_training_are_cut_along():
     learn = fit(learner(), 2, cbs=SparsifyCallback(.5, 'weight'))
     fit(learn, 2, cbs=PruneCallback(.25, schedule=one_shot(.5), ignore='4'))
@@ -281,8 +290,7 @@ def test_nothing_happens_outside_of_training():
         learn.lr_find(show_plot=False, num_it=3, stop_div=False)
     assert widths(learn.model)==[8,12] and len(learn.metrics)==1
 
-@pytest.mark.parametrize('event', ['before_epoch', 'before_batch', 'after_step', 'after_validate', 'after_epoch'])
-@pytest.mark.parametrize('how', [CancelFitException, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('event,how', [('before_epoch', CancelFitException), ('before_batch', KeyboardInterrupt), ('after_step', RuntimeError), ('after_validate', KeyboardInterrupt), ('after_epoch', RuntimeError)])
 def test_every_way_out_leaves_no_trace(event, how):
     learn = learner()
     def stop(l):

@@ -93,10 +93,10 @@ class Units:
             ms = [m for m in g.role(*roles) if m.param in params]
             self.members[g.name] = [(params[m.param], m.dim, torch.as_tensor(m.unit, device=params[m.param].device)) for m in ms]
         self.sizes = {g:_sizes(self.n[g], ms) for g,ms in self.members.items()} # Group → (n,) number of weights of each unit
-        self.shapes = [(p, p.shape) for ms in self.members.values() for p,_,_ in ms]
+        self.shapes,self.model,self.many = [(p, p.shape) for ms in self.members.values() for p,_,_ in ms],model,len(params)
 
     @property
-    def stale(self)->bool: "Has the model been cut since?"; return any(p.shape!=s for p,s in self.shapes)
+    def stale(self)->bool: "Has the model been cut since?"; return any(p.shape!=s for p,s in self.shapes) or sum(1 for _ in self.model.parameters())!=self.many
 
     def by_weight(self,
         v:dict, # Group → a number for each unit
