@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import criteria
 from fasterprune.granularity import *
-from fasterprune.granularity import block, families, n_m, one_by_n, pattern, unit_tiles, why_not
+from fasterprune.granularity import block, families, n_m, one_by_n, out_vector, pattern, unit_tiles, why_not
 from fasterprune.measure.gallery import exhibit, plot_gallery
 from fasterprune.measure.storage import Storage, layer_storage, model_storage
 from fasterprune.sparse.heads import head_dim_groups, head_groups
@@ -48,22 +48,22 @@ def channels(m): # that meet each other
 def places(m): # ((position, its coordinates by letter), ...)
     for pos in itertools.product(*map(range, m.weight.shape)): yield pos,dict(zip(AXES[type(m)], pos))
 
-def tile_units(m, a, b): # position → unit, in the order of the weight; None where channels do not divide
+def tile_units(m, a, b, taps=False): # position → unit, in the order of the weight; None where channels do not divide
     c = channels(m)
     if c['o']%a or c['i']%b: return None
     by = dict(o=a, i=b)
-    return {pos:tuple(at[l]//by[l] for l in AXES[type(m)] if l in by) for pos,at in places(m)}
+    return {pos:tuple(at[l]//by.get(l, 1) for l in AXES[type(m)] if taps or l in by) for pos,at in places(m)}
 
 def low(scored, k): return {u for _,u in sorted(scored, key=lambda r: r[:2])[:k]} # ties by position: units are tuples in the order of the weight
 
 def gone(masks, name, m): return ~masks.keep[f'{name}.weight'].expand(m.weight.shape)
 
-TILES = [('1x4',4,1), ('1x2',2,1), ('block2x2',2,2), ('block4x4',4,4), ('block1x4',1,4), ('block1x1',1,1)]
+TILES = [('1x4',4,1), ('1x2',2,1), ('block2x2',2,2), ('block4x4',4,4), ('block1x4',1,4), ('block1x1',1,1), ('ovw4',4,1)]
 
 @pytest.mark.parametrize('g,a,b', TILES)
 def test_tiles_against_a_loop(g, a, b):
     model = net()
-    layers = {n:(m, u) for n,m in model.named_children() if (u := tile_units(m, a, b)) is not None}
+    layers = {n:(m, u) for n,m in model.named_children() if (u := tile_units(m, a, b, g.startswith('ovw'))) is not None}
     scores = {}
     for n,(m,units) in layers.items():
         s = {}
@@ -263,7 +263,7 @@ def test_a_granularity_of_ones_own_by_name():
 
 def test_values():
     assert n_m(2,4)==as_granularity('2:4')==families['2:4'] and hash(block(2,3))==hash(as_granularity('block2x3')) and as_granularity('block2×3')==block(2,3)
-    assert as_granularity('1x4')==one_by_n(4)!=block(4,1) and one_by_n(4).tiles==block(4,1).tiles==(('o',4),) and as_granularity('pattern6').rule.k==6
+    assert as_granularity('ovw4')==out_vector(4) and as_granularity('1x4')==one_by_n(4)!=block(4,1) and one_by_n(4).tiles==block(4,1).tiles==(('o',4),) and as_granularity('pattern6').rule.k==6
     assert unit_tiles(nn.ConvTranspose2d(4,8,3), block(4,2))==((0,2),(1,4)) and families['head'].layers==() and families['2:4'].layers==tuple(k for k in layer_axes if k!='Embedding')
     assert pattern().layers==('Conv2d','ConvTranspose2d') and n_m(1,4).most==.75 and block(2,2).most==1.
 
