@@ -250,6 +250,10 @@ def test_embeddings():
         assert int((~one.keep['emb.weight']).sum())==30
     s = Sparsifier(model, granularity='weight', only=['emb', 'lin', 'out'])
     assert set(s.totals)=={'lin','out'} and s.skipped=={'emb':"its weight is that of 'out'"} # once
+    m = Sparsifier(model, granularity='weight', only=['lin','out']).sparsify(.5) # the mask bears the first name of the weight, and any of them will do
+    assert set(m.keep)=={'emb.weight','lin.weight'} and (model.out.weight==0).sum()==30
+    Masks({'out.weight':torch.zeros(10,1).bool()}).apply_(model)
+    assert not model.emb.weight.any()
     with pytest.raises(ValueError, match="'kernel' .* is not defined for Embedding, whose weight has the axes i, o; choose from 'weight', 'row', 'column'$"): Sparsifier(model, granularity='kernel', only='emb')
 
 def test_a_granularity_of_ones_own_by_name():

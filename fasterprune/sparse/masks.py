@@ -56,7 +56,8 @@ def apply_(self:Masks,
     model:nn.Module, # Changed in place; names as when the masks were made
 )->nn.Module:
     "Set the masked weights to zero"
-    state = state_of(plain_module(model))
+    m = plain_module(model)
+    state = {**state_of(m), **dict(m.named_parameters(remove_duplicate=False))} # a shared weight by each of its names
     for n in self.keep:
         if n not in state: raise ValueError(f"these masks are of another model: they mask {n!r}, which this one does not have")
     for n,k in self.keep.items(): zero_(state[n], k)
@@ -84,7 +85,8 @@ def cut(self:Masks,
     edits, # (parameter, dimension, positions that stay), as the `edits` of a plan
 )->Masks: # Without `units`: they were those of the old shapes
     "The masks of what is left of a model"
-    keep = dict(self.keep)
+    edits = tuple(edits)
+    keep = {n:k for n,k in self.keep.items() if n not in {e.param for e in edits if not len(e.keep)}} # these have gone as a whole
     for e in edits:
         k = keep.get(e.param)
         if k is not None and k.shape[e.dim]>1: keep[e.param] = k.index_select(e.dim, torch.as_tensor(e.keep, dtype=torch.long, device=k.device))

@@ -161,13 +161,16 @@ def scores(self:Sparsifier,
 def wanted(self:Sparsifier)->list: # (`Statistic`, `Place`)
     "What has to be known before units can be scored"
     if self.coupled: return wanted_of(self.criterion, self.model, self.groups, granularity=self.granularity.like)
-    return wanted_of_weights(self.criterion, self.model, list(_weights(self.layers).values()))
+    return wanted_of_weights(self.criterion, self.model, list(self._weights().values()))
 
-def _weights(layers): return {n:f"{n}.weight" if n else 'weight' for n in layers}
+@patch
+def _weights(self:Sparsifier): # Layer name → name of its weight; of a weight that several layers share, the first name
+    names = {id(t):n for n,t in state_of(self.model).items()}
+    return {n:names[id(m.weight)] for n,(m,_) in self.layers.items()}
 
 @patch
 def _layer_scores(self:Sparsifier, evidence, keep):
-    names = _weights(self.layers)
+    names = self._weights()
     stats,res = weight_stats(self.criterion, self.model, list(names.values()), evidence),{}
     for n,(m,d) in self.layers.items():
         if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {self.criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")
@@ -276,7 +279,7 @@ def _group(self:Sparsifier, name):
 @patch
 def _spread(self:Sparsifier, keep):
     "Masks of parameters from the units that stay"
-    if not self.coupled: return {w:self._untiled(n, keep[n]) for n,w in _weights(keep).items()}
+    if not self.coupled: return {w:self._untiled(n, keep[n]) for n,w in self._weights().items()}
     state,params = state_of(self.model),dict(self.model.named_parameters())
     filters = self.granularity.like=='filter'
     res = {}
