@@ -5,6 +5,7 @@ import pytest, torch
 from torch import nn
 import torch.nn.functional as F
 from fasterprune.core import NoEffectWarning
+from fasterprune.measure.metrics import evaluate
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.plan import Edit, Plan
@@ -179,7 +180,7 @@ def test_kernels_and_channels_of_known_networks(name):
         for j in [(0,),(1,),(0,1)][i%3]: silent(m.weight, j, *[t for t in range(k) if t!=k//2])
     small,r = pruned(net, x)
     assert r.error<1e-10 and len(r.plan.kernels)==len(wide) and r.removed>100
-    size = dict(r.plan.kernels and [(n,b) for n,_,b in r.plan.kernels])
+    size = {n:b for n,_,b in r.plan.kernels}
     assert [size[n].count(1) for n,_ in wide]==[(1,1,2)[i%3] for i in range(len(wide))]
 
 # --- branches ---------------------------------------------------------------------------------------------------------
@@ -323,6 +324,8 @@ def test_branches_of_known_networks(name, banks):
     Sparsifier(net, x, granularity='layer', only=banks).sparsify(1.)
     small,r = pruned(net, x)
     assert r.error<1e-10 and [b.banks[0] for b in r.plan.branches]==banks and all(b.modules[-1].value for b in r.plan.branches)
+    e = evaluate(net, x) # counted on the network as it is
+    assert (e.effective_params,e.effective_macs)==(r.params[1],r.macs[1])
 
 # --- rows and columns of linear layers, heads -------------------------------------------------------------------------
 @pytest.mark.parametrize('granularity,only', [('row',['0','2']), ('column',['2','4'])])

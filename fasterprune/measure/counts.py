@@ -54,6 +54,25 @@ class Left:
         self.small = replace(self.trace, shapes={i:tuple(int(k.sum()) for k in self.keeps(i)) for i in self.trace.shapes})
         self.edits,self.folds = {},{f.name:f for f in self.plan.folds}
         for e in self.plan.edits: self.edits.setdefault(e.param, []).append(e)
+        self.twins,self.constants = {n.key:n for n in self.trace.nodes} if self.plan.branches else None,{}
+        last = [b.modules[-1] for b in self.plan.branches]
+        for g in last: # what a branch added may stay, as a bias of its last module
+            if g.value is not None: self.constants[f"{g.module}.bias"] = self._stays(f"{g.module}.bias", torch.tensor(g.value))
+
+    def _stays(self, name, v): return v[list(self.edits[name][0].keep)] if name in self.edits else v
+
+    def twin(self,
+        node:Node, # One of the model as it is
+    )->Node|None: # None where a branch goes with it
+        "The same node in the model without its silent branches"
+        if self.twins is None: return self.trace.nodes[node.index] if node.index<len(self.trace.nodes) else None
+        return self.twins.get(node.key)
+
+    def goes(self,
+        module:str, # Path
+    )->bool:
+        "Does this module go with a branch?"
+        return any(module==g.module or module.startswith(f"{g.module}.") for b in self.plan.branches for g in b.modules)
 
     def keeps(self,
         i:int, # Number of a tensor in the trace
@@ -121,7 +140,8 @@ def count(self:Tally, s:Site)->tuple:
     multiplied = macs if k is None else macs*n_nonzero(w)//w.numel()
     layer = node.module if k is None else self.holder(node, self.origin[s[k].id])
     if left is None: return layer,macs,multiplied,multiplied
-    twin = left.trace.nodes[node.index] if node.index<len(left.trace.nodes) else None
+    twin = left.twin(node)
+    if left.goes(node.module): return layer,macs,multiplied,0
     if twin is None or twin.op!=node.op: raise ValueError('the model ran other operators than it did while it was captured; effective=False counts without propagation')
     effective = macs_of(twin, left.small)
     if k is None or not effective: return layer,macs,multiplied,effective
@@ -142,6 +162,7 @@ def effective_entries(
 )->int:
     "Count the entries of a parameter that are left, and not zero"
     f = left.folds.get(name)
+    if name in left.constants: return int(left.constants[name].count_nonzero())
     if f is not None and f.kind=='bias': p = (p.detach().double()+torch.tensor(f.value, dtype=torch.float64, device=p.device)).to(p.dtype)
     keeps = [torch.ones(n, dtype=torch.bool) for n in p.shape]
     for e in left.edits.get(name, ()): keeps[e.dim][:] = False; keeps[e.dim][list(e.keep)] = True
@@ -153,7 +174,8 @@ def new_bias(
     m:nn.Module, # It
 )->int:
     "Count the entries of a bias that the pruner would give this module"
-    f = left.folds.get(name)
+    f,owns = left.folds.get(name),dict(m.named_parameters(recurse=False))
+    if (v := left.constants.get(f"{name}.bias")) is not None: return 0 if 'bias' in owns else int(v.count_nonzero())
     if f is None or f.kind!='new': return 0
     rows = [e.keep for e in left.edits.get(f"{name}.weight", []) if e.dim==(1 if getattr(m, 'transposed', False) else 0)]
     v = torch.tensor(f.value, dtype=m.weight.dtype)

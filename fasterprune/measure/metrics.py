@@ -114,7 +114,7 @@ def evaluate(
     tally,ops,params = Tally(model, left),{},{}
     for o in tally.run(x): ops.setdefault(o[0], []).append(o)
     for n,p in model.named_parameters(): params.setdefault(n.rpartition('.')[0], {})[n] = p
-    layers = [layer_cost(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules() if n in params or n in ops]
+    layers = [layer_cost(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules() if n in params or n in ops or left and f"{n}.bias" in left.constants]
     if not effective: layers = [replace(l, effective_params=None, effective_macs=None) for l in layers]
     return Evaluation(tuple(layers), tuple(tuple(t.shape) for t in tensors_in(inputs)), tuple(tally.uncounted))
 
