@@ -124,8 +124,10 @@ def out_vector(
 
 # %% ../nbs/02_granularity.ipynb #00000011
 def _low(s, k): # Bool, the k lowest along the last dimension, ties by position
-    rank = s.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return rank < k
+    if s.shape[-1] > 9: return s.argsort(dim=-1, stable=True).argsort(dim=-1) < k
+    cols = s.unbind(-1) # few: faster than a sort to count how many come before each
+    before = lambda i: sum((c <= cols[i] if j < i else c < cols[i]).byte() for j,c in enumerate(cols) if j != i)
+    return torch.stack([before(i) < k for i in range(len(cols))], -1)
 
 @dataclass(frozen=True)
 class NofM:

@@ -154,6 +154,13 @@ def test_two_of_four_is_one_of_six_and_exactly_half():
     kinds = m.keep['0.weight'].unflatten(1, (-1,4)).flatten(0,1).unique(dim=0)
     assert len(kinds)==6 and (lin.weight!=0).sum()==2048
 
+def test_many_of_many():
+    s = torch.randint(0, 5, (6,64), generator=torch.Generator().manual_seed(0)).double() # ties
+    for n,m in ((4,16), (31,32), (1,8)):
+        got = n_m(n, m).rule.may_go(s, 'oi').unflatten(1, (-1,m))
+        want = torch.tensor([[[j in sorted(range(m), key=lambda i: (g[i], i))[:m-n] for j in range(m)] for g in row] for row in s.unflatten(1, (-1,m)).tolist()])
+        assert torch.equal(got, want)
+
 def test_rules_on_a_schedule_are_nested_and_end_exactly():
     for g,most in (('2:4', .5), ('pattern', 5/9)):
         model,before = net(ties=False),None
