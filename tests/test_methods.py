@@ -1,52 +1,25 @@
 "Patience, rewinding, lottery tickets, soft pruning, SET and RigL: exact counts, exact states, nothing left behind"
 import math, random
-from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *  # fit_one_cycle
-from fastai.callback.training import GradientAccumulation
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
-from fasterprune.callback.during import PruneCallback
 from fasterprune.callback.keep import KeepZeros
-from fasterprune.callback.methods import Moment, PatienceCallback, Remember, lottery_ticket, moment_of, rewind_
+from fasterprune.callback.methods import PatienceCallback, Remember, lottery_ticket, moment_of, rewind_
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.regrow import RegrowCallback, SoftPruneCallback, drop_and_grow, drop_fraction, erk
 from fasterprune.callback.sparsify import SparsifyCallback
-from fasterprune.data import digits_dls
 from fasterprune.schedule import hold, linear
+from small_fit import Spy, equal, fit, learner, quiet, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-def tiny():
-    return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8,12,3,padding=1),
-                         nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
-
-def learner(seed=0, **kw):
-    torch.manual_seed(seed); random.seed(seed); np.random.seed(seed)
-    return Learner(digits_dls(bs=128, valid_pct=.75), tiny(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kw) # 3 batches an epoch
-
-@contextmanager
-def quiet(learn):
-    with learn.no_bar(), learn.no_logging(): yield
-
-def fit(learn, n=3, lr=1e-2, **kw):
-    with quiet(learn): learn.fit(n, lr, **kw)
-    return learn
-
-def weights(m): return {n:t.clone() for n,t in m.state_dict().items()}
-def equal(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def state(learn): return [{k:v.clone() if isinstance(v, torch.Tensor) else v for k,v in getattr(learn.opt, 'opt', learn.opt).state.get(p, {}).items()} for p in learn.model.parameters()]
 def same_state(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(v, y[k]) if isinstance(v, torch.Tensor) else v==y[k] for k,v in x.items()) for x,y in zip(a, b))
 def zero_filters(m): return [int((l.weight.flatten(1)==0).all(1).sum()) for l in m.modules() if isinstance(l, (nn.Conv2d, nn.Linear))]
-
-class Spy(Callback):
-    def __init__(self, when, f, order=100): self.f,self.order = f,order; setattr(self, when, lambda: f(self.learn))
 
 # ---- patience
 

@@ -1,6 +1,5 @@
 "PruneCallback: exact counts on the way, the optimizer and everything else go on, budgets are met, each cut is verified"
 import random
-from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import pytest, torch
@@ -9,9 +8,6 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # fit_one_cycle, fine_tune, lr_find
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -19,39 +15,17 @@ from fasterprune.callback.during import PruneCallback, TrainingCallback, forget_
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback, example_batch
 from fasterprune.core import VerificationError
-from fasterprune.data import digits_dls, small_resnet
+from fasterprune.data import small_resnet
 from fasterprune.schedule import agp, iterative, linear, one_shot
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery import operation
 from fasterprune.surgery.budget import Budget
 from fasterprune.surgery.pruner import Pruner
+from small_fit import Spy, equal, fit, learner, quiet, small_dls, tiny, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-def tiny(): # two convolutions that are not coupled, and a head
-    return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8,12,3,padding=1),
-                         nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
-
-def learner(model=tiny, tmp=None, seed=0, **kw):
-    torch.manual_seed(seed); random.seed(seed); np.random.seed(seed)
-    return Learner(digits_dls(bs=128, valid_pct=.75), model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp, model_dir='.', **kw) # 3 batches an epoch
-
-@contextmanager
-def quiet(learn):
-    with learn.no_bar(), learn.no_logging(): yield
-
-def fit(learn, n=3, lr=1e-2, **kw):
-    with quiet(learn): learn.fit(n, lr, **kw)
-    return learn
-
 def widths(m): return [l.weight.shape[0] for l in m.modules() if isinstance(l, nn.Conv2d)]
-def weights(m): return {n:t.clone() for n,t in m.state_dict().items()}
-def equal(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-class Spy(Callback):
-    "Calls `f` at one event"
-    def __init__(self, when, f, order=100): self.f,self.order = f,order; setattr(self, when, lambda: f(self.learn))
-
 def at(epoch, f): return lambda l: f(l) if l.epoch==epoch and l.training else None
 
 # ---- how much
@@ -102,6 +76,14 @@ def test_global_counts_and_caps(context):
     assert int(.6*n+1e-9)-(3 if context=='isomorphic' else 0)<=gone<=.6*n+1e-9 # three sets of one shape, each rounded down
     assert all(now[g]>=k-int(.75*k+1e-9) for g,k in cb.whole['units'].items())
     assert all(h<=q+1e-9 for h,q in zip(cb.history.removed, cb.history.requested))
+
+def test_heads_that_become_wider_than_deep_do_not_confuse_the_counts(): # from 8 to 2 dimensions in each of 4 heads, which swaps the finer of the two ways to cut
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(img_size=16, patch_size=8, in_chans=1, embed_dim=32, depth=1, num_heads=4, num_classes=10)
+    cb = PruneCallback(.75, schedule=linear())
+    fit(learner(lambda: model, dls=small_dls(32, size=16)), 4, 1e-3, cbs=cb)
+    assert list(cb.history.removed)==[0., .25, .5, .75] and {n:cb._units[n]/k for n,k in cb.whole['units'].items()}==dict.fromkeys(cb.whole['units'], .25)
 
 # ---- it is learn.prune, at the right moment
 
@@ -248,7 +230,7 @@ def test_masks_of_an_earlier_training_are_cut_along():
 
 # ---- company
 
-COMPANY = dict(clip=lambda: [GradientClip()], accumulate=lambda: [GradientAccumulation(256)], mixup=lambda: [MixUp()], early=lambda: [EarlyStoppingCallback(patience=20)], plateau=lambda: [ReduceLROnPlateau()])
+COMPANY = dict(clip=lambda: [GradientClip()], accumulate=lambda: [GradientAccumulation(64)], mixup=lambda: [MixUp()], early=lambda: [EarlyStoppingCallback(patience=20)], plateau=lambda: [ReduceLROnPlateau()])
 @pytest.mark.parametrize('name', COMPANY)
 def test_company(name):
     learn = fit(learner(), 4, cbs=[PruneCallback(.5, schedule=linear(), every=2), *COMPANY[name]()])

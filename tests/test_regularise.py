@@ -1,43 +1,18 @@
 "Regularisers: the same as autograd of the penalty says, the proximal step solves its problem, what is zero can be removed without a change"
-import random
-from contextlib import contextmanager
 from functools import partial
-import numpy as np
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
 from fasterprune.callback.during import PruneCallback
 from fasterprune.callback.regularise import (GroupLassoCallback, GroupSparsityCallback, GrowingCallback, Growth, SlimmingCallback, Units,
     decay_factors, group_decay_, group_lasso, group_lasso_, growing_l2_, scale_l1_, scales_of)
-from fasterprune.data import digits_dls, small_resnet
-from fasterprune.sparse.masks import Masks
+from fasterprune.data import small_resnet
 from fasterprune.sparse.sparsifier import Sparsifier
+from small_fit import Spy, fit, learner, tiny
 
 pytestmark = pytest.mark.filterwarnings('ignore')
-
-def tiny():
-    return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8,12,3,padding=1),
-                         nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
-
-def learner(model=tiny, **kw):
-    torch.manual_seed(0); random.seed(0); np.random.seed(0)
-    return Learner(digits_dls(bs=128, valid_pct=.75), model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kw) # 3 batches an epoch
-
-@contextmanager
-def quiet(learn):
-    with learn.no_bar(), learn.no_logging(): yield
-
-def fit(learn, n=3, lr=1e-2, **kw):
-    with quiet(learn): learn.fit(n, lr, **kw)
-    return learn
-
-class Spy(Callback):
-    def __init__(self, when, f, order=100): self.f,self.order = f,order; setattr(self, when, lambda: f(self.learn))
 
 def shaken(make=tiny, dtype=torch.float64): # with values that differ, also in the normalisations
     torch.manual_seed(1)

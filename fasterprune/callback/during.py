@@ -140,7 +140,7 @@ class PruneCallback(TrainingCallback):
         self.schedule,self.every,self.n_batches,self.x,self.also = _rising(as_schedule(schedule)),check_every(every),check_n_batches(n_batches) or n_batches,x,also
         self.sides,self.extras = dict(only=only, ignore=ignore, exact_norms=exact_norms),dict(recalibrate=recalibrate, compensate=compensate, verify=verify)
         _check_budget(self.how)
-        self.whole,self.reports,self._log,self._of,self._given = whole,[],[],None,whole is not None
+        self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}
 
 def check_every(every):
     "Refuse what is no moment to choose at"
@@ -167,18 +167,18 @@ def start(self:PruneCallback):
     self._log,self.reports = [],[]
     pruner = Pruner(model, self._x, **self.sides)
     c = pruner.couple()
-    self._units = {g.name:g.n for g in c.groups if g.primary}
     costs = {**Costs(c, kinds)(np.zeros(c.labels.size, bool)), 'latency':1.}
-    if not (self._given or self._of is model): self._begin(costs)
+    if not (self._given or self._of is model): self._begin(c, costs)
+    self._units = self._count(c, self._units if self._of is model else {})
     self._of,self._given,self._macs = model,False,costs['macs']
     if isinstance(self.how.sparsity, dict): self._shares = {g.name:v for labels,v in shares_of(c, self.how.sparsity) for g in c.groups if np.array_equal(g.labels, labels)}
     if self.how.budget is not None: self._check_met(pruner)
 
 @patch
-def _begin(self:PruneCallback, costs):
+def _begin(self:PruneCallback, c, costs):
     skip = max([c._skip_to for c in self.learn.cbs if isinstance(c, SkipToEpoch)], default=0)
     if skip: raise ValueError(f"this training goes on at epoch {skip}, and PruneCallback does not know how large the model was at epoch 0; pass whole=, which is cb.whole of the training that was left")
-    self.whole = dict(units=dict(self._units), costs=costs)
+    self.whole = dict(units={g.name:g.n for g in c.groups if g.primary}, costs=costs)
 
 @patch
 def _check_met(self:PruneCallback, pruner):
@@ -208,7 +208,7 @@ def _fractions(self:PruneCallback, want, data)->dict:
     "Group → part of its units that goes now"
     pruner = Pruner(plain_module(self.learn.model), self._x, **self.sides)
     c,h = pruner.couple(),self.how
-    groups = [g for g in c.groups if g.primary and (not isinstance(want, dict) or g.name in want)]
+    groups = [g for g in c.groups if g.name in self.whole['units'] and (not isinstance(want, dict) or g.name in want)]
     if h.context=='local': scores = {g.name:torch.zeros(g.n) for g in groups}
     else:
         seen = evidence_for(h.criterion, pruner.model, data, self._x, n_batches=self.n_batches, loss_func=self._loss) if h.criterion.stats else None
@@ -247,7 +247,11 @@ def _update(self:PruneCallback, k, n):
 def _note(self:PruneCallback, r):
     self.reports.append(r)
     self._macs = r.macs[1]
-    self._units.update({g:after for g,_,after in r.rows() if g in self._units})
+    if r.removed: self._units = self._count(Pruner(plain_module(self.learn.model), self._x, **self.sides).couple(), {**self._units, **{g:n for g,_,n in r.rows()}})
+
+@patch
+def _count(self:PruneCallback, c, known): # Units of the groups that there were; one that is alone is a unit no more
+    return {n:c.by_name[n].n if n in c.by_name else known.get(n, 1) for n in self.whole['units']}
 
 # %% ../../nbs/callback/02_during.ipynb #00000015
 @patch
