@@ -108,6 +108,7 @@ def block(
     for n,name in ((a, 'a'), (b, 'b')): _check_whole(n, f'block: {name}')
     return Granularity(f'block{a}x{b}', '*', f'{a} consecutive output × {b} consecutive input channels, with their whole kernels', linear='', tiles=dict(o=a, i=b))
 
+# %% ../nbs/02_granularity.ipynb #0000000f
 def one_by_n(
     n:int, # Consecutive output channels
 )->Granularity: # Its name is '1x4'
@@ -115,6 +116,7 @@ def one_by_n(
     _check_whole(n, 'one_by_n: n')
     return replace(block(n, 1), name=f'1x{n}', like=f'1x{n}', meaning=f'the kernels of {n} consecutive output channels at one input channel')
 
+# %% ../nbs/02_granularity.ipynb #00000011
 def out_vector(
     v:int, # Consecutive output channels
 )->Granularity: # Its name is 'ovw4'
@@ -122,7 +124,7 @@ def out_vector(
     _check_whole(v, 'out_vector: v')
     return Granularity(f'ovw{v}', '', f'the same weight of {v} consecutive output channels', linear='', tiles=dict(o=v))
 
-# %% ../nbs/02_granularity.ipynb #00000011
+# %% ../nbs/02_granularity.ipynb #00000015
 def _low(s, k): # Bool, the k lowest along the last dimension, ties by position
     if s.shape[-1] > 9: return s.argsort(dim=-1, stable=True).argsort(dim=-1) < k
     cols = s.unbind(-1) # few: faster than a sort to count how many come before each
@@ -159,6 +161,7 @@ class NofM:
         t = s.movedim(d, -1)
         return _low(t.unflatten(-1, (-1, self.m)), self.m-self.n).flatten(-2).movedim(-1, d)
 
+# %% ../nbs/02_granularity.ipynb #00000017
 def per_group(
     layer:nn.Module, # As for `kind_of`
 )->dict: # 'o' and 'i' → so many channels
@@ -170,6 +173,7 @@ def per_group(
 def _inputs(layer, n, what='input'):
     return f"{n} {what} channels{' of a group' if getattr(layer, 'groups', 1) > 1 else ''}"
 
+# %% ../nbs/02_granularity.ipynb #00000018
 def n_m(
     n:int, # How many stay
     m:int, # of so many consecutive
@@ -178,7 +182,7 @@ def n_m(
     rule = NofM(n, m)
     return Granularity(f'{n}:{m}', '', f'a single number; of each {m} consecutive along the input {n} stay', linear='', rule=rule, like='weight')
 
-# %% ../nbs/02_granularity.ipynb #00000015
+# %% ../nbs/02_granularity.ipynb #0000001d
 _shapes = tuple(tuple(sorted((4, *c))) for c in combinations((0, 1, 2, 3, 5, 6, 7, 8), 3)) # the taps that stay, row by row
 
 @dataclass(frozen=True)
@@ -224,15 +228,16 @@ def _votes(t): # The shape that each kernel prefers: its centre and the highest 
     t[:, 4] = torch.inf
     return ((~_low(t, 5)).to(t.dtype) @ _as_taps(_shapes, t).T).argmax(1)
 
+# %% ../nbs/02_granularity.ipynb #0000001e
 def pattern(
-    k:int=8, # Shapes in the library
+    k:int=8, # Shapes in the library, where it is found out
     library:tuple=(), # The taps of each shape, 0 to 8 row by row; () takes the most frequent of the network
 )->Granularity: # Its name is 'pattern', or 'pattern6' for another k
     "Four taps of each 3×3 kernel stay, in one of k shapes (Niu 2020, arXiv 2001.00138)"
-    rule = Pattern(k, tuple(tuple(sorted(p)) for p in library))
+    rule = Pattern(k := len(library) or k, tuple(tuple(sorted(p)) for p in library))
     return Granularity('pattern' if k == 8 else f'pattern{k}', '', f'a single number; of each 3×3 kernel four stay, in one of {k} shapes', needs='hw', rule=rule, like='weight')
 
-# %% ../nbs/02_granularity.ipynb #00000019
+# %% ../nbs/02_granularity.ipynb #00000022
 families = Registry('granularity', ('meaning', 'how', 'layers'))
 families.update({g.name: g for g in (
     n_m(2, 4), one_by_n(4), out_vector(4), block(2, 2), pattern(),
@@ -257,7 +262,7 @@ def as_granularity(
     if found is None: raise ValueError(no_such('granularity', x, [*granularities, *families]))
     return found
 
-# %% ../nbs/02_granularity.ipynb #0000001d
+# %% ../nbs/02_granularity.ipynb #00000026
 def unit_dims(
     layer:nn.Module, # A convolution, a transposed convolution, a linear layer or an embedding
     granularity:str|Granularity, # A name of `granularities`, or one of your own
@@ -277,7 +282,7 @@ def unit_tiles(
     axes = layer_axes[kind_of(layer)]
     return tuple(sorted((axes.index(a), n) for a,n in as_granularity(granularity).tiles))
 
-# %% ../nbs/02_granularity.ipynb #00000022
+# %% ../nbs/02_granularity.ipynb #0000002b
 def why_not(
     layer:nn.Module, # As for `unit_dims`
     granularity:str|Granularity, # A name, or one of your own
@@ -290,7 +295,7 @@ def why_not(
         if have[a] % n: return f"its {_inputs(layer, have[a], 'output' if a == 'o' else 'input')} do not divide by {n}"
     return '' if g.rule is None else g.rule.why_not(layer)
 
-# %% ../nbs/02_granularity.ipynb #00000025
+# %% ../nbs/02_granularity.ipynb #0000002e
 pools = dict(sum=torch.sum, mean=torch.mean, max=torch.amax)
 
 def reduce_units(
@@ -319,7 +324,7 @@ def in_tiles(
         shape += [n//wide[d], wide[d]] if d in wide else [n]
     return t.reshape(shape), tuple(at[d] for d in dims), tuple(at[d]+1 for d in sorted(wide))
 
-# %% ../nbs/02_granularity.ipynb #00000029
+# %% ../nbs/02_granularity.ipynb #00000032
 def expand_units(
     keep:Tensor, # Bool for each unit, size 1 along the unit's dimensions
     shape:tuple, # The weight's
@@ -332,7 +337,7 @@ def expand_units(
     except RuntimeError:
         raise ValueError(f"units of shape {tuple(k.shape)} do not fit a weight of shape {tuple(shape)}; every dimension must be equal or 1") from None
 
-# %% ../nbs/02_granularity.ipynb #0000002c
+# %% ../nbs/02_granularity.ipynb #00000035
 def unit_size(
     shape:tuple, # The weight's
     dims:tuple, # Dimensions that one unit spans

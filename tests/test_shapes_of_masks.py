@@ -223,6 +223,7 @@ def test_patterns_of_ones_own_and_connectivity():
     model = net(ties=False)
     cross = pattern(library=((1,3,4,5), (1,4,5,7)))
     m = Sparsifier(model, granularity=cross).sparsify()
+    assert cross.name=='pattern2' and cross.rule.k==2
     assert {tuple(r.nonzero().flatten().tolist()) for k in m.keep.values() for r in k.reshape(-1,9)}=={(1,3,4,5), (1,4,5,7)}
     both = m & Sparsifier(model, granularity='kernel', only=list(m.units)).masks(.25)
     for n,k in both.keep.items():
