@@ -100,13 +100,16 @@ class KeepZeros(Callback):
 def _pair(self:KeepZeros):
     "Find the parameters that the masks are of"
     model = plain_module(self.model)
-    try: self.masks.apply_(model)
-    except ValueError as e: raise ValueError(f"KeepZeros: {e.args[0]}; learn.remove_cb(KeepZeros) lets them go") from e
     params = dict(model.named_parameters(remove_duplicate=False))
+    if not all(n in params and _fits(k, params[n]) for n,k in self.masks.keep.items()):
+        try: self.masks.apply_(model) # says why
+        except ValueError as e: raise ValueError(f"KeepZeros: {e.args[0]}; learn.remove_cb(KeepZeros) lets them go") from e
     out = {n:written_out(k, params[n]) for n,k in self.masks.keep.items()}
     self.masks,self._pairs = Masks({n:k for n,(k,_) in out.items()}, self.masks.units),[(params[n], full) for n,(_,full) in out.items()]
     large = [p for p,full in self._pairs if p.device.type=='cpu' and full.shape==p.shape]
     self._room = {p.element_size():torch.empty(piece, dtype=ints[p.element_size()]) for p in large}
+
+def _fits(keep, p): return keep.dim()==p.dim() and all(a in (1,b) for a,b in zip(keep.shape, p.shape))
 
 @patch
 def before_fit(self:KeepZeros):

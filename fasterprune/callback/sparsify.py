@@ -167,8 +167,9 @@ def _implied(old, new): return new is not None and bool((old|~new.to(old.device)
 @patch
 def _note(self:SparsifyCallback, p, want):
     "A row for the tables"
-    measured = self._sparsifier.measured()
-    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want), sparsity=self.measured_sparsity(), compression=self.measured_compression()))
+    measured,costs = self._sparsifier.measured(),self._sparsifier.costs() if self.count=='params' else {}
+    zeros,all_ = (sum(v[i]*costs.get(n, 1) for n,v in measured.items()) for i in (0, 1))
+    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want), sparsity=float(zeros/max(all_, 1)), compression=self.measured_compression()))
     self._by_layer.append({n:z/max(k, 1) for n,(z,k) in measured.items()})
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000011
