@@ -224,3 +224,19 @@ def test_regrow_grows_where_the_gradient_is_largest():
 def test_refusals(f, text):
     with pytest.raises((ValueError, TypeError)) as e: f()
     assert text in e.value.args[0]
+
+def test_regrow_of_shared_and_of_computed_weights():
+    def tied():
+        m = nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,10))
+        m[3].weight = m[1].weight
+        return m
+    cb = RegrowCallback(.5, every=2, density='uniform')
+    learn = fit(learner(tied), 2, cbs=cb)
+    assert set(cb.masks.keep)=={'1.weight', '5.weight'} and int((~cb.masks.keep['1.weight']).sum())==2048 and not learn.model[3].weight[~cb.masks.keep['1.weight']].any()
+    with pytest.raises(Exception, match="'1' is computed from other parameters"): fit(learner(lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64,10)))), cbs=RegrowCallback(.5))
+
+def test_soft_pruning_when_the_same_callback_trains_again():
+    learn,cb = learner(),SoftPruneCallback(.5, schedule=linear())
+    fit(learn, 2, cbs=cb)
+    fit(learn, 2, cbs=cb)
+    assert zero_filters(learn.model)==[4,6,0] and cb.masks.sparsity==.5

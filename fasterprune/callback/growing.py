@@ -79,7 +79,7 @@ class GrowingCallback(TrainingCallback):
 @patch
 def start(self:GrowingCallback):
     "Find the units; GReg-1 chooses them"
-    x = self.x if self.x is not None or self.granularity.name not in sides else example_batch(self.learn)
+    x = self.x if self.x is not None or self.granularity.like not in sides else example_batch(self.learn)
     self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore)
     self._sparsifier.check(self.sparsity)
     self._keeper,self._step,self._held,self.masks,self.strength = keeper_of(self.learn),0,False,None,0.

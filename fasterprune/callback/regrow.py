@@ -131,7 +131,10 @@ class RegrowCallback(TrainingCallback):
 def start(self:RegrowCallback):
     "Draw the places of the first zeros; those that are there already count"
     model = plain_module(self.learn.model)
-    self._params = {f"{n}.weight".lstrip('.'):m.weight for n,m in select_layers(model, self.only, self.ignore).items()}
+    layers,own = select_layers(model, self.only, self.ignore),{id(p):n for n,p in model.named_parameters()}
+    made = next((n for n,m in layers.items() if id(m.weight) not in own), None)
+    if made is not None: raise ValueError(f"the weight of {made!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made!r}")
+    self._params = {own[id(m.weight)]:m.weight for m in layers.values()} # a shared weight once
     shapes,self._rng = {n:tuple(p.shape) for n,p in self._params.items()},torch.Generator().manual_seed(self.seed)
     part = erk(shapes, self.sparsity) if self.density=='erk' else dict.fromkeys(shapes, self.sparsity)
     draw = lambda p: torch.rand(p.shape, generator=self._rng).to(p.device).masked_fill(p==0, -torch.inf)
