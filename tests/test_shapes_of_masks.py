@@ -513,3 +513,21 @@ def test_what_can_go_goes(g, s, kw):
     before,n = run(model, x),sum(p.numel() for p in model.parameters())
     Pruner(model, x).prune()
     assert rel(run(model, x), before)<1e-10 and sum(p.numel() for p in model.parameters())<n
+
+def test_heads_in_training_and_then_cut():
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fasterprune.all import SparsifyCallback, digits_dls
+    torch.manual_seed(0)
+    dls = digits_dls(bs=256, valid_pct=.6)
+    x = dls.one_batch()[0]
+    class Net(nn.Module): # each row of the image is a token
+        def __init__(self): super().__init__(); self.put,self.a,self.b,self.out = nn.Linear(x.shape[-1],12),Attend(),Fused(),nn.Linear(12,10)
+        def forward(self, x): return self.out(self.b(self.a(self.put(x[:,0]))).mean(1))
+    learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
+    cb = SparsifyCallback(.4, 'head', context='global')
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=cb)
+    assert sum(z for z,_ in cb.masks.units.values())==2 and cb.measured_sparsity()==pytest.approx(1/3)
+    model = learn.model.double().eval()
+    before = run(model, x.double())
+    assert Pruner(model, x.double()).prune().removed==2 and rel(run(model, x.double()), before)<1e-10
