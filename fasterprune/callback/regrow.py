@@ -173,6 +173,8 @@ def change_(self:RegrowCallback):
     self.changes += 1
 
 @patch
+def stop(self:RegrowCallback): "Let go of the weights"; self._params,self._rng = {},None
+@patch
 def columns(self:RegrowCallback): return dict(sparsity=self.measured_sparsity)
 
 @patch
