@@ -1,14 +1,13 @@
 """Two processes on one machine, over gloo, by fastai's own means: `with learn.distrib_ctx(): learn.fit(...)`
 
 All that needs them runs in one launch; the tests look at what it brought back."""
-import os, random, socket, sys, warnings
+import multiprocessing, os, random, socket, sys, warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 import numpy as np
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -25,7 +24,7 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.surgery.pruner import Pruner
 
 pytest.importorskip('accelerate')
-pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif(sys.platform=='win32', reason='gloo and fork')]
+pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif(sys.platform=='win32', reason='there is no forkserver')]
 torch.set_num_threads(1)
 N,BS,PROCESSES = 64,8,2
 
@@ -167,7 +166,8 @@ def both(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('two')
     (tmp/'resume').mkdir()
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    ctx = mp.get_context('spawn' if torch.cuda.is_available() else 'fork')
+    ctx = multiprocessing.get_context('forkserver') # its processes begin with the imports done
+    ctx.set_forkserver_preload(['fastai.vision.all', 'fastai.distributed', 'fasterprune.all', 'nbdev.test', 'pandas'])
     ps = [ctx.Process(target=_process, args=(r, port, tmp)) for r in range(PROCESSES)]
     for p in ps: p.start()
     for p in ps: p.join(400)

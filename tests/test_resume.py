@@ -1,10 +1,9 @@
 "A training that is killed with SIGKILL, and goes on in another process: the same masks, the same weights, the same history"
-import os, random, signal
+import multiprocessing, os, random, signal, sys
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest, torch
-import torch.multiprocessing as mp
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *  # fit_one_cycle, fine_tune
@@ -24,7 +23,7 @@ from fasterprune.criteria.base import criteria
 from fasterprune.data import digits_dls
 from fasterprune.schedule import agp, linear
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif(sys.platform=='win32', reason='there are no such signals')]
 torch.set_num_threads(1)
 
 class Noise: # an augmentation that draws from every source
@@ -66,12 +65,13 @@ def trained(path, how, what, seed=0, every='epoch', kill=None, resume=True, opt=
     with learn.no_bar(), learn.no_logging(): WHAT[what](learn, [*cbs, *([ResumeCallback(every=every)] if resume else []), *([kill] if kill else [])])
     return learn,cbs
 
-def _dies(_, *args, **kw): trained(*args, **kw)
+def _dies(*args, kill): torch.set_num_threads(1); trained(*args, kill=Kill(*kill))
 
-def killed(*args):
-    "Train in another process until it is killed"
-    ctx = mp.get_context('spawn' if torch.cuda.is_available() else 'fork')
-    p = ctx.Process(target=_dies, args=(0, *args))
+def killed(*args, kill):
+    "Train in another process until it is killed: one that begins with the imports done"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['fastai.vision.all', 'fastai.distributed', 'fasterprune.all', 'nbdev.test', 'pandas'])
+    p = ctx.Process(target=_dies, args=args, kwargs=dict(kill=kill))
     p.start(); p.join(120)
     assert p.exitcode==-signal.SIGKILL
 
@@ -93,8 +93,7 @@ CASES = [ # how, what, every, killed at which event for which time, in which pla
 @pytest.mark.parametrize('how,what,every,when,step,order', CASES)
 def test_killed_and_resumed(tmp_path, how, what, every, when, step, order):
     want = trained(tmp_path/'a', how, what, resume=False)
-    args = (tmp_path/'b', how, what, 0, every, Kill(when, step, order))
-    killed(*args)
+    killed(tmp_path/'b', how, what, 0, every, kill=(when, step, order))
     file = tmp_path/'b'/'resume.pth'
     assert file.exists()!=((how,step)==('l1',2)) # killed in the first epoch: nothing was written yet, and it begins anew
     seed = 7 if file.exists() else 0 # another process has other random numbers
@@ -103,8 +102,8 @@ def test_killed_and_resumed(tmp_path, how, what, every, when, step, order):
 
 def test_killed_twice(tmp_path):
     want = trained(tmp_path/'a', 'taylor', 'epochs', resume=False)
-    killed(tmp_path/'b', 'taylor', 'epochs', 0, 1, Kill('after_step', 4, 0))
-    killed(tmp_path/'b', 'taylor', 'epochs', 7, 1, Kill('after_step', 3, 0))
+    killed(tmp_path/'b', 'taylor', 'epochs', 0, 1, kill=('after_step', 4, 0))
+    killed(tmp_path/'b', 'taylor', 'epochs', 7, 1, kill=('after_step', 3, 0))
     same(want, trained(tmp_path/'b', 'taylor', 'epochs', 8, 1))
 
 @pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
@@ -137,7 +136,7 @@ def test_masks_of_an_earlier_fit_come_along(tmp_path):
     assert keep[0]==keep[1] and '1.3.weight' in keep[0].keep
 
 def test_another_training_is_refused_and_an_ended_one_leaves_nothing(tmp_path):
-    killed(tmp_path, 'l1', 'epochs', 0, 'epoch', Kill('before_batch', 9, 0))
+    killed(tmp_path, 'l1', 'epochs', 0, 'epoch', kill=('before_batch', 9, 0))
     with pytest.raises(Exception, match='its callbacks were .*remove the file to begin anew'): trained(tmp_path, 'two', 'epochs')
     learn = make(0, tmp_path)
     with learn.no_bar(), learn.no_logging(), pytest.raises(Exception, match='its epochs were 3, and are 4'): learn.fit(4, cbs=[*HOW['l1'](), ResumeCallback()])

@@ -22,6 +22,7 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
+from .during import PruneCallback
 from .keep import is_training, loaders_of
 from ..sparse.masks import Masks, plain_module
 
@@ -63,7 +64,7 @@ def memory_of(
     cb:Callback,
 )->dict:
     "What a callback remembers"
-    return dict(own=cb.state()) if _knows(cb) else _memory(cb)
+    return dict(own=cb.state(), plain={k:v for k,v in vars(cb).items() if v is None or isinstance(v, (Number, str))}) if _knows(cb) else _memory(cb)
 
 def _knows(cb): return all(callable(getattr(type(cb), k, None)) for k in ('state','restore'))
 
@@ -72,8 +73,8 @@ def remember_(
     memory:dict, # Of `memory_of`
 ):
     "Give a callback its memory back"
-    if 'own' in memory: cb.restore(memory['own']); return
     for k,v in memory['plain'].items(): vars(cb)[k] = v
+    if 'own' in memory: cb.restore(memory['own']); return
     for k,v in memory['metrics'].items(): vars(vars(cb)[k]).update(v)
     for k,v in memory['states'].items(): getattr(cb, k).load_state_dict(v)
 
@@ -153,6 +154,8 @@ def after_epoch(self:ResumeCallback):
 def before_fit(self:ResumeCallback):
     self._live,self._todo,self._quiet = is_training(self.learn),None,[]
     if not self._live: return
+    cuts = [type(c).__name__ for c in self.learn.cbs if isinstance(c, PruneCallback)]
+    if cuts: raise ValueError(f"ResumeCallback cannot go on with {cuts[0]}: it cuts the model while it trains, and a script that is started again builds the whole one, which a file of the smaller one does not fit; make it sparse with SparsifyCallback, and cut when training has ended, with learn.prune()")
     if not any(isinstance(c, _Skip) for c in self.learn.cbs): self.learn.add_cb(_Skip(self))
     distrib_barrier() # the first process may still remove the file of the fit before
     if not self.file.exists(): return

@@ -56,7 +56,7 @@ class SparsifyCallback(Callback):
         self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(schedule)
         if every!='epoch' and (isinstance(every, bool) or not isinstance(every, int) or every<1): raise ValueError(f"every is 'epoch' or a number of training batches, not {every!r}")
         if normalizer is not None: as_normalizer(normalizer)
-        check_where(self.criterion, self.granularity.name)
+        check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
@@ -69,7 +69,7 @@ class SparsifyCallback(Callback):
 def before_fit(self:SparsifyCallback):
     self._take_down()
     if not is_training(self.learn): return
-    coupled = self.granularity.name in sides
+    coupled = self.granularity.like in sides
     flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
     self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
     self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
