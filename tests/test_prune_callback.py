@@ -37,7 +37,7 @@ def test_next_cut_is_exact_for_any_number_of_steps():
                 left = n
                 for k in range(1, steps+1):
                     s = s_end*k/steps
-                    f = next_cut({'a':torch.rand(left)}, {'a':n}, s, min_keep=1).get('a', 0.)
+                    f = next_cut({'a':torch.rand(left)}, {'a':n}, s).get('a', 0.)
                     left -= int(np.floor(f*left+1e-9))
                     assert left==max(n-int(np.floor(s*n+1e-9)), 1)
 

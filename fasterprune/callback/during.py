@@ -98,11 +98,15 @@ def next_cut(
     scores:dict, # Group name → scores of the units that are left
     whole:dict, # Group name → units that there were
     sparsity:float|dict, # Part of them that shall have gone
-    **how, # As for `allocate`: context, sets, min_keep, max_ratio, round_to
+    *, context:str='local', # 'local', 'global' or 'isomorphic'; this and the next as for `allocate`
+    min_keep:int=1, # Leave each group at least this many units
+    max_ratio:float=1., # Take at most this part of the units that each group had
+    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
+    sets:dict|None=None, # For 'isomorphic': group name → name of its set
 )->dict: # Group name → fraction of the units that are left
     "What goes now, so that all cuts together take a part of the whole"
     gone = {n: max(whole.get(n, len(s))-len(s), 0) for n,s in scores.items()}
-    keep = allocate({n: torch.cat([s.double(), s.new_full((gone[n],), -torch.inf, dtype=torch.float64)]) for n,s in scores.items()}, sparsity, **how)
+    keep = allocate({n: torch.cat([s.double(), s.new_full((gone[n],), -torch.inf, dtype=torch.float64)]) for n,s in scores.items()}, sparsity, context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
     now = {n: int((~keep[n][:len(s)]).sum()) for n,s in scores.items()}
     return {n: k/len(scores[n]) for n,k in now.items() if k}
 
@@ -142,7 +146,9 @@ class PruneCallback(TrainingCallback):
         _check_budget(self.how)
         self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}
 
-def check_every(every):
+def check_every(
+    every, # What a user passed
+): # The same
     "Refuse what is no moment to choose at"
     if every!='epoch' and not isinstance(every, Patience) and (isinstance(every, bool) or not isinstance(every, int) or every<1): raise ValueError(f"every is 'epoch', a number of training batches or a Patience, not {every!r}")
     return every
@@ -279,7 +285,7 @@ def _updates(self:PruneCallback): return math.ceil(self.learn.n_epoch*len(self.l
 
 # %% ../../nbs/callback/02_during.ipynb #00000017
 @patch
-def columns(self:PruneCallback): return dict(removed=self.measured_removed, params=self.measured_params, macs=self.measured_macs)
+def columns(self:PruneCallback)->dict: "What is left, measured"; return dict(removed=self.measured_removed, params=self.measured_params, macs=self.measured_macs)
 @patch
 def measured_removed(self:PruneCallback)->float: "Part of the channels that has gone"; return 1-sum(self._units.values())/max(sum(self.whole['units'].values()), 1)
 @patch

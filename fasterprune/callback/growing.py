@@ -118,7 +118,7 @@ def hold_(self:GrowingCallback):
     self._held = True
 
 @patch
-def columns(self:GrowingCallback): return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)
+def columns(self:GrowingCallback)->dict: "λ, and what it does"; return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)
 
 @patch
 @torch.no_grad()

@@ -79,7 +79,7 @@ def moment_of(
 
 def rewind_(
     learn:Learner,
-    moment:Moment,
+    moment:Moment, # Of the same model, in the same shapes
     *, optimizer:bool=True, # Its memory and hyper-parameters, too
 ):
     "Put weights and optimizer back as they were; what `KeepZeros` holds stays zero"

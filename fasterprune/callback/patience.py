@@ -37,7 +37,7 @@ class Patience:
 class Waiting:
     "Counts the epochs since a metric last improved"
     def __init__(self,
-        how:Patience,
+        how:Patience, # What is waited for
     ): self.how,self.step,self.best,self.bad = how,0,None,0
 
     def see(self,

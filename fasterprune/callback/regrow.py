@@ -58,7 +58,7 @@ def _update(self:SoftPruneCallback, k, n):
     self._note(p, self._last)
 
 def weights_only(
-    masks:Masks,
+    masks:Masks, # Of parameters
     model:torch.nn.Module, # That they are of
 )->Masks: # Without biases and normalisations
     "Masks of the weights of layers: what is zero with its normalisation has no gradient, and would never come back"
@@ -175,7 +175,7 @@ def change_(self:RegrowCallback):
 @patch
 def stop(self:RegrowCallback): "Let go of the weights"; self._params,self._rng = {},None
 @patch
-def columns(self:RegrowCallback): return dict(sparsity=self.measured_sparsity)
+def columns(self:RegrowCallback)->dict: "How sparse it is"; return dict(sparsity=self.measured_sparsity)
 
 @patch
 @torch.no_grad()

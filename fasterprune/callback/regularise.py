@@ -125,7 +125,7 @@ def _sizes(n, members): # The number of each unit's weights
 
 # %% ../../nbs/callback/05_regularise.ipynb #00000011
 def group_lasso(
-    units:Units,
+    units:Units, # Of a model
 )->Tensor:
     "The penalty itself, without λ: the sum of norms, each times the root of its number of weights"
     n = units.sizes
@@ -173,7 +173,7 @@ class GroupLassoCallback(UnitsCallback):
         "The proximal step, at the learning rate of the last group of parameters"
         if self._on: group_lasso_(self.units, self.strength*self.learn.opt.hypers[-1]['lr'])
 
-    def columns(self): return dict(zero_units=self.measured_zero)
+    def columns(self)->dict: "How many have arrived"; return dict(zero_units=self.measured_zero)
     def measured_zero(self)->float:
         "Part of the units that is zero in the model now"
         s = self.units.squares()
