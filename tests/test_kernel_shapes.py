@@ -87,6 +87,13 @@ def test_what_is_zero_and_what_is_cut(rows, mode, size):
     assert [k[2] for k in p.kernels if k[0]=='0']==([] if size==(3,3) else [size])
     if size==(3,3): assert len(p.held)==1 and ('both ends' in p.held[0][2] if sum(mode) else 'its padding is' in p.held[0][2])
 
+def test_a_row_at_one_end_and_a_gap():
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Conv2d(3,4,3,padding=1), nn.ReLU(), nn.Conv2d(4,2,1)).double(),torch.randn(2,3,9,9, dtype=torch.float64)
+    silent(net[0].weight, 0, 0, 1)
+    small,r = pruned(net, x)
+    assert (small[0].kernel_size,small[0].dilation,small[0].padding)==((2,3),(2,1),(1,1)) and [h[:2] for h in r.plan.held]==[('0',1)]
+
 def test_even_kernel_of_a_layer_that_keeps_the_size():
     torch.manual_seed(0)
     net,x = nn.Sequential(nn.Conv2d(3,4,(3,5),padding='same',padding_mode='reflect'), nn.ReLU(), nn.Conv2d(4,2,1)).double(),torch.randn(2,3,9,9, dtype=torch.float64)
@@ -288,7 +295,6 @@ def test_branches_optimizer_copies_masks_and_back(kind, monkeypatch):
     opt.step(loss); opt.step(loss)
     assert run(net, x).isfinite().all()
 
-@pytest.mark.xfail(reason='Masks.cut leaves a mask of size 1 of a parameter that is gone')
 def test_masks_of_what_is_gone_go():
     assert not Masks({'a.weight':torch.zeros(1,1,1,1, dtype=torch.bool)}).cut((Edit('a.weight', 0, 4, ()),)).keep
 

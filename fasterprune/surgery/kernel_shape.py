@@ -92,7 +92,7 @@ _words = {1:('taps',), 2:('rows','columns'), 3:('frames','rows','columns')}
 def _held(m, j, live, taps): # (how many, why) of what is zero at an end, and stays
     at = np.flatnonzero(live)
     a,b = (at[0],len(live)-1-at[-1]) if len(at) else (0,len(live)-1)
-    left = max(a-taps[0], 0)+max(taps[-1]-(len(live)-1-b), 0)
+    left = sum(t<a or t>len(live)-1-b for t in taps)
     if not left or len(taps)==1: return None
     why = f"its padding is {m.padding!r}, and would have to become smaller" if min(a, b) and not m.transposed else 'a padding is the same at both ends'
     return int(left),f"they are {_words[len(m.kernel_size)][j]} of its kernel at the border: {why}"
