@@ -8,6 +8,7 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.measure.metrics import evaluate
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
+from fasterprune.surgery.apply import apply_
 from fasterprune.surgery.plan import Edit, Plan
 from fasterprune.surgery.pruner import Pruner
 from laws import awake, other, rel, run
@@ -354,3 +355,51 @@ def test_heads(silenced):
         for t in (a.qkv.weight, a.qkv.bias) if silenced!='proj' else (): t.unflatten(0, (3,4,6))[:,1][[0,1,2]] = 0
     small,r = pruned(net, x)
     assert r.rows()==[('blocks.0.attn.qkv[outer]', 4, 3)] and r.error<1e-10
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+def test_a_plan_with_branches_by_hand():
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Conv2d(3,6,3), nn.ReLU(), Basic('plain'), Basic('plain'), nn.Conv2d(6,2,3)),torch.randn(2,3,9,8, dtype=torch.float64)
+    net = awake(net, x)
+    Sparsifier(net, x, granularity='filter', ignore='2').sparsify(.34) # the trunk, and a layer of the second block
+    with torch.no_grad(): net[2].b.weight.zero_(); net[2].norm.bias[:] = .1; net[3].a.weight[:,:,[0,2]] = 0
+    plan,want = Plan.from_json(Pruner(net, x).plan().to_json()),run(net, x)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    assert plan.branches and plan.kernels and plan.removed
+    small = apply_(deepcopy(net), plan)
+    assert rel(run(small, x), want)<1e-10 and rel(run(apply_(average, plan), x), want)<1e-10
+    with pytest.raises(ValueError, match='takes out a branch with'): apply_(small, plan)
+    with pytest.raises(ValueError, match='takes out a branch with'): apply_(nn.Linear(2,2), plan)
+    r = Pruner(net, x).prune(verify=False)
+    assert r.error is None and r.plan==plan and rel(run(net, x), want)<1e-10
+
+class Dense(nn.Module): # as Hugging Face writes it: the sum stands in another module than the branch begins in
+    def __init__(self): super().__init__(); self.dense,self.norm = nn.Linear(8,8),nn.LayerNorm(8)
+    def forward(self, y, x): return self.norm(self.dense(y)+x)
+class Layer(nn.Module):
+    def __init__(self): super().__init__(); self.inner,self.output = nn.Sequential(nn.Linear(8,12), nn.GELU(), nn.Linear(12,8)),Dense()
+    def forward(self, x): return self.output(self.inner(x), x)
+
+@pytest.mark.parametrize('exact_norms', [False, True])
+def test_a_sum_in_another_module(exact_norms):
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Linear(4,8), Layer(), Layer(), nn.Linear(8,3)),torch.randn(2,5,4, dtype=torch.float64)
+    net = awake(net, x)
+    with torch.no_grad(): net[2].output.dense.weight.zero_()
+    small = deepcopy(net)
+    r = Pruner(small, x, exact_norms=exact_norms).prune()
+    assert [(b.where,[g.module for g in b.modules]) for b in r.plan.branches]==[('2.output', ['2.inner','2.output.dense'])]
+    assert rel(run(small, other(x)), run(net, other(x)))<1e-10
+
+def test_a_block_that_runs_twice():
+    "Its modules are needed by each of the two sums for the other: it stays, and loses all channels but one"
+    torch.manual_seed(0)
+    class Again(nn.Module):
+        def __init__(self): super().__init__(); self.first,self.block,self.last = nn.Conv2d(3,6,1),Basic('plain'),nn.Conv2d(6,2,1)
+        def forward(self, x): return self.last(self.block(self.block(self.first(x))))
+    net,x = Again(),torch.randn(2,3,8,8, dtype=torch.float64)
+    net = awake(net, x)
+    with torch.no_grad(): net.block.b.weight.zero_()
+    want,small = run(net, x),deepcopy(net)
+    r = Pruner(small, x).prune()
+    assert rel(run(small, x), want)<1e-10 and not r.plan.branches and small.block.a.out_channels==1
