@@ -363,7 +363,7 @@ class Holds(Callback): # after every step the masked weights are zero, and nothi
 
 @pytest.mark.parametrize('kw', [dict(), dict(mode='smioc', silence=True, count='macs'), dict(rounds=1, end=1.), dict(rounds=4, moderate=0)])
 def test_callback_reaches_its_rounds(kw):
-    cb = PKPCallback(.6, **kw)
+    cb = PKPCallback(.6, **{'end':.5, **kw})
     learn = learner()
     keys,spy = list(learn.model.state_dict()),Holds(cb)
     fit(learn, 4, [cb, spy])

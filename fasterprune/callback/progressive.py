@@ -20,7 +20,7 @@ def _stairs(p, s_i, s_f, shares): return s_f*shares[min(int(p*(len(shares)-1)+1e
 
 def pkp_schedule(
     rounds:tuple, # `Round`s, as from `pkp_rounds`; the last at the target
-    end:float=.5, # Part of the training at which the last one comes, above 0
+    end:float=.2, # Part of the training at which the last one comes, above 0
 )->Schedule:
     "All rounds at equal distances, the first at the beginning of the training"
     last = rounds[-1].sparsity
@@ -34,7 +34,7 @@ class PKPCallback(SparsifyCallback):
         *, rounds:int=3, # Of each of the two stages
         moderate:float=1/3, # Part of the sparsity that is reached in the first stage; 0 leaves it out
         schedule='agp', # Of the rounds within a stage
-        end:float=.5, # Part of the training at which the last round comes, above 0
+        end:float=.2, # Part of the training at which the last round comes, above 0
         mode:str='norm', # Rank kernels by their 'norm', or by what they are to both their channels: 'smioc'
         p:int=1, # The norm: 1 or 2
         protect_until:float|int=.5, # Layers of low level: the first part of them; or, from 2, those before the image is so many times smaller
@@ -67,7 +67,9 @@ class Stages:
         pkp:PKP, # Of the model that trains
         rounds:tuple, # `Round`s
         kernels, # A `Sparsifier` of the same kernels, for all that is not about choosing
-    ): self.pkp,self.rounds,self.kernels,self.last,self.sparsity,self.warn_of_none = pkp,rounds,kernels,None,pkp.sparsity,pkp.warn_of_none
+    ):
+        self.pkp,self.rounds,self.kernels,self.last = pkp,rounds,kernels,None
+        self.sparsity,self.measured,self.warn_of_none = pkp.sparsity,pkp.measured,pkp.warn_of_none
 
     def __getattr__(self, name): return getattr(self.kernels, name)
 

@@ -213,10 +213,14 @@ def theta(self:PKP,
 
 @patch
 @torch.no_grad()
+def measured(self:PKP)->dict: # Layer name → (what is zero, all), of what is counted
+    "How much is zero now, measured on the model"
+    return {n:(int((kernel_norms(m, self.p)==0).sum())*self._cost(n), math.prod(m.weight.shape[:2])*self._cost(n)) for n,m in self.layers.items()}
+
+@patch
 def sparsity(self:PKP)->float:
     "Part of what is counted that is zero now, measured on the model"
-    gone = {n:int((kernel_norms(m, self.p)==0).sum())*self._cost(n) for n,m in self.layers.items()}
-    return float(sum(gone.values())/sum(self._cost(n)*math.prod(m.weight.shape[:2]) for n,m in self.layers.items()))
+    return float(sum(z for z,_ in self.measured().values())/sum(n for _,n in self.measured().values()))
 
 @patch
 def most(self:PKP,
