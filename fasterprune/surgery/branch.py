@@ -7,7 +7,6 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/branch.html.md"""
 # %% ../../nbs/surgery/08_branch.ipynb #00000002
 from __future__ import annotations
 from dataclasses import dataclass, replace
-from math import prod
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -15,7 +14,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
 from ..core import modules_of
 from .guard import state_of
-from .trace import Ref, Trace, tensors_in, used_refs
+from .trace import Trace
 from .capture import fake_trace
 from .coupling import Coupling
 from .liveness import Term

@@ -8,7 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/kernel_shape.html.md"""
 __all__ = ['kept_taps', 'fits', 'said', 'live_taps', 'smaller_kernels', 'with_kernels', 'shrink_kernels']
 
 # %% ../../nbs/surgery/19_kernel_shape.ipynb #00000002
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn, Tensor
