@@ -10,20 +10,34 @@ __all__ = []
 # %% ../nbs/12_all.ipynb #00000004
 from .allocation import allocate, contexts, keep_top
 from .callback import prune # adds learn.prune
-from .callback.sparsify import KeepZeros, SparsifyCallback
+from .callback.during import PruneCallback
+from .callback.growing import Growth, GrowingCallback
+from .callback.keep import KeepZeros
+from .callback.methods import Moment, PatienceCallback, Remember, lottery_ticket, rewind_
+from .callback.patience import Patience
+from .callback.progressive import PKPCallback
+from .callback.regrow import RegrowCallback, SoftPruneCallback, erk
+from .callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
+from .callback.resume import ResumeCallback
+from .callback.sparsify import SparsifyCallback
 from .core import NoEffectWarning, PruningError, VerificationError
 from .criteria import norm
 from .criteria.base import Criterion, Statistic, criteria, normalizers, register
 from .data import digits_dls, image_dls, small_resnet
 from .granularity import Granularity, granularities
+from .measure.gallery import exhibit, plot_gallery
 from .measure.importance import agreement, importance, lowest, plot_agreement
 from .measure.latency import Latency, compare_latency, latency
 from .measure.metrics import compare, compression_ratio, evaluate, file_size, theoretical_speedup
 from .measure.plots import (plot_compare, plot_curves, plot_granularities, plot_groups, plot_history, plot_lowest, plot_mask, plot_matrix,
     plot_plan, plot_schedule, plot_schedules, plot_scores, plot_widths)
 from .measure.sensitivity import sensitivity
-from .schedule import Schedule, agp, cosine, dsd, exponential, iterative, linear, one_cycle, one_shot, schedules
+from .measure.storage import layer_storage, model_storage
+from .schedule import Schedule, agp, cosine, dsd, exponential, geometric, hold, iterative, linear, one_cycle, one_shot, schedules
 from .sparse.masks import Masks
+from .sparse.progressive import PKP, participation, pkp_rounds
+from .sparse.semi_structured import semi_structured_
+from .sparse.silence import silenced
 from .sparse.sparsifier import Sparsifier
 from .surgery.adapters import adapter
 from .surgery.apply import apply_
@@ -36,10 +50,13 @@ from .surgery.recalibrate import recalibrate_
 from .surgery.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
-__all__ = ['Budget', 'Criterion', 'Granularity', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning', 'Plan', 'Pruner', 'PruningError', 'PruningWarning',
-    'Report', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_',
-    'compare', 'compare_latency', 'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'evaluate', 'exponential',
-    'file_size', 'granularities', 'image_dls', 'importance', 'iterative', 'keep_top', 'latency', 'linear', 'lowest', 'normalizers', 'one_cycle',
-    'one_shot', 'plot_agreement', 'plot_compare', 'plot_curves', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask',
-    'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rule', 'schedules',
-    'sensitivity', 'small_resnet', 'theoretical_speedup']
+__all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback', 'Growth', 'KeepZeros', 'Latency',
+    'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'PatienceCallback', 'Plan', 'PruneCallback', 'Pruner', 'PruningError',
+    'PruningWarning', 'RegrowCallback', 'Remember', 'Report', 'ResumeCallback', 'Schedule', 'SlimmingCallback', 'SoftPruneCallback', 'Sparsifier',
+    'SparsifyCallback', 'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare', 'compare_latency',
+    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk', 'evaluate', 'exhibit', 'exponential', 'file_size',
+    'geometric', 'granularities', 'hold', 'image_dls', 'importance', 'iterative', 'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket',
+    'lowest', 'model_storage', 'normalizers', 'one_cycle', 'one_shot', 'participation', 'pkp_rounds', 'plot_agreement', 'plot_compare', 'plot_curves',
+    'plot_gallery', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix', 'plot_plan', 'plot_schedule',
+    'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rewind_', 'rule', 'schedules', 'semi_structured_', 'sensitivity',
+    'silenced', 'small_resnet', 'theoretical_speedup']

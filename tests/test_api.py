@@ -5,11 +5,13 @@ import fasterprune, fasterprune.all as fp
 from fastai.learner import Learner
 from fastcore.docments import docments
 
-PUBLIC = set('''Budget Criterion Granularity KeepZeros Latency Masks NoEffectWarning Plan Pruner PruningError PruningWarning Report Schedule Sparsifier
-    SparsifyCallback Statistic VerificationError adapter agp agreement allocate apply_ compare compare_latency compression_ratio contexts cosine couple criteria digits_dls dsd
-    evaluate exponential file_size granularities image_dls importance iterative keep_top latency linear lowest normalizers one_cycle one_shot plot_agreement plot_compare plot_curves
-    plot_granularities plot_groups plot_history plot_lowest plot_mask plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths recalibrate_
-    register rule schedules sensitivity small_resnet theoretical_speedup'''.split())
+PUBLIC = set('''Budget Criterion Granularity GroupLassoCallback GroupSparsityCallback GrowingCallback Growth KeepZeros Latency Masks Moment NoEffectWarning PKP PKPCallback Patience
+    PatienceCallback Plan PruneCallback Pruner PruningError PruningWarning RegrowCallback Remember Report ResumeCallback Schedule SlimmingCallback SoftPruneCallback
+    Sparsifier SparsifyCallback Statistic VerificationError adapter agp agreement allocate apply_ compare compare_latency compression_ratio contexts cosine couple
+    criteria digits_dls dsd erk evaluate exhibit exponential file_size geometric granularities hold image_dls importance iterative keep_top latency layer_storage linear
+    lottery_ticket lowest model_storage normalizers one_cycle one_shot participation pkp_rounds plot_agreement plot_compare plot_curves plot_gallery plot_granularities
+    plot_groups plot_history plot_lowest plot_mask plot_matrix plot_plan plot_schedule plot_schedules plot_scores plot_widths recalibrate_ register rewind_ rule
+    schedules semi_structured_ sensitivity silenced small_resnet theoretical_speedup'''.split())
 MODULES = [m.name for m in pkgutil.walk_packages(fasterprune.__path__, 'fasterprune.') if not m.ispkg and m.name.split('.')[-1] not in ('_modidx', '__main__')]
 
 def test_public_names(): assert set(fp.__all__)==PUBLIC, f"new: {sorted(set(fp.__all__)-PUBLIC)}, gone: {sorted(PUBLIC-set(fp.__all__))}; change this list and the CHANGELOG with them"
@@ -25,6 +27,9 @@ def test_registries_are_shown_as_tables():
 
 SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every normalizer only ignore count x n_batches reduce',
+    'PruneCallback': 'sparsity * budget criterion schedule every granularity context normalizer min_keep max_ratio round_to per reduce n_batches only ignore exact_norms x also recalibrate compensate verify whole',
+    'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
+    'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn moment * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore exact_norms',
     'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate verify',
@@ -63,7 +68,7 @@ def functions(o): # the functions of an object of the surface: itself, or its co
     elif inspect.isfunction(o): yield o.__name__,o
 
 OWN_NAMES = {('adapter','attrs')} # keywords that are names of the user's, not options
-EVENTS = {'before_fit','before_train','before_batch','before_backward','after_backward','before_step','after_step','after_batch','after_train','after_fit'} # their names say when, and what is in the class
+EVENTS = {'before_fit','before_train','before_batch','before_backward','after_backward','before_step','after_step','after_batch','after_train','after_epoch','after_fit'} # their names say when, and what is in the class
 DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k)) if n.split('.')[-1] not in EVENTS]+[('Learner.prune', Learner.prune)]
 
 @pytest.mark.parametrize('name,f', DOCUMENTED, ids=[n for n,_ in DOCUMENTED])
