@@ -16,7 +16,7 @@ from fasterprune.callback.progressive import PKPCallback
 from fasterprune.sparse.progressive import PKP
 from cifar import CACHE, DATA, Images, correct, decoded, learned, learner, loader, loaders, trained
 
-SPARSITIES,SEEDS,STEPS,BATCH,END = (.5,.7,.8),(0,1,2),300,128,.2 # END: chosen by training images, at 80 % and seed 0
+SPARSITIES,SEEDS,STEPS,BATCH,END = (.5,.7,.8),(0,1,2),150,128,.2 # END: chosen by training images, at 80 % and seed 0
 FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)())
 METHODS = dict(
     once_local='one shot, the same part of each layer, lowest L1 norm',
