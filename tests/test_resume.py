@@ -16,7 +16,12 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import params
 from torch import nn
+from fasterprune.callback.during import PruneCallback
 from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.methods import PatienceCallback
+from fasterprune.callback.progressive import PKPCallback
+from fasterprune.callback.regrow import SoftPruneCallback
+from fasterprune.callback.regularise import SlimmingCallback
 from fasterprune.callback.resume import ResumeCallback
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.criteria.base import criteria
@@ -154,3 +159,22 @@ def test_it_disturbs_nothing(tmp_path): # neither a training, nor what runs betw
         assert len(learn.validate())==2 and len(learn.get_preds())==2
         learn.fit(1)
     assert not list(tmp_path.glob('resume*')) and not any(type(c).__name__=='_Skip' for c in learn.cbs)
+
+FAMILY = dict(patience=lambda: PatienceCallback(.5), soft=lambda: SoftPruneCallback(.5), pkp=lambda: PKPCallback(.5), slimming=SlimmingCallback)
+
+@pytest.mark.parametrize('who', FAMILY)
+def test_others_of_the_family_go_on_too(tmp_path, who):
+    def train(path, seed, *cbs):
+        learn,cb = make(seed, path),FAMILY[who]()
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2, cbs=[cb, *cbs])
+        return learn,[cb]
+    def stop(self):
+        if self.epoch==1 and self.iter==2: raise RuntimeError('stop')
+    want = train(tmp_path/'a', 0)
+    with pytest.raises(RuntimeError): train(tmp_path/'b', 0, ResumeCallback(every=1), Callback(before_batch=stop))
+    same(want, train(tmp_path/'b', 7, ResumeCallback(every=1)))
+
+def test_a_training_that_cuts_is_refused(tmp_path):
+    learn = make(0, tmp_path)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(Exception, match='PruneCallback.*cuts the model while it trains'): learn.fit(1, cbs=[PruneCallback(.5), ResumeCallback()])
+    assert not any(type(c).__name__=='_Skip' for c in learn.cbs)
