@@ -300,7 +300,7 @@ def test_masks_of_what_is_gone_go():
     assert not Masks({'a.weight':torch.zeros(1,1,1,1, dtype=torch.bool)}).cut((Edit('a.weight', 0, 4, ()),)).keep
 
 def test_layers_by_granularity_and_whole_vision_transformer():
-    import timm
+    timm = pytest.importorskip('timm')
     torch.manual_seed(0)
     net,x = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=4, num_classes=5),torch.randn(2,3,32,32, dtype=torch.float64)
     net = awake(net, x)
@@ -345,7 +345,7 @@ def test_rows_and_columns_of_linear_layers(granularity, only):
 
 @pytest.mark.parametrize('silenced', ['proj', 'qkv'])
 def test_heads(silenced):
-    import timm
+    timm = pytest.importorskip('timm')
     torch.manual_seed(0)
     net,x = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=4, num_classes=5),torch.randn(2,3,32,32, dtype=torch.float64)
     net = awake(net, x)
