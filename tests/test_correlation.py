@@ -449,3 +449,14 @@ V = torch.ones(4, 3)
 def test_refused(f, text):
     with pytest.raises((ValueError, TypeError)) as e: f()
     assert text in e.value.args[0]
+
+def test_cop_of_many_units_in_single_precision():
+    "A layer so large that the products are taken in single precision, against double; a copy is the first to go"
+    v = torch.randn(500, 64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v[5] = v[77]
+    c = v-v.mean(1, keepdim=True)
+    c = c/c.norm(dim=1, keepdim=True)
+    r = sum((c[...,t]@c[...,t].T).abs() for t in range(2))/2
+    want = 1-r.fill_diagonal_(0).amax(1)/r.max()
+    got = cop_scores(v)
+    assert got.dtype==torch.float64 and torch.allclose(got, want, atol=1e-6) and set(got.argsort()[:2].tolist())=={5,77}

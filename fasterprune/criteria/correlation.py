@@ -31,6 +31,9 @@ def _part(v, live): return v if live.all() else v[live] # no copy where all are
 def _upper(v, rows=128): # The upper half of v @ v.T, some rows at a time
     for i in range(0, len(v), rows): yield i, v[i:i+rows] @ v[i:].T
 
+def _upper_rows(g, rows=128): # The same of a square matrix that there is
+    for i in range(0, len(g), rows): yield i, g[i:i+rows, i:]
+
 def _gram(v): # v @ v.T in little more than half the time
     g = v.new_empty(len(v), len(v))
     for i,p in _upper(v): g[i:i+len(p), i:], g[i:, i:i+len(p)] = p, p.T
@@ -147,10 +150,12 @@ def _tap_similarity(x): # [n, R, T] → [n, n], mean over T of |Pearson over R|
     size, x = x.norm(dim=1, keepdim=True), x-x.mean(1, keepdim=True)
     n = x.norm(dim=1, keepdim=True)
     x = torch.where(n>1e-12*size, x/n, 0.).movedim(2, 0).contiguous()
+    if x.shape[1]**2*x.shape[2]>1e7: x = x.float() # of unit vectors: single precision will do, and takes half the time
     g = x.new_zeros(x.shape[1], x.shape[1])
     for t in x:
         for i,p in _upper(t): g[i:i+len(p), i:] += p.abs_()
-    return (g.triu()+g.triu(1).T)/len(x)
+    for i,p in _upper_rows(g): g[i+len(p):, i:i+len(p)] = p[:,len(p):].T
+    return g.div_(len(x))
 
 def cop_scores(
     v:Tensor, # [n, R, T]: unit, channel that it is read by, tap
@@ -163,7 +168,7 @@ def cop_scores(
     if not live.any(): return s
     r = _tap_similarity(_part(v, live)).fill_diagonal_(0)
     r /= r.max().clamp(min=torch.finfo(r.dtype).tiny)
-    s[live] = (1-r.topk(max(min(top, len(r)-1), 1)).values.mean(1)).clamp(min=1e-15)
+    s[live] = (1-r.topk(max(min(top, len(r)-1), 1)).values.to(s).mean(1)).clamp(min=1e-15)
     return s
 
 register(Criterion('cop', vectors=cop_scores, reads='readers', comparable=True, family='correlation', source='Wang 2019, arXiv 1906.10337',
