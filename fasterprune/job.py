@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .allocation import check_allocation
 from .callback import prune # adds learn.prune
-from .callback.sparsify import SparsifyCallback, example_batch
+from .callback.frame import example_batch
+from .callback.sparsify import SparsifyCallback
 from .core import NoEffectWarning, PruningError, eval_mode, no_such
 from .criteria.base import as_criterion
 from .data import image_dls, small_resnet

@@ -22,7 +22,8 @@ from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
 from fasterprune.sparse.masks import plain_module
-from fasterprune.callback.keep import KeepZeros, example_batch
+from fasterprune.callback.frame import example_batch
+from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet

@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from fasterprune.allocation import contexts, keep_top
 from fasterprune.callback import prune # adds learn.prune
-from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback, example_batch
+from fasterprune.callback.frame import example_batch
+from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, criteria, normalizers
 from fasterprune.data import digits_dls, small_resnet

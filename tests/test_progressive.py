@@ -12,7 +12,8 @@ from fastai.metrics import accuracy
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
 from fasterprune.callback.progressive import PKPCallback, pkp_schedule
-from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback
+from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import linear, one_shot

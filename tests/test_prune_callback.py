@@ -11,9 +11,11 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fasterprune.callback.during import PruneCallback, TrainingCallback, forget_best, next_cut, undisturbed
+from fasterprune.callback.during import PruneCallback, next_cut
+from fasterprune.callback.frame import TrainingCallback, example_batch, forget_best, undisturbed
+from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.patience import Patience
-from fasterprune.callback.sparsify import KeepZeros, SparsifyCallback, example_batch
+from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import VerificationError
 from fasterprune.data import small_resnet
 from fasterprune.schedule import agp, iterative, linear, one_shot

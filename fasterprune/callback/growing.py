@@ -14,8 +14,8 @@ import torch
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from ..allocation import check_allocation
-from .during import TrainingCallback, forget_best
-from .keep import agreed, example_batch, keeper_of
+from .frame import TrainingCallback, example_batch, forget_best
+from .keep import agreed, keeper_of
 from .regularise import check_strength
 from ..core import check_fraction
 from ..criteria.base import as_criterion

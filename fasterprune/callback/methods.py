@@ -16,8 +16,8 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import combined_cos # with it learn.fit_one_cycle
 from fastai.learner import Learner
 from fastcore.basics import patch
-from .during import forget_best
-from .keep import example_batch, is_training, keeper_of
+from .frame import example_batch, forget_best, is_training
+from .keep import keeper_of
 from .patience import Patience
 from .sparsify import SparsifyCallback
 from ..core import check_fraction, no_such

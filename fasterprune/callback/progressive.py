@@ -9,7 +9,7 @@ __all__ = ['pkp_schedule', 'PKPCallback', 'Stages']
 
 # %% ../../nbs/callback/04_progressive.ipynb #00000003
 from fastcore.basics import patch
-from .keep import example_batch, is_training
+from .frame import example_batch, is_training
 from .sparsify import SparsifyCallback
 from ..schedule import Schedule
 from ..sparse.masks import plain_module

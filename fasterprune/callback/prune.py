@@ -11,7 +11,8 @@ __all__ = []
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
-from .sparsify import KeepZeros, example_batch
+from .frame import example_batch
+from .keep import KeepZeros
 from ..sparse.masks import plain_module
 from ..surgery.budget import Budget
 from ..surgery.pruner import Pruner, Report

@@ -15,7 +15,7 @@ from fastai.callback.core import CancelStepException
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from ..allocation import keep_top
-from .during import TrainingCallback, forget_best
+from .frame import TrainingCallback, forget_best
 from .keep import agreed, keeper_of
 from .sparsify import SparsifyCallback
 from ..core import check_fraction, n_removed, no_such, prunable_layers, select_layers

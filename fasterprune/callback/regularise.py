@@ -15,8 +15,7 @@ import torch
 from torch import nn, Tensor
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
-from .during import TrainingCallback
-from .keep import example_batch
+from .frame import TrainingCallback, example_batch
 from ..core import select_layers
 from ..sparse.masks import plain_module
 from ..surgery.coupling import couple

@@ -23,7 +23,7 @@ from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .during import PruneCallback
-from .keep import is_training, loaders_of
+from .frame import check_every, is_training, loaders_of
 from ..sparse.masks import Masks, plain_module
 
 # %% ../../nbs/callback/06_resume.ipynb #00000006
@@ -86,8 +86,7 @@ class ResumeCallback(Callback):
         fname:str='resume', # A file of this name, with `.pth`, in the learner's `path/model_dir`
         *, every:str|int='epoch', # Write at the end of each epoch, and also every so many training batches if this is a number
     ):
-        if every!='epoch' and (isinstance(every, bool) or not isinstance(every, int) or every<1): raise ValueError(f"every is 'epoch' or a number of training batches, not {every!r}")
-        self.fname,self.every,self.fits = fname,every,0
+        self.fname,self.every,self.fits = fname,check_every(every),0
         self._live,self._todo,self._quiet,self._start = False,None,[],None
 
     @property

@@ -11,16 +11,13 @@ __all__ = ['SparsifyCallback']
 import math
 from functools import reduce
 from operator import and_
-import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Recorder, ValueMetric
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from ..allocation import check_allocation
-from .keep import KeepZeros, agreed, example_batch, is_training, keeper_of
+from .frame import TrainingCallback, check_every, example_batch, forget_best
+from .keep import agreed, keeper_of
 from ..core import no_such
 from ..criteria.base import as_criterion, as_normalizer, ranking, reductions
 from ..criteria.listen import Listener
@@ -33,9 +30,8 @@ from ..sparse.sparsifier import Sparsifier
 from ..surgery.choose import check_where, evidence_for, sides
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000007
-class SparsifyCallback(Callback):
+class SparsifyCallback(TrainingCallback):
     "Set units of the model to zero while it trains, more and more, by a schedule"
-    order = Recorder.order-5 # its columns must be known when the recorder writes its header
     def __init__(self,
         sparsity:float|dict, # Part of the units that is zero in the end; or a dict of layer → part
         granularity:str='filter', # What one unit is
@@ -54,21 +50,20 @@ class SparsifyCallback(Callback):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
         self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(schedule)
-        if every!='epoch' and (isinstance(every, bool) or not isinstance(every, int) or every<1): raise ValueError(f"every is 'epoch' or a number of training batches, not {every!r}")
+        check_every(every)
         if normalizer is not None: as_normalizer(normalizer)
         check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
         self.context,self.every,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,normalizer,only,ignore,count,x,n_batches,reduce
-        self._on,self._log,self._by_layer,self._last,self._columns,self.masks,self._loss = False,[],[],None,[],None,None
+        self._log,self._by_layer,self._last,self._columns,self.masks,self._loss = [],[],None,[],None,None
         self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000009
 @patch
-def before_fit(self:SparsifyCallback):
-    self._take_down()
-    if not is_training(self.learn): return
+def start(self:SparsifyCallback):
+    "Find the units, and the zeros that are there"
     coupled = self.granularity.like in sides
     flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
     self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
@@ -77,38 +72,29 @@ def before_fit(self:SparsifyCallback):
     self._sparsifier.check(self.sparsity)
     self._keeper = keeper_of(self.learn)
     self._log,self._by_layer,self._last,self.masks,self._found,self._loss = [],[],None,None,self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
-    self._columns = [ValueMetric(self.measured_sparsity, 'sparsity'), ValueMetric(self.measured_compression, 'compression')]
-    self.learn.metrics = self.learn.metrics + self._columns
-    self._on = True
     if self.criterion.stats: self._prick_up()
+
+@patch
+def columns(self:SparsifyCallback)->dict: "What is zero, measured"; return dict(sparsity=self.measured_sparsity, compression=self.measured_compression)
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000b
 @patch
-def after_fit(self:SparsifyCallback):
-    if is_training(self.learn): self._take_down()
-
-@patch
-def _take_down(self:SparsifyCallback):
-    "Take the columns away again, and all that listened"
-    self._on = False
+def stop(self:SparsifyCallback):
+    "Take away all that listened"
     for e in (self._ear, self._whole):
         if e is not None: e.off()
     self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
-    if self._columns: self.learn.metrics = [m for m in self.learn.metrics if not any(m is c for c in self._columns)]
-    self._columns = []
 
-def _set_learn(self, learn):
-    if learn is None and vars(self).get('_on'):
-        if self._keeper.stepping: self._keeper.zero_()
-        self._take_down()
-    vars(self)['_learn'] = learn
-SparsifyCallback.learn = property(lambda self: vars(self).get('_learn'), _set_learn)
+@patch
+def interrupted(self:SparsifyCallback):
+    "Zeros again, if it came between a step and its zeros"
+    if self._keeper.stepping: self._keeper.zero_()
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000d
 @patch
 def before_train(self:SparsifyCallback):
     if not self._on: return
-    self._forget_dense_best()
+    if self._last is not None and self._last!=self._wanted(1.): forget_best(self.learn)
     if self.every=='epoch': self._update(self.learn.epoch, self.learn.n_epoch)
 
 @patch
@@ -287,13 +273,3 @@ def restore(self:SparsifyCallback,
     if ear is not None: self._ear = Listener(self._sparsifier.model, self._wants); self._ear.states = dict(ear)
     if whole is not None: self._whole.states = dict(whole)
     if self.masks is not None: self._hold()
-
-# %% ../../nbs/callback/00_sparsify.ipynb #00000019
-@patch
-def _forget_dense_best(self:SparsifyCallback):
-    "Epochs that were less sparse than the target do not count as best"
-    if self._last is None or self._last==self._wanted(1.): return
-    for c in self.learn.cbs:
-        if isinstance(c, TrackerCallback) and getattr(c, 'best', None) is not None:
-            c.best = float('inf') if c.comp==np.less else -float('inf')
-            if hasattr(c, 'wait'): c.wait = 0
