@@ -1,10 +1,10 @@
-"CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what `criteria.py` measures on: `python benchmarks/cifar.py` trains"
+"CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what other benchmarks measure on: `python benchmarks/cifar.py` trains"
 import argparse, io, random, time, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import fit_one_cycle # patches Learner
@@ -44,9 +44,9 @@ def normalised(x):
     return ((x.float()-255*torch.tensor(MEAN))/scale).permute(0,3,1,2)
 
 class Images:
-    "Batches from tensors; padded by 4, cropped and flipped for training"
-    def __init__(self, x, y, augment, seed=0):
-        self.x,self.y,self.augment = F.pad(x, (0,0,4,4,4,4)) if augment else x,y,augment
+    "Batches from tensors; padded by 4, cropped and flipped for training, with a square of side `cut` left out (Cutout, arXiv 1708.04552)"
+    def __init__(self, x, y, augment, seed=0, cut=0):
+        self.x,self.y,self.augment,self.cut = F.pad(x, (0,0,4,4,4,4)) if augment else x,y,augment,cut
         self.rng = torch.Generator().manual_seed(seed)
     def __len__(self): return len(self.y)
     def batch(self, idx):
@@ -55,7 +55,12 @@ class Images:
         n,r = len(idx),torch.arange(32)
         dy,dx,flip = (torch.randint(k, (n,1), generator=self.rng) for k in (9,9,2))
         rows,cols = dy+r,dx+torch.where(flip==1, 31-r, r)
-        return normalised(self.x[idx[:,None,None], rows[:,:,None], cols[:,None,:]]),self.y[idx]
+        x = normalised(self.x[idx[:,None,None], rows[:,:,None], cols[:,None,:]])
+        return (self.without_square(x) if self.cut else x),self.y[idx]
+    def without_square(self, x):
+        inside = lambda c: ((torch.arange(32)-c).add(self.cut//2)>=0)&((torch.arange(32)-c).add(self.cut//2)<self.cut)
+        v,h = (inside(torch.randint(32, (len(x),1), generator=self.rng)) for _ in range(2))
+        return x.masked_fill_(v[:,None,:,None]&h[:,None,None,:], 0)
 
 def loader(images, bs, shuffle, seed=0):
     "A fastai `DataLoader` that takes whole batches"
@@ -63,9 +68,9 @@ def loader(images, bs, shuffle, seed=0):
     dl.rng = random.Random(seed)
     return dl
 
-def loaders(d, bs=128, seed=0, augment=True):
+def loaders(d, bs=128, seed=0, augment=True, cut=0):
     "Training and test batches"
-    return DataLoaders(loader(Images(d['train_x'], d['train_y'], augment, seed), bs, True, seed), loader(Images(d['test_x'], d['test_y'], False), 500, False), device='cpu')
+    return DataLoaders(loader(Images(d['train_x'], d['train_y'], augment, seed, cut), bs, True, seed), loader(Images(d['test_x'], d['test_y'], False), 500, False), device='cpu')
 
 # -- network --------------------------------------------------------------------------------------
 class Block(nn.Module):
@@ -116,7 +121,7 @@ class Kept(Callback):
         torch.save(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.spent()), part)
         part.replace(self.path)
         loss,valid,acc = [float(v) for v in self.recorder.values[-1]]
-        self.said(f"epoch {self.epoch+1:>2} of {self.n_epoch}   training loss {loss:.4f}   test accuracy {acc:.4f}   {self.spent():.0f} s", flush=True)
+        self.said(f"epoch {self.epoch+1:>3} of {self.n_epoch}   training loss {loss:.4f}   test accuracy {acc:.4f}   {self.spent():.0f} s", flush=True)
     def spent(self): return self.before+time.perf_counter()-self.began
 
 def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
@@ -126,7 +131,7 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     learn.remove_cb(ProgressCallback)
     return learn
 
-def trained(data=DATA, cache=CACHE, epochs=50, lr=.1, bs=128, bf16=True, seed=0, at_least=.9, said=print):
+def trained(data=DATA, cache=CACHE, epochs=120, lr=.1, bs=64, bf16=True, seed=0, at_least=.9, said=print):
     "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from the last epoch if it was stopped, and one shorter cycle more if it is not good enough"
     final,res = cache/'resnet20.pt',None
     if final.exists(): res = torch.load(final, weights_only=True)
@@ -148,7 +153,7 @@ def learned(res):
 
 def _cycle(d, half, before, cycle, epochs, lr, bs, bf16, seed, said):
     torch.manual_seed(seed+cycle)
-    learn = learner(resnet20() if before is None else learned(before), loaders(d, bs, seed+100*cycle), bf16=bf16)
+    learn = learner(resnet20() if before is None else learned(before), loaders(d, bs, seed+100*cycle, cut=8), bf16=bf16)
     kept = Kept(half, said)
     learn.add_cb(kept)
     learn.create_opt()
@@ -167,10 +172,39 @@ def correct(model, d, bs=100, bf16=False):
     with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         return sum((model(normalised(d['test_x'][i:i+bs])).argmax(1)==d['test_y'][i:i+bs]).sum().item() for i in range(0, len(d['test_y']), bs))/len(d['test_y'])
 
+# -- for other benchmarks -------------------------------------------------------------------------
+FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()) # then bfloat16 halves the time
+
+def network(a):
+    "Train what is not trained yet, and say how good it is; False if there are no images"
+    if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return False
+    torch.set_num_threads(a.workers); warnings.simplefilter('ignore')
+    net = trained(a.data, a.cache)
+    torch.set_num_threads(1)
+    print(f"ResNet-20: {net['accuracy']:.4f} on the test images after {net['epochs']} epochs, {net['seconds']:.0f} s", flush=True)
+    return True
+
+class Untested(Callback):
+    "Test images are looked at once, after the training"
+    def before_validate(self): raise CancelValidException
+
+def drawn(d, n, seed): return torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(seed))[:n]
+
+def tuned(model, d, seed, steps=150, bs=128, cbs=()):
+    "The same short training for all: images, order and crops depend on the seed alone"
+    pick = drawn(d, steps*bs, 200+seed)
+    dls = loaders(d, bs, seed)
+    dls.loaders[0] = loader(Images(d['train_x'][pick], d['train_y'][pick], True, seed), bs, True, seed)
+    torch.manual_seed(seed)
+    learn = learner(model, dls, bf16=FAST)
+    learn.add_cbs([Untested(), *cbs])
+    with learn.no_logging(): learn.fit_one_cycle(1, .05, div=5, pct_start=.2, moms=(.9,.9,.9))
+    return learn.model.eval()
+
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--data', type=Path, default=DATA); p.add_argument('--cache', type=Path, default=CACHE)
-    p.add_argument('--epochs', type=int, default=50); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--epochs', type=int, default=120); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=64); p.add_argument('--threads', type=int, default=1)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')

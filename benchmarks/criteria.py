@@ -1,39 +1,31 @@
 "Which criterion keeps a network best? ResNet-20 on CIFAR-10, two to four times fewer multiplications: `python benchmarks/criteria.py`"
-import argparse, json, os, time, warnings
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-from concurrent.futures import ProcessPoolExecutor
+import json, time
 from copy import deepcopy
 from functools import lru_cache
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import mean, stdev
+from rows import keep, no_bars, parser, read, run, said
 import torch
-from fastai.callback.core import Callback, CancelValidException
-from fastprogress import fastprogress
 from fasterprune.all import Budget, Pruner, criteria
 from fasterprune.criteria.norm import random
 from fasterprune.surgery.coupling import couple
-from cifar import CACHE, DATA, Images, correct, decoded, learned, learner, loader, loaders, normalised, resnet20, trained
+from cifar import CACHE, DATA, FAST, Images, correct, decoded, drawn, learned, network, normalised, resnet20, trained, tuned
 
 SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION,CHOICE = (2,3,4),(0,1,2),150,128,8,2000
 HOW = dict(budget='one ranking over all layers', uniform='the same part of each layer')
 
 # -- one measurement ------------------------------------------------------------------------------
-def no_bars(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
-
 @lru_cache(1)
 def ready(data, cache):
     "Images, and the trained network"
     d,m = decoded(data, cache),learned(trained(data, cache))
-    g = torch.Generator().manual_seed(10_000)
-    pick = torch.randperm(len(d['train_y']), generator=g)[:CHOICE] # training images that choose what is tuned, so that test images do not
+    pick = drawn(d, CHOICE, 10_000) # training images that choose what is tuned, so that test images do not
     return d,m,dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
 
-def drawn(d, seed): return torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(100+seed))[:CALIBRATION*BATCH].split(BATCH)
+def few(d, seed): return drawn(d, CALIBRATION*BATCH, 100+seed).split(BATCH)
 
 def calibration(d, seed):
     "Batches of training images without augmentation, the same for every criterion"
-    return [(normalised(d['train_x'][i]),d['train_y'][i]) for i in drawn(d, seed)]
+    return [(normalised(d['train_x'][i]),d['train_y'][i]) for i in few(d, seed)]
 
 @lru_cache(None)
 def uniform(speedup):
@@ -68,29 +60,13 @@ def recalibrated(m, d, seed):
     images = Images(d['train_x'], d['train_y'], True, seed) # cropped and flipped as in training: without, the network as it is loses three points
     m.train()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=FAST):
-        for at in drawn(d, 50+seed): m(images.batch(at)[0])
+        for at in few(d, 50+seed): m(images.batch(at)[0])
     return m.eval()
-
-class Untested(Callback):
-    "Test images are looked at once, after the training"
-    def before_validate(self): raise CancelValidException
-
-def tuned(m, d, seed):
-    "The same short training for all: images, order and crops depend on the seed alone"
-    pick = torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(200+seed))[:STEPS*BATCH]
-    dls = loaders(d, BATCH, seed)
-    dls.loaders[0] = loader(Images(d['train_x'][pick], d['train_y'][pick], True, seed), BATCH, True, seed)
-    torch.manual_seed(seed)
-    learn = learner(deepcopy(m), dls, bf16=FAST)
-    learn.add_cb(Untested())
-    with learn.no_logging(): learn.fit_one_cycle(1, .05, div=5, pct_start=.2, moms=(.9,.9,.9))
-    return learn.model.eval()
 
 def measure(job, data, cache):
     "One row"
     stage,name,how,speedup,seed = (job[k] for k in ('stage','criterion','how','speedup','seed'))
     d,m,choice = ready(data, cache)
-    torch.set_num_threads(1); warnings.simplefilter('ignore'); no_bars()
     row,began = dict(job),time.perf_counter()
     if name=='dense': small = m
     else:
@@ -100,11 +76,10 @@ def measure(job, data, cache):
     if stage=='shot':
         again = recalibrated(small, d, seed)
         row.update(accuracy=correct(small, d, bf16=FAST), recalibrated=correct(again, d, bf16=FAST), choice=correct(again, choice, bf16=FAST))
-    else: row.update(accuracy=correct(tuned(small, d, seed), d, bf16=FAST))
+    else: row.update(accuracy=correct(tuned(deepcopy(small), d, seed, STEPS, BATCH), d, bf16=FAST))
     return row|dict(seconds=time.perf_counter()-began)
 
 # -- what is measured -----------------------------------------------------------------------------
-FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)())
 KEY = ('stage','criterion','how','speedup','seed')
 key = lambda r: tuple(r[k] for k in KEY)
 
@@ -138,33 +113,14 @@ def tunings(rows, names):
         for v in SPEEDUPS:
             for n,how in best(rows, names): yield dict(stage='tuned', criterion=n, how=how, speedup=v, seed=s)
 
-def read(path): return [json.loads(l) for l in path.read_text().splitlines() if l.strip()] if path.exists() else []
-
-def run(jobs, a, until):
-    "Measure what is not there yet, a line for each; False if time ran out"
-    done = {key(r) for r in read(a.rows)}
-    left = [j for j in jobs if key(j) not in done]
-    with ProcessPoolExecutor(a.workers, mp_context=get_context('spawn')) as pool:
-        waiting,it = set(),iter(left)
-        n = 0
-        while True:
-            while len(waiting)<a.workers and time.time()<until and (j := next(it, None)): waiting.add(pool.submit(measure, j, a.data, a.cache))
-            if not waiting: break
-            ready = {f for f in waiting if f.done()}
-            if not ready: time.sleep(.05); continue
-            for f in ready:
-                waiting.discard(f); r = f.result(); n += 1
-                with a.rows.open('a') as out: out.write(json.dumps(r)+'\n')
-                said = r.get('refused') or f"{r['accuracy']:.4f}"+(f"  recalibrated {r['recalibrated']:.4f}" if 'recalibrated' in r else '')+f"  MACs {r.get('macs', 1):.3f}  {r['seconds']:.1f} s"
-                print(f"{n:>4}/{len(left)} {r['stage']:<5} {r['criterion']:<14} {r['how']:<7} {r['speedup']}× seed {r['seed']}  {said}", flush=True)
-    return n==len(left)
+def line(r):
+    said = r.get('refused') or f"{r['accuracy']:.4f}"+(f"  recalibrated {r['recalibrated']:.4f}" if 'recalibrated' in r else '')+f"  MACs {r.get('macs', 1):.3f}  {r['seconds']:.1f} s"
+    return f"{r['stage']:<5} {r['criterion']:<14} {r['how']:<7} {r['speedup']}× seed {r['seed']}  {said}"
 
 # -- what is said ---------------------------------------------------------------------------------
 def cell(rows, stage, name, how, speedup, field='accuracy'):
     "Accuracies of the seeds"
     return [100*r[field] for r in rows if key(r)[:4]==(stage,name,how,speedup) and field in r]
-
-def said(v): return '' if not v else f"{mean(v):.2f}" if len(v)==1 else f"{mean(v):.2f} ± {stdev(v):.2f}"
 
 def ordered(names): return ['random',*sorted((n for n in names if n!='random'), key=lambda n: (criteria[n].family, n))]
 
@@ -207,11 +163,9 @@ def picture(rows, names, path):
 
 def main():
     global SPEEDUPS, SEEDS
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--data', type=Path, default=DATA, help='the file of JPEGs'); p.add_argument('--cache', type=Path, default=CACHE, help='folder of what is kept')
-    p.add_argument('--only', nargs='*', help='names of criteria; all by default'); p.add_argument('--workers', type=int, default=os.cpu_count() if (os.cpu_count() or 1)<3 else 2)
-    p.add_argument('--minutes', type=float, default=115, help='stop then; a second call goes on'); p.add_argument('--report', action='store_true', help='only say what there is')
-    p.add_argument('--again', nargs='*', help='forget the rows of these criteria; without names, those that were refused'); p.add_argument('--shots', action='store_true', help='no fine-tuning')
+    p = parser(__doc__, DATA, CACHE)
+    p.add_argument('--only', nargs='*', help='names of criteria; all by default'); p.add_argument('--shots', action='store_true', help='no fine-tuning')
+    p.add_argument('--again', nargs='*', help='forget the rows of these criteria; without names, those that were refused')
     p.add_argument('--speedups', nargs='*', type=int, default=SPEEDUPS); p.add_argument('--seeds', nargs='*', type=int, default=SEEDS)
     a = p.parse_args()
     SPEEDUPS,SEEDS = tuple(a.speedups),tuple(a.seeds)
@@ -221,16 +175,10 @@ def main():
     no_bars()
     if a.again is not None and a.rows.exists(): a.rows.write_text(''.join(json.dumps(r)+'\n' for r in read(a.rows) if not (r['criterion'] in a.again if a.again else 'refused' in r)))
     if not a.report:
-        if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return
-        torch.set_num_threads(a.workers); warnings.simplefilter('ignore')
-        net = trained(a.data, a.cache)
-        print(f"ResNet-20: {net['accuracy']:.4f} on the test images after {net['epochs']} epochs, {net['seconds']:.0f} s", flush=True)
-        torch.set_num_threads(1)
-        whole = run(list(shots(names)), a, until) and (a.shots or run(list(tunings(read(a.rows), names)), a, until))
-        if not whole: print('time ran out; the same command goes on')
+        if not network(a): return
+        measured = lambda jobs: run(list(jobs), key, measure, line, a, until)
+        if not (measured(shots(names)) and (a.shots or measured(tunings(read(a.rows), names)))): print('time ran out; the same command goes on')
     rows = read(a.rows)
-    text = table(rows, names)
-    (a.cache/'criteria.md').write_text(text+'\n'); picture(rows, names, a.cache/'criteria.png')
-    print(f"\n{text}\n\n{a.cache/'criteria.md'}, {a.cache/'criteria.png'}")
+    picture(rows, names, a.rows.with_suffix('.png')); keep(table(rows, names), a)
 
 if __name__=='__main__': main()

@@ -1,23 +1,17 @@
 "Progressive kernel pruning beside kernel pruning in one shot: ResNet-20 on CIFAR-10, equal short training: `python benchmarks/pkp.py`"
-import argparse, json, os, time, warnings
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-from concurrent.futures import ProcessPoolExecutor
+import time
 from copy import deepcopy
 from functools import lru_cache
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import mean, stdev
+from rows import keep, no_bars, parser, read, run, said
 import torch
 from torch import nn
-from fastai.callback.core import Callback, CancelValidException
-from fastprogress import fastprogress
 from fasterprune.all import KeepZeros, Pruner, Sparsifier, SparsifyCallback, agp
 from fasterprune.callback.progressive import PKPCallback
 from fasterprune.sparse.progressive import PKP
-from cifar import CACHE, DATA, Images, correct, decoded, learned, learner, loader, loaders, trained
+from cifar import CACHE, DATA, FAST, correct, decoded, learned, network, trained, tuned
 
 SPARSITIES,SEEDS,STEPS,BATCH,END = (.5,.7,.8),(0,1,2),150,128,.2 # END: chosen by training images, at 80 % and seed 0
-FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)())
 METHODS = dict(
     once_local='one shot, the same part of each layer, lowest L1 norm',
     once_global='one shot, one ranking over all layers, L1 norm over the mean of the layer',
@@ -29,14 +23,8 @@ METHODS = dict(
 ONCE,OURS = ('once_local','once_global'),('pkp','pkp_smioc')
 
 # -- one measurement ------------------------------------------------------------------------------
-def no_bars(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
-
 @lru_cache(1)
 def ready(data, cache): return decoded(data, cache),learned(trained(data, cache))
-
-class Untested(Callback):
-    "Test images are looked at once, after the training"
-    def before_validate(self): raise CancelValidException
 
 def chosen(method, model, sparsity):
     "What chooses kernels: masks that hold from the beginning, or a callback"
@@ -46,17 +34,6 @@ def chosen(method, model, sparsity):
     if method.startswith('gradual_'): return SparsifyCallback(sparsity, context=method.removeprefix('gradual_'), schedule=agp(end=END), every=10, **how)
     if method=='pkp_once': return KeepZeros(PKP(model, torch.randn(2,3,32,32)).sparsify(sparsity))
     return PKPCallback(sparsity, end=END, mode='smioc' if method=='pkp_smioc' else 'norm')
-
-def tuned(model, cb, d, seed, steps):
-    "The same short training for all: images, order and crops depend on the seed alone"
-    pick = torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(200+seed))[:steps*BATCH]
-    dls = loaders(d, BATCH, seed)
-    dls.loaders[0] = loader(Images(d['train_x'][pick], d['train_y'][pick], True, seed), BATCH, True, seed)
-    torch.manual_seed(seed)
-    learn = learner(model, dls, bf16=FAST)
-    learn.add_cbs([Untested(), *([] if cb is None else [cb])])
-    with learn.no_logging(): learn.fit_one_cycle(1, .05, div=5, pct_start=.2, moms=(.9,.9,.9))
-    return learn.model.eval()
 
 @torch.no_grad()
 def kernels(model):
@@ -68,9 +45,9 @@ def kernels(model):
 def measure(job, data, cache):
     "One row"
     d,m = ready(data, cache)
-    torch.set_num_threads(1); warnings.simplefilter('ignore'); no_bars()
     began,small = time.perf_counter(),deepcopy(m)
-    small = tuned(small, chosen(job['method'], small, job['sparsity']), d, job['seed'], job['steps'])
+    cb = chosen(job['method'], small, job['sparsity'])
+    small = tuned(small, d, job['seed'], job['steps'], BATCH, [] if cb is None else [cb])
     row = dict(job, **kernels(small), accuracy=correct(small, d, bf16=FAST), seconds=time.perf_counter()-began)
     r = Pruner(small, torch.randn(2,3,32,32)).prune()
     return row|dict(removed=r.removed, params=r.params[1]/r.params[0], macs=r.macs[1]/r.macs[0])
@@ -86,29 +63,13 @@ def jobs(a):
         for v in a.sparsities:
             for n in a.only: yield dict(method=n, sparsity=v, seed=s, steps=a.steps)
 
-def read(path): return [json.loads(l) for l in path.read_text().splitlines() if l.strip()] if path.exists() else []
-
-def run(a, until):
-    "Measure what is not there yet, a line for each; False if time ran out"
-    done = {key(r) for r in read(a.rows)}
-    left,n,waiting = [j for j in jobs(a) if key(j) not in done],0,set()
-    it = iter(left)
-    with ProcessPoolExecutor(a.workers, mp_context=get_context('spawn')) as pool:
-        while True:
-            while len(waiting)<a.workers and time.time()<until and (j := next(it, None)): waiting.add(pool.submit(measure, j, a.data, a.cache))
-            if not waiting: return n==len(left)
-            for f in [f for f in waiting if f.done()]:
-                waiting.discard(f); r = f.result(); n += 1
-                with a.rows.open('a') as out: out.write(json.dumps(r)+'\n')
-                print(f"{n:>3}/{len(left)} {r['method']:<14} {r['sparsity']:.0%} seed {r['seed']}  {r['accuracy']:.4f}  {r['gone']} of {r['kernels']} kernels gone, {r['unread']} inputs unread, {r['unwritten']} filters empty, {r['removed']} removed  {r['seconds']:.0f} s", flush=True)
-            time.sleep(.05)
+def line(r): return f"{r['method']:<14} {r['sparsity']:.0%} seed {r['seed']}  {r['accuracy']:.4f}  {r['gone']} of {r['kernels']} kernels gone, {r['unread']} inputs unread, {r['unwritten']} filters empty, {r['removed']} removed  {r['seconds']:.0f} s"
 
 # -- what is said ---------------------------------------------------------------------------------
 def cells(rows, a, method, sparsity, field='accuracy'):
     "Seed → number"
     return {r['seed']:r[field] for r in rows if r['method']==method and r['sparsity']==sparsity and r['steps']==a.steps}
 
-def said(v): return '' if not v else f"{mean(v):.2f}" if len(v)==1 else f"{mean(v):.2f} ± {stdev(v):.2f}"
 def percent(c): return [100*v for v in c.values()]
 
 def difference(rows, a, one, other, sparsity):
@@ -152,25 +113,17 @@ def picture(rows, a, path):
     fig.savefig(path, dpi=130); plt.close(fig)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--data', type=Path, default=DATA, help='the file of JPEGs'); p.add_argument('--cache', type=Path, default=CACHE, help='folder of what is kept')
-    p.add_argument('--only', nargs='*', default=list(METHODS), choices=list(METHODS)); p.add_argument('--workers', type=int, default=min(os.cpu_count() or 1, 2))
-    p.add_argument('--sparsities', nargs='*', type=float, default=SPARSITIES); p.add_argument('--seeds', nargs='*', type=int, default=SEEDS); p.add_argument('--steps', type=int, default=STEPS)
-    p.add_argument('--minutes', type=float, default=115, help='stop then; a second call goes on'); p.add_argument('--report', action='store_true', help='only say what there is')
+    p = parser(__doc__, DATA, CACHE)
+    p.add_argument('--only', nargs='*', default=list(METHODS), choices=list(METHODS)); p.add_argument('--steps', type=int, default=STEPS)
+    p.add_argument('--sparsities', nargs='*', type=float, default=SPARSITIES); p.add_argument('--seeds', nargs='*', type=int, default=SEEDS)
     a = p.parse_args()
     a.rows,until = a.cache/'pkp.jsonl',time.time()+60*a.minutes
     no_bars()
     if not a.report:
-        if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return
-        torch.set_num_threads(a.workers); warnings.simplefilter('ignore')
-        net = trained(a.data, a.cache)
-        print(f"ResNet-20: {net['accuracy']:.4f} on the test images after {net['epochs']} epochs, {net['seconds']:.0f} s", flush=True)
-        torch.set_num_threads(1)
-        if not run(a, until): print('time ran out; the same command goes on')
+        if not network(a): return
+        if not run(list(jobs(a)), key, measure, line, a, until): print('time ran out; the same command goes on')
     rows = read(a.rows)
     if not rows: print('nothing has been measured yet'); return
-    text = table(rows, a)
-    (a.cache/'pkp.md').write_text(text+'\n'); picture(rows, a, a.cache/'pkp.png')
-    print(f"\n{text}\n\n{a.cache/'pkp.md'}, {a.cache/'pkp.png'}")
+    picture(rows, a, a.rows.with_suffix('.png')); keep(table(rows, a), a)
 
 if __name__=='__main__': main()
