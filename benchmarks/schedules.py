@@ -65,7 +65,7 @@ def measure(job, data, cache):
 # -- what is measured -----------------------------------------------------------------------------
 def key(r): return tuple(r[k] for k in ('method','seed','epochs'))
 def line(r): return f"{r['method']:<10} seed {r['seed']}  {r['accuracy']:.4f} with {r['sparsity']:.1%} of the filters zero, MACs {r['macs']:.3f} when they are removed  {r['seconds']:.0f} s"
-def jobs(a): return [dict(method=n, seed=s, epochs=a.epochs) for s in a.seeds for n in (*a.only, 'dense')]
+def jobs(a): return [dict(method=n, seed=s, epochs=a.epochs) for some in ([n for n in a.only if n!='agp_whole'], ['dense', *({'agp_whole'}&set(a.only))]) for s in a.seeds for n in some]
 
 # -- what is said ---------------------------------------------------------------------------------
 def cells(rows, a, method, field='accuracy'):
