@@ -232,7 +232,7 @@ def measured_sparsity(self:SparsifyCallback)->float:
 def measured_compression(self:SparsifyCallback)->float:
     "Parameters / parameters that are not zero, now"
     ps = list(plain_module(self.learn.model).parameters())
-    return sum(p.numel() for p in ps)/max(sum(int(p.count_nonzero()) for p in ps), 1)
+    return sum(p.numel() for p in ps)/max(sum(int((p!=0).count_nonzero()) for p in ps), 1)
 
 @patch(as_prop=True)
 def history(self:SparsifyCallback)->pd.DataFrame:
