@@ -13,10 +13,10 @@ from .callback import prune # adds learn.prune
 from .callback.during import PruneCallback
 from .callback.growing import Growth, GrowingCallback
 from .callback.keep import KeepZeros
-from .callback.methods import Moment, PatienceCallback, Remember, lottery_ticket, rewind_
+from .callback.methods import Moment, Remember, lottery_ticket, rewind_
 from .callback.patience import Patience
 from .callback.progressive import PKPCallback
-from .callback.regrow import RegrowCallback, SoftPruneCallback, erk
+from .callback.regrow import RegrowCallback, erk
 from .callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
 from .callback.resume import ResumeCallback
 from .callback.sparsify import SparsifyCallback
@@ -51,8 +51,8 @@ from .surgery.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
 __all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback', 'Growth', 'KeepZeros', 'Latency',
-    'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'PatienceCallback', 'Plan', 'PruneCallback', 'Pruner', 'PruningError',
-    'PruningWarning', 'RegrowCallback', 'Remember', 'Report', 'ResumeCallback', 'Schedule', 'SlimmingCallback', 'SoftPruneCallback', 'Sparsifier',
+    'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'Plan', 'PruneCallback', 'Pruner', 'PruningError',
+    'PruningWarning', 'RegrowCallback', 'Remember', 'Report', 'ResumeCallback', 'Schedule', 'SlimmingCallback', 'Sparsifier',
     'SparsifyCallback', 'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare', 'compare_latency',
     'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk', 'evaluate', 'exhibit', 'exponential', 'file_size',
     'geometric', 'granularities', 'hold', 'image_dls', 'importance', 'iterative', 'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket',

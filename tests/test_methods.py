@@ -5,12 +5,13 @@ import numpy as np
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *  # fit_one_cycle
+from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from fasterprune.callback.keep import KeepZeros
-from fasterprune.callback.methods import PatienceCallback, Remember, lottery_ticket, moment_of, rewind_
+from fasterprune.callback.methods import Remember, lottery_ticket, moment_of, rewind_
 from fasterprune.callback.patience import Patience
-from fasterprune.callback.regrow import RegrowCallback, SoftPruneCallback, drop_and_grow, drop_fraction, erk
+from fasterprune.callback.regrow import RegrowCallback, drop_and_grow, drop_fraction, erk
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.schedule import hold, linear
 from small_fit import Spy, equal, fit, learner, quiet, weights
@@ -47,14 +48,24 @@ def test_more_is_better_for_accuracy_and_nan_is_no_improvement():
     w.see(float('nan')); assert w.bad==1
     assert Patience(monitor='f1', lower=True).less and not Patience(monitor='f1').less and Patience(monitor='error_rate').less
 
-def test_patience_callback():
-    cb = PatienceCallback(.5, when=Patience(1, steps=2, min_delta=10.)) # no epoch is an improvement
+def test_sparsify_by_patience():
+    cb = SparsifyCallback(.5, every=Patience(1, steps=2, min_delta=10.)) # no epoch is an improvement
     learn = fit(learner(), 8, cbs=cb)
     assert list(cb.history.epoch)==[2, 4] and zero_filters(learn.model)==[4,6,0] and list(cb.history.sparsity)==[5/20, .5]
-    cb = PatienceCallback(.5, criterion='taylor_w', when=Patience(9, steps=5), n_batches=1)
+    cb = SparsifyCallback(.5, criterion='taylor_w', every=Patience(9, steps=5), n_batches=1)
     assert zero_filters(fit(learner(), 2, cbs=cb).model)==[4,6,0]
     assert len(learn.metrics)==1
-    with pytest.raises(TypeError, match='when is a Patience'): PatienceCallback(.5, when=2)
+
+def test_steps_of_patience_are_equal_unless_a_schedule_says_otherwise():
+    steps = lambda **kw: [h['requested'] for h in _run(SparsifyCallback(.6, every=Patience(9, steps=3), **kw))._log]
+    _run = lambda cb: (fit(learner(), 3, cbs=cb), cb)[1]
+    assert steps()==pytest.approx([.6/4*2-.1, .4, .6]) and steps(schedule='agp')==pytest.approx([.6*(1-(2/3)**3), .6*(1-(1/3)**3), .6])
+
+def test_dense_epochs_of_patience_do_not_count_as_best(tmp_path):
+    best = SaveModelCallback('accuracy', every_epoch=False)
+    learn = learner(tmp=tmp_path)
+    fit(learn, 5, cbs=[cb := SparsifyCallback(.75, every=Patience(1, steps=2, min_delta=10.)), Spy('after_epoch', lambda l: l.recorder.values[-1].__setitem__(2, 1/(1+l.epoch)), order=SaveModelCallback.order-1), best])
+    assert list(cb.history.epoch)==[2, 4] and best.best==pytest.approx(1/5) and zero_filters(learn.model)==[6,9,0]
 
 # ---- moments
 
@@ -137,7 +148,7 @@ def test_ticket_refuses(kw, text):
 
 def test_soft_pruning_lets_filters_come_back():
     zero,alive = [],[]
-    cb = SoftPruneCallback(.5, criterion=torch.rand_like, schedule=hold())
+    cb = SparsifyCallback(.5, criterion=torch.rand_like, schedule=hold(), regrow=True)
     where = lambda l: tuple((l.model[4].weight.flatten(1)==0).all(1).nonzero().flatten().tolist())
     learn = fit(learner(), 4, cbs=[cb, Spy('after_train', lambda l: zero.append(where(l))), Spy('after_train', lambda l: alive.append(where(l)), order=0)])
     assert all(len(z)==6 for z in zero) and alive==[()]*4 and len(set(zero))>1 and where(learn)==zero[-1]
@@ -148,11 +159,29 @@ def test_soft_pruning_lets_filters_come_back():
     assert learn.prune().removed==10 and torch.allclose(learn.model(x), want, rtol=1e-4, atol=1e-5)
 
 def test_soft_pruning_on_a_schedule_and_another_fit_keeps():
-    cb = SoftPruneCallback(.5, schedule=linear())
+    cb = SparsifyCallback(.5, schedule=linear(), regrow=True)
     learn = fit(learner(), 3, cbs=cb)
     assert list(cb.history.sparsity)==[0., 5/20, .5]
     before = zero_filters(learn.model)
     assert zero_filters(fit(learn, 1).model)==before==[4,6,0]
+
+def test_soft_pruning_beside_another_callback():
+    soft,hard,live = SparsifyCallback(.5, only='4', schedule=hold(), regrow=True),SparsifyCallback(.75, 'weight', only='9', schedule='one_shot', every=2),[]
+    look = lambda l: live.append((int((l.model[4].weight.flatten(1)==0).all(1).sum()), int((l.model[9].weight==0).sum())))
+    learn = fit(learner(), 3, cbs=[hard, soft, Spy('after_train', look, order=0)])
+    assert live==[(0,0), (0,90), (0,90)] and zero_filters(learn.model)==[0,6,0] # neither holds for the other what is not its own
+
+def test_soft_pruning_hears_what_a_criterion_needs_while_it_trains():
+    runs = []
+    cb = SparsifyCallback(.5, criterion='taylor_act', schedule=hold(), regrow=True, n_batches=2)
+    learn = learner()
+    fit(learn, 2, cbs=[cb, Spy('before_fit', lambda l: learn.model.register_forward_hook(lambda *a: runs.append(learn.training)))])
+    assert zero_filters(learn.model)==[4,6,0] and runs==([True]*3+[False]*2)*2 # nothing runs for it alone
+
+def test_best_epoch_of_soft_pruning_is_the_last(tmp_path): # those before have other zeros
+    learn,seen = learner(tmp=tmp_path),[]
+    fit(learn, 3, cbs=[SparsifyCallback(.5, criterion=torch.rand_like, schedule=hold(), regrow=True), Spy('after_epoch', lambda l: (l.recorder.values[-1].__setitem__(2, 1/(1+l.epoch)), seen.append(weights(l.model))), order=SaveModelCallback.order-1), SaveModelCallback('accuracy')])
+    assert zero_filters(learn.model)==[4,6,0] and equal(seen[-1], weights(learn.model))
 
 def test_dense_sparse_dense_with_hard_switches():
     cb = SparsifyCallback(.5, schedule=hold(0).then(hold(1).then(hold(0)), at=1/3))
@@ -219,7 +248,8 @@ def test_regrow_grows_where_the_gradient_is_largest():
 
 @pytest.mark.parametrize('f,text', [
     (lambda: RegrowCallback(80), 'did you mean 0.8'), (lambda: RegrowCallback(.8, grow='grad'), "'gradient', 'random'"), (lambda: RegrowCallback(.8, every=0), 'optimizer steps'),
-    (lambda: RegrowCallback(.8, density='erdos'), "'erk', 'uniform'"), (lambda: RegrowCallback(.8, fraction=30), 'did you mean 0.3'), (lambda: SoftPruneCallback(.5, schedule='agpp'), "did you mean 'agp'"),
+    (lambda: RegrowCallback(.8, density='erdos'), "'erk', 'uniform'"), (lambda: RegrowCallback(.8, fraction=30), 'did you mean 0.3'), (lambda: SparsifyCallback(.5, schedule='agpp'), "did you mean 'agp'"),
+    (lambda: SparsifyCallback(.5, every=3, regrow=True), "takes every='epoch', not 3"), (lambda: SparsifyCallback(.5, every=Patience(), regrow=True), "takes every='epoch', not Patience("), (lambda: SparsifyCallback(.5, regrow='yes'), "regrow is True or False, not 'yes'"), (lambda: SparsifyCallback(.5, every='batch'), 'a number of training batches or a Patience'),
     (lambda: Patience(0), 'patience is a whole number'), (lambda: Patience(steps=0), 'steps is a whole number'), (lambda: Patience(min_delta=-1.), 'min_delta is a number'), (lambda: Patience(monitor=3), 'monitor is the name')])
 def test_refusals(f, text):
     with pytest.raises((ValueError, TypeError)) as e: f()
@@ -236,7 +266,7 @@ def test_regrow_of_shared_and_of_computed_weights():
     with pytest.raises(Exception, match="'1' is computed from other parameters"): fit(learner(lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64,10)))), cbs=RegrowCallback(.5))
 
 def test_soft_pruning_when_the_same_callback_trains_again():
-    learn,cb = learner(),SoftPruneCallback(.5, schedule=linear())
+    learn,cb = learner(),SparsifyCallback(.5, schedule=linear(), regrow=True)
     fit(learn, 2, cbs=cb)
     fit(learn, 2, cbs=cb)
     assert zero_filters(learn.model)==[4,6,0] and cb.masks.sparsity==.5

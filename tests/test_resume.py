@@ -18,9 +18,8 @@ from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback.during import PruneCallback
 from fasterprune.callback.keep import KeepZeros
-from fasterprune.callback.methods import PatienceCallback
+from fasterprune.callback.patience import Patience
 from fasterprune.callback.progressive import PKPCallback
-from fasterprune.callback.regrow import SoftPruneCallback
 from fasterprune.callback.regularise import SlimmingCallback
 from fasterprune.callback.resume import ResumeCallback
 from fasterprune.callback.sparsify import SparsifyCallback
@@ -160,7 +159,7 @@ def test_it_disturbs_nothing(tmp_path): # neither a training, nor what runs betw
         learn.fit(1)
     assert not list(tmp_path.glob('resume*')) and not any(type(c).__name__=='_Skip' for c in learn.cbs)
 
-FAMILY = dict(patience=lambda: PatienceCallback(.5), soft=lambda: SoftPruneCallback(.5), pkp=lambda: PKPCallback(.5), slimming=SlimmingCallback)
+FAMILY = dict(patience=lambda: SparsifyCallback(.5, every=Patience()), soft=lambda: SparsifyCallback(.5, regrow=True), pkp=lambda: PKPCallback(.5), slimming=SlimmingCallback)
 
 @pytest.mark.parametrize('who', FAMILY)
 def test_others_of_the_family_go_on_too(tmp_path, who):

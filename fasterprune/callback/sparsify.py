@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..allocation import check_allocation
 from .frame import TrainingCallback, check_every, example_batch, forget_best
 from .keep import agreed, keeper_of
+from .patience import Patience
 from ..core import no_such
 from ..criteria.base import as_criterion, as_normalizer, ranking, reductions
 from ..criteria.listen import Listener
@@ -37,8 +38,9 @@ class SparsifyCallback(TrainingCallback):
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l1', # A name, a `Criterion` or a function `(weight)` → scores of its shape
-        schedule='agp', # A name, a `Schedule` or a function progress → share of the target
-        *, every:str|int='epoch', # Choose at the beginning of each epoch, or every so many training batches
+        schedule=None, # A name, a `Schedule` or a function progress → share of the target; None: 'agp', or equal steps by a `Patience`
+        *, every:str|int|Patience='epoch', # Choose at the beginning of each epoch, every so many training batches, or by a `Patience`
+        regrow:bool=False, # Choose at the end of each epoch, and until the last choice let all grow again (soft pruning)
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
@@ -49,16 +51,21 @@ class SparsifyCallback(TrainingCallback):
     ):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
-        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(schedule)
-        check_every(every)
+        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(('linear' if isinstance(every, Patience) else 'agp') if schedule is None else schedule)
+        _check_when(every, regrow)
         if normalizer is not None: as_normalizer(normalizer)
         check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
-        self.context,self.every,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,normalizer,only,ignore,count,x,n_batches,reduce
-        self._log,self._by_layer,self._last,self._columns,self.masks,self._loss = [],[],None,[],None,None
+        self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
+        self._log,self._by_layer,self._last,self._columns,self.masks,self._firm,self._loss,self._wait = [],[],None,[],None,False,None,None
         self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
+
+def _check_when(every, regrow):
+    check_every(every, Patience)
+    if not isinstance(regrow, bool): raise TypeError(f"regrow is True or False, not {regrow!r}")
+    if regrow and every!='epoch': raise ValueError(f"regrow=True chooses at the end of each epoch, so that what is validated is as sparse as the table says; it takes every='epoch', not {every!r}")
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000009
 @patch
@@ -71,7 +78,8 @@ def start(self:SparsifyCallback):
         normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence)
     self._sparsifier.check(self.sparsity)
     self._keeper = keeper_of(self.learn)
-    self._log,self._by_layer,self._last,self.masks,self._found,self._loss = [],[],None,None,self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
+    self._log,self._by_layer,self._last,self.masks,self._firm,self._wait = [],[],None,None,False,self.every.watch() if isinstance(self.every, Patience) else None
+    self._found,self._loss = self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
     if self.criterion.stats: self._prick_up()
 
 @patch
@@ -94,14 +102,16 @@ def interrupted(self:SparsifyCallback):
 @patch
 def before_train(self:SparsifyCallback):
     if not self._on: return
-    if self._last is not None and self._last!=self._wanted(1.): forget_best(self.learn)
-    if self.every=='epoch': self._update(self.learn.epoch, self.learn.n_epoch)
+    first = self._last is None and self._wait is None
+    if self.regrow or not first and self._last!=self._wanted(1.): forget_best(self.learn)
+    if self._wait is not None and (k := self._wait.next(self.learn)) is not None: self._update(k, self.every.steps+1)
+    if self.every=='epoch' and not self.regrow: self._update(self.learn.epoch, self.learn.n_epoch)
 
 @patch
 def before_batch(self:SparsifyCallback):
     if not self._on or not self.learn.training: return
     if self.criterion.stats: self._now = [(tuple(self.learn.xb), self.learn.yb[0] if len(self.learn.yb)==1 else tuple(self.learn.yb))]
-    if self.every!='epoch': self._update_here()
+    if isinstance(self.every, int): self._update_here()
     if self.criterion.stats: self._listen()
 
 @patch
@@ -114,8 +124,9 @@ def _at(self:SparsifyCallback): return self.learn.epoch*len(self.learn.dls.train
 
 @patch
 def after_train(self:SparsifyCallback):
-    last = self._on and self.every!='epoch' and self.learn.epoch==self.learn.n_epoch-1
-    if last: self._update(self._updates()-1, self._updates())
+    if not self._on: return
+    if self.regrow: self._update(self.learn.epoch, self.learn.n_epoch)
+    elif isinstance(self.every, int) and self.learn.epoch==self.learn.n_epoch-1: self._update(self._updates()-1, self._updates())
 
 @patch
 def _updates(self:SparsifyCallback): return math.ceil(self.learn.n_epoch*len(self.learn.dls.train)/self.every)
@@ -131,12 +142,13 @@ def _update(self:SparsifyCallback, k, n):
     "Choose units for update `k` of `n` and set them to zero"
     p = self.schedule.progress(k, n)
     want,size = self._wanted(p),lambda w: sum(w.values()) if isinstance(w, dict) else w
-    if want==self._last: return
+    if want==self._last and not self.regrow: return
     falls = self._last is not None and size(want)<size(self._last)
-    self.masks,self._last = agreed(self._sparsifier.masks(want, regrow=falls)),want
+    self.masks,self._last,self._firm = agreed(self._sparsifier.masks(want, regrow=self.regrow or falls)),want,not self.regrow or k==n-1
     self._forget()
     if falls and self._found is not None: self._found = Masks({n:k for n,k in self._found.keep.items() if n not in self.masks.keep})
-    self._hold()
+    if self._firm: self._hold()
+    else: Masks({n:k for n,k in self.masks.keep.items() if k.dim()>1}).apply_(self.learn.model) # neither biases nor normalisations
     if p==1 and not rank_distrib(): self._sparsifier.warn_of_none(self.masks, want)
     self._note(p, want)
 
@@ -144,7 +156,7 @@ def _update(self:SparsifyCallback, k, n):
 def _hold(self:SparsifyCallback):
     "Hand the masks over, with those of others; equal ones share their memory"
     if self._found is not None and not self._sparsifier.born_zero: self._found = Masks({n:k for n,k in self._found.keep.items() if not _implied(k, self.masks.keep.get(n))})
-    others = [c.masks for c in self.learn.cbs if isinstance(c, SparsifyCallback) and c is not self and c._on]
+    others = [c.masks for c in self.learn.cbs if isinstance(c, SparsifyCallback) and c is not self and c._on and c._firm]
     held = self._keeper.hold(reduce(and_, [m for m in (self._found, *others, self.masks) if m is not None])).keep
     self.masks = Masks({n:held[n] if held[n].shape==k.shape and torch.equal(held[n].to(k.device), k) else k for n,k in self.masks.keep.items()}, self.masks.units)
 
@@ -172,10 +184,10 @@ def _prick_up(self:SparsifyCallback):
 @patch
 def _due(self:SparsifyCallback)->bool:
     "Is this one of the last batches before a choice?"
-    if all('training' in s.needs for s in self.criterion.stats): return False
-    if self.every=='epoch': left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+1,self.learn.n_epoch
+    if self._wait is not None or all('training' in s.needs for s in self.criterion.stats): return False # nobody knows when patience ends
+    if self.every=='epoch': left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+(not self.regrow),self.learn.n_epoch
     else: left,k,n = self.every-self._at()%self.every,self._at()//self.every+1,self._updates()
-    return k<n and (self.n_batches is None or left<=self.n_batches) and self._wanted(self.schedule.progress(k, n))!=self._last
+    return k<n and (self.n_batches is None or left<=self.n_batches) and (self.regrow or self._wanted(self.schedule.progress(k, n))!=self._last)
 
 @patch
 def _listen(self:SparsifyCallback):
