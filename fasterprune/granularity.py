@@ -13,7 +13,7 @@ __all__ = ['layer_axes', 'granularities', 'aliases', 'families', 'pools', 'kind_
 import math, re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import reduce
 from itertools import combinations
 from numbers import Integral
 import torch
@@ -298,6 +298,12 @@ def why_not(
 # %% ../nbs/02_granularity.ipynb #0000002e
 pools = dict(sum=torch.sum, mean=torch.mean, max=torch.amax)
 
+def _pooled(s, dims, pool):
+    if not dims: return s
+    if len(dims) > 1 or s.shape[dims[0]] not in (2, 3): return pools[pool](s, dim=dims, keepdim=True)
+    n, parts = s.shape[dims[0]], s.split(1, dims[0])
+    return reduce(torch.maximum, parts) if pool == 'max' else reduce(torch.add, parts)/n if pool == 'mean' else reduce(torch.add, parts)
+
 def reduce_units(
     scores:Tensor, # A score for each weight
     dims:tuple, # Dimensions that one unit spans, as from `unit_dims`
@@ -306,7 +312,7 @@ def reduce_units(
 )->Tensor: # A score for each unit, size 1 along `dims`
     "Pool the scores of the weights of each unit"
     if pool not in pools: raise ValueError(no_such('pool', pool, pools))
-    s = pools[pool](scores, dim=tuple(dims), keepdim=True) if dims else scores
+    s = _pooled(scores, tuple(dims), pool)
     if not tiles: return s
     s,_,inside = in_tiles(s, (), tiles)
     return pools[pool](s, dim=inside)

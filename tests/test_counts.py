@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterprune.allocation import *
+from fasterprune.criteria.base import lamp_norm, lamp_rising
 from fasterprune.granularity import expand_units, granularities, reduce_units, unit_dims, unit_size
 
 FRACTIONS = 0, .01, .1, .25, .29, 1/3, .5, .57, .6, .9, .95, .999, 1
@@ -45,6 +46,29 @@ def test_lowest_first_then_position():
     assert keep_top(torch.tensor([INF, 1., INF]), 2/3).tolist() == [False, False, True]
     glob = allocate(dict(b=torch.ones(3), a=torch.ones(3)), .5, context='global')  # ties: the order of the layers
     assert glob['b'].tolist() == [False]*3 and glob['a'].tolist() == [True]*3
+
+@pytest.mark.parametrize('values', [1, 2, 5, 40, 10**6]) # of 400: all alike, many alike, none alike
+@pytest.mark.parametrize('dead', [0, 30, 250])
+def test_as_a_stable_sort(values, dead):
+    torch.manual_seed(values+dead)
+    s = torch.randint(values, (400,)).float()
+    s[torch.randperm(400)[:dead]] = -INF
+    for f in (*FRACTIONS, .073, .62, .63):
+        want = s == -INF
+        want[s.argsort(stable=True)[:floor(f, 400)]] = True
+        assert torch.equal(~keep_top(s, f), want)
+
+@pytest.mark.parametrize('values', [1, 3, 50, 10**6])
+@pytest.mark.parametrize('dead', [0, 60])
+def test_rising_as_by_position(values, dead): # what depends on the order in a layer, chosen without positions
+    torch.manual_seed(values+dead)
+    scores = {n:torch.randint(values, shape).double().square() for n,shape in dict(a=(100,), b=(20, 10), c=(7,)).items()}
+    for n in ('a', 'b'): scores[n].view(-1)[torch.randperm(scores[n].numel())[:dead]] = -INF
+    by_position = {n:lamp_norm(s.flatten()).view(s.shape) for n,s in scores.items()}
+    for f in FRACTIONS:
+        want,got = allocate(by_position, f, context='global'),allocate_rising(scores, f, lamp_rising)
+        assert all(torch.equal(want[n], got[n]) for n in scores) and list(want)==list(got)
+    with pytest.raises(ValueError, match=r"scores\['a'\]: 1 of 2 scores are NaN"): allocate_rising(dict(a=torch.ones(2)), .5, lambda s: s*torch.tensor([1, math.nan]))
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool])
 def test_dtypes(dtype): assert n_gone(keep_top(torch.arange(10).to(dtype), .3)) == 3

@@ -47,6 +47,13 @@ def test_against_loop(layer, g):
         for pos,u in of.items(): assert full[pos].item() == pytest.approx(f(unit[u]), abs=1e-12)
     assert {len(v) for v in unit.values()} == {unit_size(w.shape, dims)}
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bool])
+@pytest.mark.parametrize('k', [1, 2, 3, 5])
+def test_small_kernels_to_the_last_bit(k, dtype):
+    w = torch.randn(20, 30, k, k, generator=torch.Generator().manual_seed(0)) > 0 if dtype==torch.bool else torch.randn(20, 30, k, k, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for pool in ('max',) if dtype==torch.bool else pools:
+        for dims in ((2,), (3,), (0,), (2, 3), (0, 2)): assert torch.equal(reduce_units(w, dims, pool), pools[pool](w, dim=dims, keepdim=True))
+
 @pytest.mark.parametrize('layer,g', CASES)
 def test_expand_takes_whole_units(layer, g):
     layer = LAYERS[layer]()

@@ -32,7 +32,9 @@ def keep_only_(
     bits,k = p.detach().view(ints[p.element_size()]),keep.view(torch.int8)
     if p.device.type!='cpu' or k.shape!=p.shape or not (p.is_contiguous() and k.is_contiguous()): bits.mul_(k); return
     if room is None: room = bits.new_empty(min(piece, k.numel()))
-    for b,part in zip(bits.view(-1).split(len(room)), k.view(-1).split(len(room))): b.mul_(room[:len(part)].copy_(part))
+    bits,k = bits.view(-1),k.view(-1)
+    if len(k)<=len(room): bits.mul_(room[:len(k)].copy_(k)); return
+    for b,part in zip(bits.split(len(room)), k.split(len(room))): b.mul_(room[:len(part)].copy_(part))
 
 # %% ../../nbs/callback/00_keep.ipynb #00000009
 def written_out(
@@ -41,7 +43,7 @@ def written_out(
 )->tuple: # (the same mask, the mask to multiply with); one of them is a view of the other
     "A mask that is fast to multiply with, on the parameter's device"
     keep = keep.to(p.device)
-    if keep.shape==p.shape or p.numel()<piece or _run(keep.shape, p.shape)>=16: return keep,keep
+    if keep.shape==p.shape or _run(keep.shape, p.shape)>=16: return keep,keep
     full = keep.expand(p.shape).contiguous()
     return full[tuple(slice(None) if a==b else slice(0, 1) for a,b in zip(keep.shape, p.shape))],full
 

@@ -8,7 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/criteria/base.html.md"""
 __all__ = ['rules', 'places', 'runs', 'reductions', 'criteria', 'MOST', 'normalizers', 'Seen', 'Statistic', 'Criterion',
            'register', 'as_criterion', 'has_values', 'element_scores', 'layer_scores', 'unit_scores', 'vector_scores',
            'channel_scores', 'none_norm', 'sum_norm', 'mean_norm', 'max_norm', 'l2_norm', 'minmax_norm', 'zscore_norm',
-           'median_norm', 'lamp_norm', 'as_normalizer', 'ranking']
+           'median_norm', 'lamp_rising', 'lamp_norm', 'as_normalizer', 'ranking']
 
 # %% ../../nbs/criteria/00_base.ipynb #00000002
 import math
@@ -103,6 +103,7 @@ class Criterion:
     pool: str = 'sum' # How a unit's scores combine: 'sum', 'mean' or 'max'
     finish: Callable|None = None # Pooled scores → scores, unit by unit, such as a square root
     layer: Callable|None = None # (1-D scores of all units of a layer, its name) → 1-D scores
+    rising: Callable|None = None # What `layer` makes of ascending scores, ascending too: it changes no order in a layer, so a ranking can do without positions
     comparable: bool = False # May scores of different layers be ranked together as they are?
     reads: str = 'weight' # 'weight', or 'norm': the scale of the normalisation behind the layer
     pointwise: bool = False # Does each score depend on its own weight alone? Then large weights are scored piece by piece
@@ -140,7 +141,7 @@ reductions = ('mean', 'sum', 'max', 'prod', 'first')
 
 def _check_functions(c):
     said = [k for k in ('element', 'vectors', 'channel') if getattr(c, k) is not None]
-    for k in (*said, *(['element'] if not said else []), 'finish', 'layer'):
+    for k in (*said, *(['element'] if not said else []), 'finish', 'layer', 'rising'):
         f = getattr(c, k)
         if not callable(f) and (f is not None or k == 'element'): raise TypeError(f"criterion {c.name!r}: {k} is a function, not {f!r}")
     if len(said)!=1: raise ValueError(f"criterion {c.name!r} is one of element, vectors and channel, not {' and '.join(said)}")
@@ -149,6 +150,7 @@ def _check_functions(c):
     at = {s.at for s in c.stats}
     if c.channel is not None and (len(at)!=1 or 'weight' in at): raise ValueError(f"criterion {c.name!r} scores channels by statistics of one place, 'input', 'norm' or 'group', not {sorted(at)}")
     if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})): raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")
+    if c.rising is not None and c.layer is None: raise ValueError(f"criterion {c.name!r}: rising is what layer makes of ascending scores, so give layer too")
     if c.join and c.vectors is None: raise ValueError(f"criterion {c.name!r}: join puts vectors side by side, so it is for a function of vectors")
     if c.selector and c.element is not None: raise ValueError(f"criterion {c.name!r}: a selector compares units, so it is a function of vectors or of channel statistics, not of an element")
 
@@ -269,11 +271,11 @@ def _normalizer(negative=False): # Register a function of the scores of the unit
         def g(s):
             s = wide(s)
             live = s != -torch.inf
-            if not negative and (s[live] < 0).any():
-                raise ValueError(f"normalizer {name!r} keeps the order only of scores ≥ 0, and found {s[live].min().item():.4g}; use 'zscore' or 'minmax'")
-            out = s.clone()
-            if live.any(): out[live] = f(s[live])
-            return out
+            t = s if live.all() else s[live] # mostly nothing has gone
+            if not negative and (t < 0).any():
+                raise ValueError(f"normalizer {name!r} keeps the order only of scores ≥ 0, and found {t.min().item():.4g}; use 'zscore' or 'minmax'")
+            if not len(t): return s
+            return f(t) if t is s else s.masked_scatter(live, f(t))
         name = f.__name__.removesuffix('_norm')
         normalizers[name] = g
         return g
@@ -324,12 +326,18 @@ def median_norm(s:Tensor)->Tensor:
     return _over(s, s.sort().values[len(s)//2])
 
 # %% ../../nbs/criteria/00_base.ipynb #0000002f
+def lamp_rising(
+    s:Tensor, # 1-D, ascending
+)->Tensor: # Ascending too
+    "Share of all that rank at least as high, of scores in their order"
+    rest = s.flip(0).cumsum(0).flip(0)
+    return torch.where(rest > 0, s/rest, 0.)
+
 @_normalizer()
 def lamp_norm(s:Tensor)->Tensor:
     "Share of all that rank at least as high (arXiv 2010.07611)"
     s, order = s.sort(stable=True)
-    rest = s.flip(0).cumsum(0).flip(0)
-    return torch.empty_like(s).scatter_(0, order, torch.where(rest > 0, s/rest, 0.))
+    return torch.empty_like(s).scatter_(0, order, lamp_rising(s))
 
 # %% ../../nbs/criteria/00_base.ipynb #00000030
 def as_normalizer(

@@ -12,7 +12,7 @@ from functools import partial
 from zlib import crc32
 import torch
 from torch import Tensor
-from .base import Criterion, criteria, lamp_norm, register
+from .base import Criterion, criteria, lamp_norm, lamp_rising, register
 
 # %% ../../nbs/criteria/01_norm.ipynb #00000007
 register(Criterion('l1', torch.abs, pointwise=True, family='norm', source='Li 2017, arXiv 1608.08710', note='sum of absolute values'))
@@ -30,7 +30,7 @@ register(Criterion('bn_scale', torch.abs, pointwise=True, comparable=True, reads
 # %% ../../nbs/criteria/01_norm.ipynb #00000015
 def _lamp(s, key): return lamp_norm(s)
 
-register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, comparable=True, family='norm', source='Lee 2021, arXiv 2010.07611',
+register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, rising=lamp_rising, comparable=True, family='norm', source='Lee 2021, arXiv 2010.07611',
                    note='share of the squares that rank at least as high'));
 
 # %% ../../nbs/criteria/01_norm.ipynb #0000001a

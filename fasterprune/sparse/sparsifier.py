@@ -9,12 +9,13 @@ __all__ = ['Sparsifier']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000002
 import warnings
+from dataclasses import replace
 from functools import partial
 import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..allocation import allocate, check_allocation
+from ..allocation import allocate, allocate_rising, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import as_criterion, as_normalizer, element_scores, layer_scores, ranking, reductions, unit_scores
@@ -59,7 +60,7 @@ class Sparsifier:
         self.coupled,self.rule,self.skipped = self.granularity.like in sides,self.granularity.rule,{} # skipped: layer name → why it has no such units
         if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
-        if not self.criterion.stats: self.scores() # a criterion that cannot score this model says so now
+        if not self.criterion.stats: self._scores(self._plain or self.criterion) # a criterion that cannot score this model says so now
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
@@ -124,7 +125,7 @@ def zeros(self:Sparsifier)->dict: # Layer or group name → bool, True = all its
 @patch
 def measured(self:Sparsifier)->dict: # Layer or group name → (zero units, units)
     "How many units are zero now, measured on the model"
-    return {n:(int(z.sum()), z.numel()) for n,z in self.zeros().items()}
+    return {n:(int(z.count_nonzero()), z.numel()) for n,z in self.zeros().items()}
 
 @patch
 def sparsity(self:Sparsifier)->float:
@@ -149,12 +150,22 @@ def scores(self:Sparsifier,
     keep:dict|None=None, # For a selector: layer or group name → units that stay
 )->dict: # Layer or group name → scores, high = keep
     "Score every unit; for a global ranking, normalised"
-    evidence = self.evidence() if self.criterion.stats else None
-    if self.coupled: s = group_scores(self.model, self.groups, self.criterion, granularity=self.granularity.like, evidence=evidence, reduce=self.reduce, keep=keep)
-    else: s = self._layer_scores(evidence, keep or {})
+    return self._scores(self.criterion, keep)
+
+@patch(as_prop=True)
+def _plain(self:Sparsifier): # The criterion without its function of a layer, where masks can do without; else None
+    c = self.criterion
+    if c.rising is None or self.coupled or self.rule is not None or self.count!='units' or self.normalizer is not None: return None
+    return replace(c, layer=None, rising=None)
+
+@patch
+def _scores(self:Sparsifier, c, keep=None):
+    evidence = self.evidence() if c.stats else None
+    if self.coupled: s = group_scores(self.model, self.groups, c, granularity=self.granularity.like, evidence=evidence, reduce=self.reduce, keep=keep)
+    else: s = self._layer_scores(c, evidence, keep or {})
     if self.context=='local': return s
     raw = self.granularity.like=='weight' or max(self.totals.values())==1 # one unit is its own mean
-    f = ranking(self.criterion, self.normalizer, alike=raw)
+    f = ranking(c, self.normalizer, alike=raw)
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
 
 @patch
@@ -169,12 +180,12 @@ def _weights(self:Sparsifier): # Layer name → name of its weight; of a weight 
     return {n:names[id(m.weight)] for n,(m,_) in self.layers.items()}
 
 @patch
-def _layer_scores(self:Sparsifier, evidence, keep):
+def _layer_scores(self:Sparsifier, c, evidence, keep):
     names = self._weights()
-    stats,res = weight_stats(self.criterion, self.model, list(names.values()), evidence),{}
+    stats,res = weight_stats(c, self.model, list(names.values()), evidence),{}
     for n,(m,d) in self.layers.items():
-        if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {self.criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")
-        try: res[n] = _scores_of(self.criterion, m.weight, d, self.tiles[n], n, stats[names[n]], keep.get(n))
+        if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {c.name!r} knows nothing about it; leave it out with ignore={n!r}")
+        try: res[n] = _scores_of(c, m.weight, d, self.tiles[n], n, stats[names[n]], keep.get(n))
         except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
     return res
 
@@ -203,16 +214,19 @@ def masks(self:Sparsifier,
     "Choose what becomes zero; the model is not changed"
     sparsity,costs = self.check(sparsity),self.costs() if self.count=='params' else None
     parts = {g.name:g.even for g in self.groups} if self.coupled else None
-    none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if self.criterion.stats or self.criterion.selector else {}
+    plain,idle = self._plain,bool(self.criterion.stats) and self.part(sparsity)==0 # nothing to choose: nothing to gather
+    none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if idle or self.criterion.selector else {}
     keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs, parts=parts).items()} if self.criterion.selector else None
-    s = none if self.criterion.stats and self.part(sparsity)==0 else self.scores(keep) # nothing to choose: nothing to gather
+    s = none if idle else self._scores(plain or self.criterion, keep)
     gone = {} if regrow else {n:z for n,z in self.zeros().items() if not (n in self.born_zero and z.all())}
-    for n,z in gone.items(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
+    for n,z in gone.items():
+        if z.any(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
-    keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts=parts)
+    if plain is not None and self.context=='global': keep = allocate_rising(s, sparsity, self.criterion.rising)
+    else: keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts=parts)
     if self.coupled: keep.update({g.name:torch.as_tensor(g.arranged(keep[g.name].cpu().numpy(), s[g.name].cpu())) for g in self.groups if g.flow is not None})
     if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()}) # more than the rule takes had gone already
-    return Masks(self._spread(keep), {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
+    return Masks(self._spread(keep), {n:(k.numel()-int(k.count_nonzero()), k.numel()) for n,k in keep.items()})
 
 @patch
 def _ruled(self:Sparsifier, s, part):
