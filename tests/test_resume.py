@@ -18,14 +18,18 @@ from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback.during import PruneCallback
 from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.growing import Growth, GrowingCallback
+from fasterprune.callback.methods import Remember, lottery_ticket
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.progressive import PKPCallback
-from fasterprune.callback.regularise import SlimmingCallback
+from fasterprune.callback.regrow import RegrowCallback
+from fasterprune.callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
 from fasterprune.callback.resume import ResumeCallback
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.criteria.base import criteria
 from fasterprune.data import digits_dls
-from fasterprune.schedule import agp, linear
+from fasterprune.schedule import agp, hold, linear
+from small_fit import equal
 
 pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif(sys.platform=='win32', reason='there are no such signals')]
 torch.set_num_threads(1)
@@ -52,6 +56,7 @@ class Kill(Callback):
 WHAT = { # what is trained, as a function of the callbacks
     'epochs': lambda l, cbs: l.fit_one_cycle(3, 1e-2, cbs=cbs),
     'phases': lambda l, cbs: l.fine_tune(2, 1e-2, cbs=cbs),
+    'long': lambda l, cbs: l.fit(7, 1e-2, cbs=cbs),
 }
 HOW = {
     'l1': lambda: [SparsifyCallback(.5)],
@@ -61,6 +66,19 @@ HOW = {
     'fisher': lambda: [SparsifyCallback(.5, criterion='fisher_w', n_batches=1)],
     'falls': lambda: [SparsifyCallback(.5, schedule='dsd', every=2)],
     'two': lambda: [SparsifyCallback(.5, ignore='1.3'), SparsifyCallback(.5, 'weight', only='1.3')],
+    'patience': lambda: [SparsifyCallback(.6, every=Patience(2, steps=3, min_delta=10., at_once=True))], # chooses at epochs 0, 3 and 6
+    'soft': lambda: [SparsifyCallback(.5, criterion='l2', schedule=hold(), regrow=True)],
+    'both': lambda: [SparsifyCallback(.6, every=Patience(1, steps=4, min_delta=10.), ignore='1.3'), SparsifyCallback(.5, 'weight', criterion='taylor_w', schedule=hold(), only='1.3', regrow=True, n_batches=2)],
+    'pattern': lambda: [SparsifyCallback(.5, 'pattern', schedule=linear(), every=2)],
+    'pkp': lambda: [PKPCallback(.5, end=.9)],
+    'greg1': lambda: [GrowingCallback(.5, growth=Growth(every=1), end=.8)],
+    'greg2': lambda: [GrowingCallback(.5, growth=Growth(every=1), pick=.2, end=.8)],
+    'set': lambda: [RegrowCallback(.8, grow='random', every=2, density='uniform', fraction=.4)],
+    'rigl': lambda: [RegrowCallback(.8, every=2, density='uniform', fraction=.4)],
+    'slimming': lambda: [SlimmingCallback(1e-2)],
+    'lasso': lambda: [GroupLassoCallback(1e-1)],
+    'groups': lambda: [GroupSparsityCallback(1e-2)],
+    'remember': lambda: [Remember(1), SparsifyCallback(.5)],
     'company': lambda: [SparsifyCallback(.5, schedule=agp(end=.5)), SaveModelCallback('accuracy'), EarlyStoppingCallback('valid_loss', patience=9), GradientAccumulation(200), MixedPrecision('bf16')],
 }
 
@@ -79,11 +97,14 @@ def killed(*args, kill):
     p.start(); p.join(120)
     assert p.exitcode==-signal.SIGKILL
 
+def alike(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) if isinstance(x[k], torch.Tensor) else x[k]==y[k] for k in x) for x,y in zip(a, b))
+
 def same(a, b):
     (la,ca),(lb,cb) = a,b
     for x,y in zip(ca, cb):
-        if not isinstance(x, SparsifyCallback): continue
-        assert x.masks==y.masks and x.history.equals(y.history) and x.layers.equals(y.layers)
+        if hasattr(x, 'masks'): assert x.masks==y.masks
+        if isinstance(x, SparsifyCallback): assert x.history.equals(y.history) and x.layers.equals(y.layers)
+        if isinstance(x, Remember): assert x.moment.step==y.moment.step and equal(x.moment.model, y.moment.model) and alike(x.moment.opt['state'], y.moment.opt['state'])
     sa,sb = la.model.state_dict(),lb.model.state_dict()
     assert all(torch.equal(sa[k], sb[k]) for k in sa)
     assert la.recorder.losses==lb.recorder.losses and la.recorder.values==lb.recorder.values and la.recorder.lrs==lb.recorder.lrs
@@ -92,6 +113,9 @@ CASES = [ # how, what, every, killed at which event for which time, in which pla
     ('l1', 'epochs', 'epoch', 'before_batch', 9, 0), ('l1', 'epochs', 1, 'after_step', 5, 0), ('l1', 'epochs', 'epoch', 'after_step', 2, 2000), ('l1', 'phases', 1, 'after_step', 7, 0),
     ('steps', 'epochs', 1, 'after_batch', 8, 0), ('steps', 'epochs', 2, 'after_step', 6, 2000), ('taylor', 'epochs', 1, 'before_step', 3, 0), ('taylor', 'epochs', 'epoch', 'after_epoch', 2, 2000),
     ('movement', 'epochs', 1, 'after_step', 5, 0), ('fisher', 'epochs', 1, 'after_step', 4, 0), ('falls', 'epochs', 1, 'after_step', 7, 0), ('two', 'epochs', 2, 'before_validate', 2, 0), ('company', 'epochs', 1, 'after_step', 4, 0),
+    ('patience', 'long', 1, 'after_step', 5, 0), ('patience', 'long', 'epoch', 'before_batch', 14, 0), ('soft', 'epochs', 1, 'after_step', 6, 0), ('soft', 'epochs', 'epoch', 'after_train', 2, 0), ('both', 'long', 1, 'before_step', 12, 0),
+    ('pattern', 'epochs', 1, 'after_step', 6, 0), ('pkp', 'epochs', 1, 'after_step', 5, 0), ('greg1', 'epochs', 1, 'after_step', 6, 0), ('greg1', 'epochs', 'epoch', 'after_step', 9, 0), ('greg2', 'epochs', 1, 'after_step', 3, 0), ('greg2', 'epochs', 1, 'after_step', 6, 0),
+    ('set', 'epochs', 1, 'after_step', 4, 0), ('rigl', 'epochs', 1, 'after_step', 4, 0), ('slimming', 'epochs', 1, 'after_step', 4, 0), ('lasso', 'epochs', 1, 'after_step', 5, 0), ('groups', 'epochs', 1, 'after_step', 4, 0), ('remember', 'epochs', 1, 'after_step', 5, 0),
 ]
 
 @pytest.mark.parametrize('how,what,every,when,step,order', CASES)
@@ -159,19 +183,18 @@ def test_it_disturbs_nothing(tmp_path): # neither a training, nor what runs betw
         learn.fit(1)
     assert not list(tmp_path.glob('resume*')) and not any(type(c).__name__=='_Skip' for c in learn.cbs)
 
-FAMILY = dict(patience=lambda: SparsifyCallback(.5, every=Patience()), soft=lambda: SparsifyCallback(.5, regrow=True), pkp=lambda: PKPCallback(.5), slimming=SlimmingCallback)
-
-@pytest.mark.parametrize('who', FAMILY)
-def test_others_of_the_family_go_on_too(tmp_path, who):
-    def train(path, seed, *cbs):
-        learn,cb = make(seed, path),FAMILY[who]()
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2, cbs=[cb, *cbs])
-        return learn,[cb]
+def test_lottery_ticket_goes_on_in_its_round(tmp_path):
+    def ticket(path, seed, *cbs):
+        learn = make(seed, path)
+        with learn.no_bar(), learn.no_logging(): return learn,lottery_ticket(learn, .7, 2, 1e-2, fraction=.5, step=1, cbs=cbs)
+    seen = []
     def stop(self):
-        if self.epoch==1 and self.iter==2: raise RuntimeError('stop')
-    want = train(tmp_path/'a', 0)
-    with pytest.raises(RuntimeError): train(tmp_path/'b', 0, ResumeCallback(every=1), Callback(before_batch=stop))
-    same(want, train(tmp_path/'b', 7, ResumeCallback(every=1)))
+        seen.append(1)
+        if len(seen)==9: raise RuntimeError('stop') # 6 steps, and the third of 5
+    la,rows = ticket(tmp_path/'a', 0)
+    with pytest.raises(RuntimeError, match='stop'): ticket(tmp_path/'b', 0, ResumeCallback(every=1), Callback(before_step=stop))
+    lb,again = ticket(tmp_path/'b', 7, ResumeCallback(every=1))
+    assert again.equals(rows) and len(rows)==3 and equal(la.model.state_dict(), lb.model.state_dict()) and la.recorder.losses==lb.recorder.losses
 
 def test_a_training_that_cuts_is_refused(tmp_path):
     learn = make(0, tmp_path)

@@ -17,6 +17,7 @@ from ..allocation import check_allocation
 from .frame import TrainingCallback, example_batch, forget_best
 from .keep import agreed, keeper_of
 from .regularise import check_strength
+from .sparsify import findings
 from ..core import check_fraction
 from ..criteria.base import as_criterion
 from ..granularity import as_granularity
@@ -116,6 +117,16 @@ def hold_(self:GrowingCallback):
     found = self._keeper.masks
     self._keeper.hold(self.masks if found is None else found & self.masks)
     self._held = True
+
+@patch
+def state(self:GrowingCallback)->dict: "What a training that was killed needs to go on"; return dict(masks=self.masks, step=self._step, held=self._held, findings=findings(self._sparsifier))
+@patch
+def restore(self:GrowingCallback,
+    state:dict, # Of `state`
+):
+    "Go on from there"
+    self.masks,self._step,self._held = state['masks'],state['step'],state['held']
+    vars(self._sparsifier).update(state['findings'])
 
 @patch
 def columns(self:GrowingCallback)->dict: "λ, and what it does"; return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)

@@ -69,6 +69,11 @@ class Remember(Callback):
         n = self.learn.n_iter
         if self.learn.epoch*n+self.learn.iter==self.at_epoch*n+self.step: self.moment = moment_of(self.learn, self.at_epoch*n+self.step)
 
+    def state(self)->dict: "What a training that was killed needs to go on"; return dict(moment=self.moment)
+    def restore(self,
+        state:dict, # Of `state`
+    ): "Go on from there"; self.moment = state['moment']
+
 # %% ../../nbs/callback/03_methods.ipynb #0000000a
 class _From(Callback): # leaves out the first batches of a training, for the learning rate's course to go on where it was
     order = -50
@@ -77,6 +82,14 @@ class _From(Callback): # leaves out the first batches of a training, for the lea
         if not self.learn.training or self.learn.epoch*self.learn.n_iter+self.learn.iter>=self._step: return
         self.learn.yb = () # so the recorder counts nothing
         raise CancelBatchException
+
+class _Done(Callback): # what a ticket that was killed needs of the trainings before
+    def __init__(self, remember): self._remember,self.rows = remember,[]
+    def note(self, learn, k, s):
+        if not learn.recorder.values: return # ended before the process was killed: it was passed over
+        self.rows.append(dict(round=k, sparsity=s.sparsity(), **dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))))
+    def state(self): return dict(rows=self.rows, moment=self._remember.moment)
+    def restore(self, state): self.rows,self._remember.moment = state['rows'],state['moment']
 
 def _rounds(sparsity, fraction):
     n = n_rounds(fraction, sparsity)
@@ -105,16 +118,17 @@ def lottery_ticket(
     x,cbs = example_batch(learn),[cbs] if isinstance(cbs, Callback) else list(cbs)
     s = Sparsifier(learn.model, x, granularity=granularity, context=context, criterion=criterion, only=only, ignore=ignore, data=learn.dls.train, loss_func=learn.loss_func)
     s.check(check_fraction(sparsity))
-    r,train = Remember(step, epoch=epoch),getattr(learn, fit)
-    train(n_epoch, lr, cbs=[*cbs, r])
-    rows = [_row(learn, 0, s)]
+    train,r,first = getattr(learn, fit),Remember(step, epoch=epoch),epoch*len(learn.dls.train)+step
+    done = _Done(r)
+    train(n_epoch, lr, cbs=[*cbs, r, done])
+    done.note(learn, 0, s)
     for k,part in enumerate(_rounds(sparsity, fraction), 1):
         masks = s.masks(part)
         keeper_of(learn).hold(masks)
-        if rewind=='weights': rewind_(learn, r.moment)
-        train(n_epoch, lr, cbs=[*cbs, _From(r.moment.step)], start_epoch=r.moment.step//len(learn.dls.train))
-        rows.append(_row(learn, k, s))
-    return pd.DataFrame(rows)
+        if rewind=='weights' and r.moment is not None: rewind_(learn, r.moment)
+        train(n_epoch, lr, cbs=[*cbs, done, _From(first)], start_epoch=first//len(learn.dls.train))
+        done.note(learn, k, s)
+    return pd.DataFrame(done.rows)
 
 # %% ../../nbs/callback/03_methods.ipynb #0000000c
 def _check(learn, fraction, rewind, fit, n_epoch, epoch, step):
@@ -124,7 +138,3 @@ def _check(learn, fraction, rewind, fit, n_epoch, epoch, step):
     Remember(step, epoch=epoch) # refuses what is no step
     n = len(learn.dls.train)
     if epoch*n+step>=n_epoch*n: raise ValueError(f"a training of {n_epoch} epochs with {n} batches has no step {epoch*n+step} to go back to; epoch={epoch!r} and step={step!r} are too late")
-
-def _row(learn, k, s):
-    names,values = learn.recorder.metric_names[1:],learn.recorder.values[-1]
-    return dict(round=k, sparsity=s.sparsity(), **dict(zip(names, values)))

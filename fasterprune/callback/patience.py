@@ -59,6 +59,11 @@ class Waiting:
         self.step,self.best,self.bad = max(self.step+1, self.how.steps-left+1),None,0
         return self.step
 
+    def state(self)->dict: "What it has counted"; return dict(step=self.step, best=self.best, bad=self.bad)
+    def restore(self,
+        state:dict, # Of `state`
+    ): "Go on counting from there"; self.step,self.best,self.bad = state['step'],state['best'],state['bad']
+
     def next(self,
         learn, # A fastai `Learner` in whose training an epoch begins
     )->int|None: # 1 to `steps`

@@ -126,6 +126,16 @@ def change_(self:RegrowCallback):
     self.changes += 1
 
 @patch
+def state(self:RegrowCallback)->dict: "What a training that was killed needs to go on"; return dict(masks=self.masks, steps=self._steps, rng=self._rng.get_state())
+@patch
+def restore(self:RegrowCallback,
+    state:dict, # Of `state`
+):
+    "Go on from there"
+    self.masks,self._steps = state['masks'],state['steps']
+    self._rng.set_state(state['rng'].cpu())
+
+@patch
 def stop(self:RegrowCallback): "Let go of the weights"; self._params,self._rng = {},None
 @patch
 def columns(self:RegrowCallback)->dict: "How sparse it is"; return dict(sparsity=self.measured_sparsity)

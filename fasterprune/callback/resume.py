@@ -40,8 +40,8 @@ def set_random_state_(
     state:dict, # Of `random_state`
 ):
     "Draw the same numbers from now on"
-    torch.set_rng_state(state['torch']); np.random.set_state(state['numpy']); random.setstate(state['python'])
-    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    torch.set_rng_state(state['torch'].cpu()); np.random.set_state(state['numpy']); random.setstate(state['python'])
+    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
     for d,s in zip(_all_loaders(learn), state['own']):
         if s is not None: d.rng = random.Random(); d.rng.setstate(s)
 
