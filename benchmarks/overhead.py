@@ -149,7 +149,7 @@ def report(rows):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--granularities', nargs='*'); p.add_argument('--contexts', nargs='*'); p.add_argument('--criteria', nargs='*', help='all that need no data, by default')
-    p.add_argument('--model', default='resnet18', help='of torchvision'); p.add_argument('--batch', type=int, default=64); p.add_argument('--steps', type=int, default=15, help='of each, in turns')
+    p.add_argument('--model', default='resnet18', help='of torchvision'); p.add_argument('--batch', type=int, default=64); p.add_argument('--steps', type=int, default=31, help='of each, in turns')
     p.add_argument('--threads', type=int, default=1); p.add_argument('--out', default='.cache/overhead.jsonl'); p.add_argument('--report', action='store_true')
     args = p.parse_args()
     out = Path(args.out)

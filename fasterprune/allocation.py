@@ -20,7 +20,8 @@ def _flat(scores, name='scores'): # 1-D scores that can be ranked
     if not isinstance(scores, Tensor): raise TypeError(f"{name} is a tensor of scores, not {scores!r}")
     if scores.is_complex(): raise TypeError(f"{name} has complex scores, which have no order; a score is a real number, high = keep")
     s = scores.detach().flatten()
-    s = (s if s.dtype == torch.float64 else s.float() if s.is_floating_point() else wide(s)) + 0. # -0 ties with 0
+    s = s if s.dtype == torch.float64 else s.float() if s.is_floating_point() else wide(s)
+    if s.device.type != 'cpu': s = s + 0. # -0 ties with 0, and a GPU would sort it before
     if s.sum().isnan() and s.isnan().any(): raise ValueError(f"{name}: {int(s.isnan().sum())} of {s.numel()} scores are NaN; a score is a number, high = keep")
     return s
 
@@ -232,12 +233,22 @@ def allocate(
     return {n: ~gone[n].to(s.device).view(s.shape) for n,s in scores.items()}
 
 # %% ../nbs/03_allocation.ipynb #0000001e
-def _ascending(s): return torch.as_tensor(np.sort(s.numpy())) if s.device.type == 'cpu' else s.sort().values
-
-def _rising(s, f, name): # (ascending scores, what `f` makes of those that have not gone)
-    s = _ascending(s)
+def _rising(s, f, name): # What `f` makes of the ascending scores of those that have not gone
+    s = torch.as_tensor(np.sort(s.numpy())) if s.device.type == 'cpu' else s.sort().values
     n = int((s == -torch.inf).count_nonzero())
-    return s, _flat(torch.cat([s[:n], f(s[n:])]) if n else f(s), name)
+    t = torch.cat([s[:n], f(s[n:])]) if n else f(s)
+    return _flat(t, name).cpu().numpy()
+
+def _below(ts, k): # Of each of these ascending arrays, how many are among the k lowest of all; ties in their order
+    lo, hi = np.zeros(len(ts), int), np.array([len(t) for t in ts])
+    while k and (hi-lo).any():
+        i = (hi-lo).argmax()
+        pivot = ts[i][(lo[i]+hi[i])//2]
+        below, upto = (np.array([t.searchsorted(pivot, side) for t in ts]) for side in ('left', 'right'))
+        if below.sum() < k <= upto.sum(): return below+np.diff(np.minimum((upto-below).cumsum(), k-below.sum()), prepend=0)
+        if upto.sum() < k: lo = np.maximum(lo, upto)
+        else: hi = np.minimum(hi, below)
+    return lo
 
 def allocate_rising(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
@@ -246,14 +257,6 @@ def allocate_rising(
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay by one ranking of scores that depend on their order in the layer"
     flat = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}
-    k, at = n_removed(sum(map(len, flat.values())), check_fraction(sparsity, 'sparsity')), {n: _rising(s, rising, f'scores[{n!r}]') for n,s in flat.items()}
-    last = _kth(_join(t for _,t in at.values()), k) if k else torch.tensor(-torch.inf, dtype=torch.float64)
-    count = lambda t, right: int(torch.searchsorted(t, last.to(t), right=right))
-    below = {n: count(t, False) for n,(_,t) in at.items()}
-    left, keep = k-sum(below.values()), {}
-    for n,(s,t) in at.items():
-        more = min(max(left, 0), count(t, True)-below[n])
-        left -= more
-        gone = _lowest(flat[n], m := below[n]+more, s[m-1] if m else None) | (flat[n] == -torch.inf)
-        keep[n] = ~gone.view(scores[n].shape)
-    return keep
+    k = n_removed(sum(map(len, flat.values())), check_fraction(sparsity, 'sparsity'))
+    m = _below([_rising(s, rising, f'scores[{n!r}]') for n,s in flat.items()], k)
+    return {n: ~(_lowest(s, int(i)) | (s == -torch.inf)).view(scores[n].shape) for i,(n,s) in zip(m, flat.items())}

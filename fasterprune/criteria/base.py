@@ -330,8 +330,9 @@ def lamp_rising(
     s:Tensor, # 1-D, ascending
 )->Tensor: # Ascending too
     "Share of all that rank at least as high, of scores in their order"
-    rest = s.flip(0).cumsum(0).flip(0)
-    return torch.where(rest > 0, s/rest, 0.)
+    if (s[-1:] == 0).any(): return s # all are 0
+    rest = s.flip(0).cumsum_(0).flip(0)
+    return torch.div(s, rest, out=rest)
 
 @_normalizer()
 def lamp_norm(s:Tensor)->Tensor:
