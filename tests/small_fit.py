@@ -22,9 +22,10 @@ def tiny(): # two convolutions that are not coupled, and a head
     return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8,12,3,padding=1),
                          nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
 
-def learner(model=tiny, tmp=None, seed=0, dls=None, **kw):
+def learner(model=tiny, tmp=None, seed=0, dls=None, metrics=accuracy, **kw): # of a model, or of a function that makes one
     torch.manual_seed(seed); random.seed(seed); np.random.seed(seed)
-    return Learner(small_dls() if dls is None else dls, model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp, model_dir='.', **kw)
+    model = model if isinstance(model, nn.Module) else model()
+    return Learner(small_dls() if dls is None else dls, model, loss_func=CrossEntropyLossFlat(), metrics=metrics, path=tmp, model_dir='.', **kw)
 
 @contextmanager
 def quiet(learn):
