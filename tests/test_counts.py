@@ -47,16 +47,21 @@ def test_lowest_first_then_position():
     glob = allocate(dict(b=torch.ones(3), a=torch.ones(3)), .5, context='global')  # ties: the order of the layers
     assert glob['b'].tolist() == [False]*3 and glob['a'].tolist() == [True]*3
 
-@pytest.mark.parametrize('values', [1, 2, 5, 40, 10**6]) # of 400: all alike, many alike, none alike
-@pytest.mark.parametrize('dead', [0, 30, 250])
-def test_as_a_stable_sort(values, dead):
-    torch.manual_seed(values+dead)
-    s = torch.randint(values, (400,)).float()
-    s[torch.randperm(400)[:dead]] = -INF
+@pytest.mark.parametrize('n', [400, 70_000]) # of many, a sample tells where to look
+@pytest.mark.parametrize('values', [1, 2, 5, 40, 10**6]) # all alike, many alike, few alike
+@pytest.mark.parametrize('dead', [0, .1, .6])
+@pytest.mark.parametrize('sort', [False, True])
+def test_as_a_stable_sort(n, values, dead, sort):
+    torch.manual_seed(values)
+    s = torch.randint(values, (n,)).double()
+    s[torch.randperm(n)[:int(dead*n)]] = -INF
+    if sort: s = s.sort().values
     for f in (*FRACTIONS, .073, .62, .63):
         want = s == -INF
-        want[s.argsort(stable=True)[:floor(f, 400)]] = True
+        want[s.argsort(stable=True)[:floor(f, n)]] = True
         assert torch.equal(~keep_top(s, f), want)
+        halves = dict(a=s[:n//3], b=s[n//3:].float()) # as one ranking of both
+        assert torch.equal(~torch.cat(list(allocate(halves, f, context='global').values())), want)
 
 @pytest.mark.parametrize('values', [1, 3, 50, 10**6])
 @pytest.mark.parametrize('dead', [0, 60])
