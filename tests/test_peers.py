@@ -1,14 +1,10 @@
 "Defects that were measured in other pruning libraries, one named test each, and every refusal of sparsifying and pruning with its text"
-import math, random, warnings
+import math, warnings
 from copy import deepcopy
 from functools import partial
-import numpy as np
 import pytest, torch, torchvision
 from fastai.callback.schedule import *  # fine_tune, fit_one_cycle, lr_find
 from fastai.callback.tracker import SaveModelCallback
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
@@ -19,13 +15,14 @@ from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, criteria, normalizers
-from fasterprune.data import digits_dls, small_resnet
+from fasterprune.data import small_resnet
 from fasterprune.granularity import granularities, unit_dims
 from fasterprune.schedule import Schedule, one_cycle, one_shot, schedules
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.plan import Plan
 from fasterprune.surgery.pruner import Pruner
+from small_fit import fit, learner as small_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 torch.set_num_threads(1)
@@ -36,13 +33,7 @@ def net(width=8, out=10): # two convolutions and a head
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,out))
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
-def learner(model=None, tmp=None, **kw):
-    torch.manual_seed(0); random.seed(0); np.random.seed(0)
-    return Learner(digits_dls(bs=128, valid_pct=.75), net() if model is None else model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp, model_dir='.', **kw)
-
-def fit(learn, n=2, lr=1e-2, **kw):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kw)
-    return learn
+def learner(model=net, **kw): return small_learner(model, **kw)
 
 def dead(m): return [i for i in range(len(m.weight)) if not m.weight[i].any()]
 def out(m, x): # in eval mode
@@ -433,7 +424,7 @@ REFUSED = {
     'schedule outside': (lambda: SparsifyCallback(.5, schedule=lambda p: 2*p), r'it must return a number in \[0, 1\]'),
     'schedule nan': (lambda: SparsifyCallback(.5, schedule=lambda p: float('nan')), 'returns nan at p='),
     'schedule percent': (lambda: SparsifyCallback(.5, schedule=one_shot(40)), r'start is a fraction in \[0, 1\], not 40; did you mean 0.4\?'),
-    'every zero': (lambda: SparsifyCallback(.5, every=0), "every is 'epoch' or a number of training batches, not 0"),
+    'every zero': (lambda: SparsifyCallback(.5, every=0), "every is 'epoch', a number of training batches or a Patience, not 0"),
     'every text': (lambda: SparsifyCallback(.5, every='batch'), "not 'batch'"),
     'every bool': (lambda: SparsifyCallback(.5, every=True), 'not True'),
     'every float': (lambda: SparsifyCallback(.5, every=1.5), 'not 1.5'),

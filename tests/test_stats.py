@@ -24,6 +24,7 @@ from fasterprune.surgery.choice import Choice
 from fasterprune.surgery.choose import combined, evidence_for, group_scores, places_of, readers, rows_of
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.pruner import Pruner
+from small_fit import tiny
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -627,7 +628,6 @@ def test_a_flow_through_layer_norm_is_refused():
 
 # ---- while it trains
 
-def tiny(): return nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8,12,3,padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
 def learner(**kw):
     torch.manual_seed(0); random.seed(0); np.random.seed(0)
     return Learner(digits_dls(bs=64, valid_pct=.75), tiny(), loss_func=CrossEntropyLossFlat(), **kw)
