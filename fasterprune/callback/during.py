@@ -27,6 +27,7 @@ from ..criteria.base import as_criterion
 from ..criteria.stats import check_n_batches
 from ..schedule import as_schedule
 from ..sparse.masks import plain_module
+from ..surgery.apply import apply_
 from ..surgery.budget import Budget
 from ..surgery.choice import Choice, scores_for, shares_of
 from ..surgery.choose import alike, evidence_for
@@ -161,12 +162,16 @@ def _cut(self:PruneCallback, want):
     h,dls = self.how,self.learn.dls.train
     data = list(islice(iter(dls), self.n_batches)) if h.criterion.stats and self.n_batches is not None else dls
     how = dict(criterion=h.criterion, granularity=h.granularity, min_keep=h.min_keep, round_to=h.round_to, per=h.per, reduce=h.reduce, data=data, n_batches=self.n_batches, loss_func=self._loss)
-    also = self.also() if callable(self.also) and not isinstance(self.also, nn.Module) else self.also
-    common = dict(x=self._x, also=also, **self.sides, **self.extras)
+    common = dict(x=self._x, also=self._copies(), **self.sides, **self.extras)
     if self.dead: return self.learn.prune(**common)
     if h.budget is not None: return self.learn.prune(budget=self._limits(want), context=h.context, normalizer=h.normalizer, **how, **common) if want else None
     fractions = self._fractions(want, data)
     return self.learn.prune(fractions, **how, **common) if fractions else None
+
+@patch
+def _copies(self:PruneCallback):
+    also = self.also() if callable(self.also) and not isinstance(self.also, nn.Module) else self.also
+    return [also] if isinstance(also, nn.Module) else list(also)
 
 @patch
 def _update(self:PruneCallback, k, n):
@@ -227,3 +232,28 @@ def measured_params(self:PruneCallback)->int: "Parameters of the model now"; ret
 def measured_macs(self:PruneCallback)->int: "Multiply-accumulates of the example input after the last cut"; return self._macs
 @patch(as_prop=True)
 def history(self:PruneCallback)->pd.DataFrame: "What was requested, and what was measured, at each update that asked for something new"; return pd.DataFrame(self._log)
+
+# %% ../../nbs/callback/02_during.ipynb #00000015
+@patch
+def state(self:PruneCallback)->dict:
+    "What it needs to go on as if nothing had happened"
+    return dict(whole=self.whole, units=self._units, last=self._last, x=self._x, wait=self._wait and self._wait.state(), log=list(self._log), reports=list(self.reports))
+
+@patch
+def cut_again_(self:PruneCallback,
+    state:dict, # Of the same callback, in a training that was killed; this one is about to begin
+):
+    "Cut the model, the optimizer's memory and copies as they were cut then; weights are to be loaded"
+    for r in state['reports'][len(self.reports):]:
+        plan = replace(r.plan, folds=tuple(replace(f, seen=None) for f in r.plan.folds))
+        apply_(plain_module(self.learn.model), plan, self.learn.opt)
+        for m in self._copies(): apply_(m, plan)
+
+@patch
+def restore(self:PruneCallback,
+    state:dict, # Of `state`; the model has been cut again
+):
+    "Go on from there"
+    self.whole,self._units,self._last,self._x = state['whole'],state['units'],state['last'],state['x']
+    self._log,self.reports = list(state['log']),list(state['reports'])
+    if self._wait is not None: self._wait.restore(state['wait'])

@@ -108,7 +108,7 @@ def _others(self:ResumeCallback): return [c for c in self.learn.cbs.sorted('orde
 def _kind(self:ResumeCallback):
     "What must be the same in the training that goes on"
     return dict(fit=self.fits, epochs=self.learn.n_epoch, batches=len(self.learn.dls.train), processes=max(num_distrib(), 1),
-        callbacks=[type(c).__name__ for c in self._others() if _knows(c)], parameters={n:tuple(p.shape) for n,p in plain_module(self.learn.model).named_parameters()})
+        callbacks=[type(c).__name__ for c in self._others() if _knows(c)], parameters=self._shapes)
 
 @patch
 def write(self:ResumeCallback,
@@ -153,8 +153,7 @@ def after_epoch(self:ResumeCallback):
 def before_fit(self:ResumeCallback):
     self._live,self._todo,self._quiet = is_training(self.learn),None,[]
     if not self._live: return
-    cuts = [type(c).__name__ for c in self.learn.cbs if isinstance(c, PruneCallback)]
-    if cuts: raise ValueError(f"ResumeCallback cannot go on with {cuts[0]}: it cuts the model while it trains, and a script that is started again builds the whole one, which a file of the smaller one does not fit; make it sparse with SparsifyCallback, and cut when training has ended, with learn.prune()")
+    self._shapes = {n:tuple(p.shape) for n,p in plain_module(self.learn.model).named_parameters()}
     if not any(isinstance(c, _Skip) for c in self.learn.cbs): self.learn.add_cb(_Skip(self))
     distrib_barrier() # the first process may still remove the file of the fit before
     if not self.file.exists(): return
@@ -165,6 +164,7 @@ def before_fit(self:ResumeCallback):
         if v!=kind[k]: raise ValueError(f"{str(self.file)!r} was written in another training: its {k} were {_short(v, kind[k])}, and are {_short(kind[k], v)}; go on with the same, or remove the file to begin anew")
     self._todo = found
     self._put_back()
+    self._hush(only=PruneCallback) # what was cut is cut
 
 def _short(v, other): return {k:s for k,s in v.items() if other.get(k)!=s} if isinstance(v, dict) else v
 
@@ -195,16 +195,25 @@ def _put_back(self:ResumeCallback):
     "Everything as it was when the file was written"
     l,t,here = self.learn,self._todo,deepcopy(self._here())
     getattr(l.dls, 'n_inp', None) # fastai draws a batch, once, to find out
+    told = self._told(here['callbacks'])
+    for c,m in told:
+        if isinstance(c, PruneCallback): c.cut_again_(m['own'])
     model = plain_module(l.model)
     model.load_state_dict(t['model'])
     l.opt.load_state_dict(deepcopy(t['opt']))
     for n,p in model.named_parameters():
         if n in here['grads']: p.grad = here['grads'][n]
-    for c in self._others():
-        m = next((i for i,(name,_) in enumerate(here['callbacks']) if name==type(c).__name__), None)
-        if m is not None: remember_(c, here['callbacks'].pop(m)[1])
+    for c,m in told: remember_(c, m)
     set_random_state_(l, here['random'])
     l.train_iter,l.pct_train = t['train_iter'],t['pct_train']
+
+@patch
+def _told(self:ResumeCallback, memories): # Pairs: a callback, and what it remembered
+    res,left = [],list(memories)
+    for c in self._others():
+        i = next((i for i,(name,_) in enumerate(left) if name==type(c).__name__), None)
+        if i is not None: res.append((c, left.pop(i)[1]))
+    return res
 
 @patch
 def _arrive(self:ResumeCallback, here):
@@ -230,11 +239,11 @@ def _pass_batch(self:ResumeCallback):
     raise CancelBatchException
 
 @patch
-def _hush(self:ResumeCallback, but=()):
+def _hush(self:ResumeCallback, but=(), only=Callback):
     "Let nobody hear what happens"
-    if self._quiet: return
-    self._quiet = [(c, c.run) for c in self._others() if not isinstance(c, but)]
-    for c,_ in self._quiet: c.run = False
+    new = [c for c in self._others() if isinstance(c, only) and not isinstance(c, but) and not any(c is q for q,_ in self._quiet)]
+    self._quiet += [(c, c.run) for c in new]
+    for c in new: c.run = False
 
 @patch
 def _speak(self:ResumeCallback):

@@ -278,14 +278,14 @@ def state(self:SparsifyCallback)->dict:
     "What it needs to go on as if nothing had happened"
     heard = [None if e is None else e.states for e in (self._ear, self._whole)]
     gathers = any(s.by not in ('forward','gradient') and 'training' not in s.needs for s in self.criterion.stats)
-    return dict(masks=self.masks, firm=self._firm, found=self._found, last=self._last, findings=findings(self._sparsifier), wait=self._wait and self._wait.state(), log=list(self._log), by_layer=list(self._by_layer), heard=heard, batches=list(self._batches) if gathers else [])
+    return dict(x=self._x, masks=self.masks, firm=self._firm, found=self._found, last=self._last, findings=findings(self._sparsifier), wait=self._wait and self._wait.state(), log=list(self._log), by_layer=list(self._by_layer), heard=heard, batches=list(self._batches) if gathers else [])
 
 @patch
 def restore(self:SparsifyCallback,
     state:dict, # Of the same callback, in a training that was killed; this one is about to begin
 ):
     "Go on from there"
-    self.masks,self._firm,self._found,self._last = state['masks'],state['firm'],state['found'],state['last']
+    self._x,self.masks,self._firm,self._found,self._last = state['x'],state['masks'],state['firm'],state['found'],state['last']
     vars(self._sparsifier).update(state['findings'])
     if self._wait is not None: self._wait.restore(state['wait'])
     self._log,self._by_layer,self._batches = list(state['log']),list(state['by_layer']),list(state['batches'])
