@@ -17,15 +17,17 @@ METHODS = dict(
     iterative='three equal rounds in the first half of the training',
     agp='by AGP in the first half of the training',
     one_cycle='by the one-cycle schedule in the first half of the training',
-    patience='three equal steps: at once, and then whenever the loss of images that are not trained on has not fallen for an epoch',
-    agp_whole='by AGP over the whole training: the last filters go at the beginning of the last epoch')
+    patience='three equal steps in the first half of the training: at once, and then whenever the loss of images that are not trained on has not fallen for an epoch',
+    agp_whole='by AGP over the whole training: the last filters go at the beginning of the last epoch',
+    patience_whole='three steps over the whole training')
 
 # -- one training ---------------------------------------------------------------------------------
 def chosen(method):
     "What makes the network sparse"
     make = lambda schedule, **kw: SparsifyCallback(SPARSITY, 'filter', criterion='l2', schedule=schedule, only=nn.Conv2d, **kw)
+    patience = lambda end: make(None, every=Patience(patience=1, steps=3, at_once=True, end=end))
     return {} if method=='dense' else dict(one_shot=lambda: make(one_shot(start=0.)), iterative=lambda: make(iterative(3, start=0., end=HALF)), agp=lambda: make(agp(end=HALF)),
-        one_cycle=lambda: make(one_cycle(end=HALF)), patience=lambda: make('linear', every=Patience(patience=1, steps=3, at_once=True)), agp_whole=lambda: make(agp()))[method]()
+        one_cycle=lambda: make(one_cycle(end=HALF)), patience=lambda: patience(HALF), agp_whole=lambda: make(agp()), patience_whole=lambda: patience(1.))[method]()
 
 @lru_cache(1)
 def ready(data, cache):
@@ -65,7 +67,9 @@ def measure(job, data, cache):
 # -- what is measured -----------------------------------------------------------------------------
 def key(r): return tuple(r[k] for k in ('method','seed','epochs'))
 def line(r): return f"{r['method']:<10} seed {r['seed']}  {r['accuracy']:.4f} with {r['sparsity']:.1%} of the filters zero, MACs {r['macs']:.3f} when they are removed  {r['seconds']:.0f} s"
-def jobs(a): return [dict(method=n, seed=s, epochs=a.epochs) for some in ([n for n in a.only if n!='agp_whole'], ['dense', *({'agp_whole'}&set(a.only))]) for s in a.seeds for n in some]
+def jobs(a): # first the five, then what is beside them
+    beside = ['dense', *(n for n in a.only if n.endswith('_whole'))]
+    return [dict(method=n, seed=s, epochs=a.epochs) for some in ([n for n in a.only if n not in beside], beside) for s in a.seeds for n in some]
 
 # -- what is said ---------------------------------------------------------------------------------
 def cells(rows, a, method, field='accuracy'):
@@ -81,7 +85,7 @@ def table(rows, a):
         if c := cells(rows, a, n): out.append(f"| {n} | {pct(c.values())} | {pct([c[s]-base[s] for s in c if s in base])} | {mean(cells(rows, a, n, 'sparsity').values()):.1%} | {mean(cells(rows, a, n, 'macs').values()):.1%} |")
     return '\n'.join(out+['', *[f'- `{n}`: {what}' for n,what in METHODS.items()]])
 
-COLORS = dict(one_shot='#7F7F7F', iterative='#56B4E9', agp='#0072B2', one_cycle='#009E73', patience='#D55E00', agp_whole='#CC79A7', dense='black')
+COLORS = dict(one_shot='#7F7F7F', iterative='#56B4E9', agp='#0072B2', one_cycle='#009E73', patience='#D55E00', agp_whole='#CC79A7', patience_whole='#E69F00', dense='black')
 
 def picture(rows, a, path):
     "Accuracy and sparsity by epoch: means, and a thin line for each seed"

@@ -56,6 +56,12 @@ def test_sparsify_by_patience():
     assert zero_filters(fit(learner(), 2, cbs=cb).model)==[4,6,0]
     assert len(learn.metrics)==1
 
+@pytest.mark.parametrize('n,end,at', [(8, 1., [5, 6, 7]), (8, .75, [4, 5, 6]), (8, .5, [2, 3, 4]), (4, .5, [0, 1, 2]), (3, .5, [0, 1]), (5, .01, [0, 1]), (1, 1., [0])])
+def test_patience_has_an_end(n, end, at): # a loss that never rests: the last steps are taken by then
+    cb = SparsifyCallback(.5, every=Patience(99, steps=3, end=end))
+    learn = fit(learner(), n, cbs=cb)
+    assert list(cb.history.epoch)==at and zero_filters(learn.model)==[4,6,0]
+
 def test_steps_of_patience_are_equal_unless_a_schedule_says_otherwise():
     steps = lambda **kw: [h['requested'] for h in _run(SparsifyCallback(.6, every=Patience(9, steps=3), **kw))._log]
     _run = lambda cb: (fit(learner(), 3, cbs=cb), cb)[1]
@@ -64,7 +70,7 @@ def test_steps_of_patience_are_equal_unless_a_schedule_says_otherwise():
 def test_dense_epochs_of_patience_do_not_count_as_best(tmp_path):
     best = SaveModelCallback('accuracy', every_epoch=False)
     learn = learner(tmp=tmp_path)
-    fit(learn, 5, cbs=[cb := SparsifyCallback(.75, every=Patience(1, steps=2, min_delta=10.)), Spy('after_epoch', lambda l: l.recorder.values[-1].__setitem__(2, 1/(1+l.epoch)), order=SaveModelCallback.order-1), best])
+    fit(learn, 5, cbs=[cb := SparsifyCallback(.75, every=Patience(1, steps=2, min_delta=10., end=1.)), Spy('after_epoch', lambda l: l.recorder.values[-1].__setitem__(2, 1/(1+l.epoch)), order=SaveModelCallback.order-1), best])
     assert list(cb.history.epoch)==[2, 4] and best.best==pytest.approx(1/5) and zero_filters(learn.model)==[6,9,0]
 
 # ---- moments
@@ -250,7 +256,7 @@ def test_regrow_grows_where_the_gradient_is_largest():
     (lambda: RegrowCallback(80), 'did you mean 0.8'), (lambda: RegrowCallback(.8, grow='grad'), "'gradient', 'random'"), (lambda: RegrowCallback(.8, every=0), 'optimizer steps'),
     (lambda: RegrowCallback(.8, density='erdos'), "'erk', 'uniform'"), (lambda: RegrowCallback(.8, fraction=30), 'did you mean 0.3'), (lambda: SparsifyCallback(.5, schedule='agpp'), "did you mean 'agp'"),
     (lambda: SparsifyCallback(.5, every=3, regrow=True), "takes every='epoch', not 3"), (lambda: SparsifyCallback(.5, every=Patience(), regrow=True), "takes every='epoch', not Patience("), (lambda: SparsifyCallback(.5, regrow='yes'), "regrow is True or False, not 'yes'"), (lambda: SparsifyCallback(.5, every='batch'), 'a number of training batches or a Patience'),
-    (lambda: Patience(0), 'patience is a whole number'), (lambda: Patience(steps=0), 'steps is a whole number'), (lambda: Patience(min_delta=-1.), 'min_delta is a number'), (lambda: Patience(monitor=3), 'monitor is the name')])
+    (lambda: Patience(0), 'patience is a whole number'), (lambda: Patience(steps=0), 'steps is a whole number'), (lambda: Patience(min_delta=-1.), 'min_delta is a number'), (lambda: Patience(monitor=3), 'monitor is the name'), (lambda: Patience(end=0.), 'end is a part of the training'), (lambda: Patience(end=75), 'did you mean 0.75')])
 def test_refusals(f, text):
     with pytest.raises((ValueError, TypeError)) as e: f()
     assert text in e.value.args[0]

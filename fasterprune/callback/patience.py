@@ -10,7 +10,7 @@ __all__ = ['Patience', 'Waiting']
 # %% ../../nbs/callback/00_patience.ipynb #00000002
 from dataclasses import dataclass
 import math
-from ..core import no_such
+from ..core import check_fraction, no_such
 
 # %% ../../nbs/callback/00_patience.ipynb #00000005
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Patience:
     min_delta:float=0. # Less than this is no improvement
     monitor:str='valid_loss' # A column of the recorder
     lower:bool|None=None # Is less better? None: for names with 'loss' or 'error' in them
+    end:float=.75 # Part of the training by which all removals have been made, in (0, 1]
     at_once:bool=False # The first removal when training begins, as for a trained network; otherwise it is waited for as well
 
     def __post_init__(self):
         for k in ('patience', 'steps'):
             if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v<1: raise ValueError(f"{k} is a whole number, at least 1, not {v!r}")
         if isinstance(self.min_delta, bool) or not isinstance(self.min_delta, (int, float)) or not 0<=self.min_delta<math.inf: raise ValueError(f"min_delta is a number, at least 0, not {self.min_delta!r}")
+        if not check_fraction(self.end, 'end'): raise ValueError(f"end is a part of the training, above 0, not {self.end!r}")
         if not isinstance(self.monitor, str): raise TypeError(f"monitor is the name of a column, such as 'valid_loss', not {self.monitor!r}")
 
     @property
@@ -49,14 +51,14 @@ class Waiting:
         else: self.bad += 1 # also for NaN
 
     def due(self,
-        left:int, # Epochs that are left, with the one that begins
+        left:int, # Epochs that are left for removals, with the one that begins
     )->int|None: # 1 to `steps`
         "The step to take now, or None"
         todo = self.how.steps-self.step
         if not todo: return None
         ready = self.bad>=self.how.patience or self.best is None and self.step==0 and self.how.at_once
         if not ready and left>todo: return None
-        self.step,self.best,self.bad = max(self.step+1, self.how.steps-left+1),None,0
+        self.step,self.best,self.bad = min(max(self.step+1, self.how.steps-left+1), self.how.steps),None,0
         return self.step
 
     def state(self)->dict: "What it has counted"; return dict(step=self.step, best=self.best, bad=self.bad)
@@ -73,4 +75,4 @@ class Waiting:
         if self.how.monitor not in names: raise ValueError(f"monitor: {no_such('column', self.how.monitor, [n for n in names if n!='time'])}")
         seen,at = r.values[-1] if r.values else (),names.index(self.how.monitor)
         if at<len(seen): self.see(float(seen[at])) # an epoch that was skipped has none
-        return self.due(learn.n_epoch-learn.epoch)
+        return self.due(math.ceil(self.how.end*(learn.n_epoch-1))-learn.epoch+1)
