@@ -42,10 +42,12 @@ def written_out(
     p:Tensor, # A parameter
 )->tuple: # (the same mask, the mask to multiply with); one of them is a view of the other
     "A mask that is fast to multiply with, on the parameter's device"
-    keep = keep.to(p.device)
-    if keep.shape==p.shape or _run(keep.shape, p.shape)>=16: return keep,keep
-    full = keep.expand(p.shape).contiguous()
-    return full[tuple(slice(None) if a==b else slice(0, 1) for a,b in zip(keep.shape, p.shape))],full
+    keep,shape = keep.to(p.device),list(keep.shape)
+    for d in reversed(range(p.dim())):
+        if _run(shape, p.shape)>=16: break
+        shape[d] = p.shape[d]
+    full = keep.expand(shape).contiguous()
+    return full[tuple(slice(None) if a==b else slice(0, 1) for a,b in zip(keep.shape, shape))],full
 
 def _run(small, shape): # How many weights in a row the mask treats in one way
     n,kind = 1,None
