@@ -90,8 +90,8 @@ def ours(args, other, have):
     "Steps once for each granularity: what a step costs follows from the masks. A choice for each criterion and context"
     from fasterprune.callback.sparsify import SparsifyCallback
     from fasterprune.granularity import granularities
+    fresh = {n:t.clone() for n,t in other.learn.model.state_dict().items()} # dense: what is zero already makes a choice cheaper
     for g in args.granularities or list(granularities):
-        fresh = {n:t.clone() for n,t in other.learn.model.state_dict().items()}
         steps = have.get(('steps', g))
         for context in args.contexts or CONTEXTS:
             for c in args.criteria or free():
