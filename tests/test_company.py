@@ -85,7 +85,7 @@ def test_columns_and_history_are_what_a_count_over_the_model_says(s):
         z = zero_filters(learn.model)
         ps = list(learn.model.parameters())
         seen.append(((len(z['0'])+len(z['4']))/20, sum(p.numel() for p in ps)/sum(int((p!=0).sum()) for p in ps)))
-    cb = SparsifyCallback(s)
+    cb = SparsifyCallback(s, schedule='agp')
     learn = fit(learner(), 4, cbs=[cb, Spy('after_validate', count, order=-5)])
     names = list(learn.recorder.metric_names)
     assert names==['epoch','train_loss','valid_loss','accuracy','sparsity','compression','time']
@@ -166,9 +166,16 @@ def test_short_epochs_still_end_at_the_target():
 def test_scored_once_an_epoch():
     calls = []
     def mine(w): calls.append(1); return w.abs()
-    fit(learner(), 4, cbs=SparsifyCallback(.5, criterion=mine))
+    fit(learner(), 4, cbs=SparsifyCallback(.5, criterion=mine, schedule='agp'))
     per_choice = 2
     assert len(calls)==per_choice*(1+4) # once to see that it can, then once an epoch
+    del calls[:]
+    fit(learner(), 4, cbs=SparsifyCallback(.5, criterion=mine)) # AGP in the first half, unless it is told otherwise
+    assert len(calls)==per_choice*(1+3)
+
+def test_it_is_over_by_the_middle_of_the_training():
+    fit(learner(), 5, cbs=(cb := SparsifyCallback(.5)))
+    assert cb.schedule==agp(end=.5) and list(cb.history.epoch)==[0, 1, 2] and cb.history.requested.iloc[-1]==.5
 
 # ---- fit again
 
@@ -232,7 +239,7 @@ def test_a_layer_that_was_emptied_stays_empty(): # and is not taken for one that
 def test_born_zero_is_not_pruned(): # a head that starts at zero may train in the first epoch, and is then chosen from like any other
     model = tiny()
     nn.init.zeros_(model[9].weight)
-    cb = SparsifyCallback(.5, 'weight', only='9')
+    cb = SparsifyCallback(.5, 'weight', only='9', schedule='agp')
     learn = fit(learner(model), 3, cbs=cb)
     assert int((learn.model[9].weight==0).sum())==60 and list(cb.history.sparsity)==[1., floor(.4375, 120)/120, .5]
 

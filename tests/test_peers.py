@@ -275,7 +275,7 @@ def test_scores_are_computed_once_an_epoch_and_once_a_layer():
     del calls[:]; sp.masks(.5)
     assert len(calls)==2
     del calls[:]
-    fit(learner(), 3, cbs=SparsifyCallback(.5, criterion=mine))
+    fit(learner(), 3, cbs=SparsifyCallback(.5, criterion=mine, schedule='agp'))
     assert len(calls)==2*(1+3) # 9 batches
 
 # ======== Torch-Pruning

@@ -644,7 +644,7 @@ class Watch(Callback): # hooks in each batch, and between batches
 
 @pytest.mark.parametrize('c', [size, taylor, weigh, gate, whole, wanda], ids=lambda c: c.name)
 def test_hooks_only_in_the_last_batches_before_a_choice(c):
-    learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=c, n_batches=2)
+    learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=c, n_batches=2, schedule='agp')
     fit(learn, 3, [cb, w])
     n = len(learn.dls.train)
     heard = [i for i,h in enumerate(w.during) if h]
@@ -652,7 +652,7 @@ def test_hooks_only_in_the_last_batches_before_a_choice(c):
     assert cb.masks.sparsity==.5 and cb._batches==[] and cb._ear is None
 
 def test_every_some_batches():
-    learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=taylor, n_batches=1, every=3)
+    learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=taylor, n_batches=1, every=3, schedule='agp')
     fit(learn, 2, [cb, w])
     last = (len(w.during)-1)//3
     assert [i for i,h in enumerate(w.during) if h]==[3*k-1 for k in range(1,last+1)] and cb.masks.sparsity==.5

@@ -25,7 +25,7 @@ from ..criteria.listen import Listener
 from ..criteria.stats import check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..measure.plots import plot_history
-from ..schedule import as_schedule
+from ..schedule import agp, as_schedule, linear
 from ..sparse.masks import Masks, plain_module
 from ..sparse.sparsifier import Sparsifier
 from ..surgery.choose import check_where, evidence_for, sides
@@ -38,7 +38,7 @@ class SparsifyCallback(TrainingCallback):
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l1', # A name, a `Criterion` or a function `(weight)` → scores of its shape
-        schedule=None, # A name, a `Schedule` or a function progress → share of the target; None: 'agp', or equal steps by a `Patience`
+        schedule=None, # A name, a `Schedule` or a function progress → share of the target; None: `agp(end=.5)`, or equal steps by a `Patience`
         *, every:str|int|Patience='epoch', # Choose at the beginning of each epoch, every so many training batches, or by a `Patience`
         regrow:bool=False, # Choose at the end of each epoch, and until the last choice let all grow again (soft pruning)
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
@@ -51,7 +51,7 @@ class SparsifyCallback(TrainingCallback):
     ):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
-        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule(('linear' if isinstance(every, Patience) else 'agp') if schedule is None else schedule)
+        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule((linear() if isinstance(every, Patience) else agp(end=.5)) if schedule is None else schedule)
         _check_when(every, regrow)
         if normalizer is not None: as_normalizer(normalizer)
         check_where(self.criterion, self.granularity.like)
