@@ -1,6 +1,6 @@
 "CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what other benchmarks measure on: `python benchmarks/cifar.py` trains"
 import argparse, io, random, time, warnings
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -58,8 +58,8 @@ class Images:
         x = normalised(self.x[idx[:,None,None], rows[:,:,None], cols[:,None,:]])
         return (self.without_square(x) if self.cut else x),self.y[idx]
     def without_square(self, x):
-        inside = lambda c: ((torch.arange(32)-c).add(self.cut//2)>=0)&((torch.arange(32)-c).add(self.cut//2)<self.cut)
-        v,h = (inside(torch.randint(32, (len(x),1), generator=self.rng)) for _ in range(2))
+        rows,cols = (torch.arange(32)-torch.randint(32, (len(x),1), generator=self.rng)+self.cut//2 for _ in range(2)) # in the square from 0 to cut-1
+        v,h = ((0<=at)&(at<self.cut) for at in (rows, cols))
         return x.masked_fill_(v[:,None,:,None]&h[:,None,None,:], 0)
 
 def loader(images, bs, shuffle, seed=0):
@@ -68,9 +68,11 @@ def loader(images, bs, shuffle, seed=0):
     dl.rng = random.Random(seed)
     return dl
 
-def loaders(d, bs=128, seed=0, augment=True, cut=0):
-    "Training and test batches"
-    return DataLoaders(loader(Images(d['train_x'], d['train_y'], augment, seed, cut), bs, True, seed), loader(Images(d['test_x'], d['test_y'], False), 500, False), device='cpu')
+def loaders(train, valid, bs=128, seed=0, cut=0):
+    "Training batches, and those to validate with, of (images, labels)"
+    return DataLoaders(loader(Images(*train, True, seed, cut), bs, True, seed), loader(Images(*valid, False), 500, False), device='cpu')
+
+def part(d, name, at=slice(None)): return d[f'{name}_x'][at],d[f'{name}_y'][at]
 
 # -- network --------------------------------------------------------------------------------------
 class Block(nn.Module):
@@ -153,7 +155,7 @@ def learned(res):
 
 def _cycle(d, half, before, cycle, epochs, lr, bs, bf16, seed, said):
     torch.manual_seed(seed+cycle)
-    learn = learner(resnet20() if before is None else learned(before), loaders(d, bs, seed+100*cycle, cut=8), bf16=bf16)
+    learn = learner(resnet20() if before is None else learned(before), loaders(part(d, 'train'), part(d, 'test'), bs, seed+100*cycle, cut=8), bf16=bf16)
     kept = Kept(half, said)
     learn.add_cb(kept)
     learn.create_opt()
@@ -184,17 +186,21 @@ def network(a):
     print(f"ResNet-20: {net['accuracy']:.4f} on the test images after {net['epochs']} epochs, {net['seconds']:.0f} s", flush=True)
     return True
 
+@lru_cache(1)
+def ready(data, cache):
+    "Images, and the trained network"
+    return decoded(data, cache),learned(trained(data, cache))
+
 class Untested(Callback):
     "Test images are looked at once, after the training"
     def before_validate(self): raise CancelValidException
 
 def drawn(d, n, seed): return torch.randperm(len(d['train_y']), generator=torch.Generator().manual_seed(seed))[:n]
+def held(d, n=2000): return drawn(d, n, 10_000) # training images that choose something, so that test images do not
 
 def tuned(model, d, seed, steps=150, bs=128, cbs=()):
     "The same short training for all: images, order and crops depend on the seed alone"
-    pick = drawn(d, steps*bs, 200+seed)
-    dls = loaders(d, bs, seed)
-    dls.loaders[0] = loader(Images(d['train_x'][pick], d['train_y'][pick], True, seed), bs, True, seed)
+    dls = loaders(part(d, 'train', drawn(d, steps*bs, 200+seed)), part(d, 'test'), bs, seed)
     torch.manual_seed(seed)
     learn = learner(model, dls, bf16=FAST)
     learn.add_cbs([Untested(), *cbs])

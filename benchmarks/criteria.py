@@ -8,19 +8,12 @@ import torch
 from fasterprune.all import Budget, Pruner, criteria
 from fasterprune.criteria.norm import random
 from fasterprune.surgery.coupling import couple
-from cifar import CACHE, DATA, FAST, Images, correct, decoded, drawn, learned, network, normalised, resnet20, trained, tuned
+from cifar import CACHE, DATA, FAST, Images, correct, drawn, held, network, normalised, part, ready, resnet20, tuned
 
-SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION,CHOICE = (2,3,4),(0,1,2),150,128,8,2000
+SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION = (2,3,4),(0,1,2),150,128,8
 HOW = dict(budget='one ranking over all layers', uniform='the same part of each layer')
 
 # -- one measurement ------------------------------------------------------------------------------
-@lru_cache(1)
-def ready(data, cache):
-    "Images, and the trained network"
-    d,m = decoded(data, cache),learned(trained(data, cache))
-    pick = drawn(d, CHOICE, 10_000) # training images that choose what is tuned, so that test images do not
-    return d,m,dict(test_x=d['train_x'][pick], test_y=d['train_y'][pick])
-
 def few(d, seed): return drawn(d, CALIBRATION*BATCH, 100+seed).split(BATCH)
 
 def calibration(d, seed):
@@ -66,7 +59,7 @@ def recalibrated(m, d, seed):
 def measure(job, data, cache):
     "One row"
     stage,name,how,speedup,seed = (job[k] for k in ('stage','criterion','how','speedup','seed'))
-    d,m,choice = ready(data, cache)
+    d,m = ready(data, cache)
     row,began = dict(job),time.perf_counter()
     if name=='dense': small = m
     else:
@@ -75,7 +68,7 @@ def measure(job, data, cache):
         row.update(macs=r.macs[1]/r.macs[0], params=r.params[1]/r.params[0])
     if stage=='shot':
         again = recalibrated(small, d, seed)
-        row.update(accuracy=correct(small, d, bf16=FAST), recalibrated=correct(again, d, bf16=FAST), choice=correct(again, choice, bf16=FAST))
+        row.update(accuracy=correct(small, d, bf16=FAST), recalibrated=correct(again, d, bf16=FAST), choice=correct(again, dict(zip(('test_x','test_y'), part(d, 'train', held(d)))), bf16=FAST))
     else: row.update(accuracy=correct(tuned(deepcopy(small), d, seed, STEPS, BATCH), d, bf16=FAST))
     return row|dict(seconds=time.perf_counter()-began)
 
@@ -177,7 +170,7 @@ def main():
     if not a.report:
         if not network(a): return
         measured = lambda jobs: run(list(jobs), key, measure, line, a, until)
-        if not (measured(shots(names)) and (a.shots or measured(tunings(read(a.rows), names)))): print('time ran out; the same command goes on')
+        if measured(shots(names)) and not a.shots: measured(tunings(read(a.rows), names))
     rows = read(a.rows)
     picture(rows, names, a.rows.with_suffix('.png')); keep(table(rows, names), a)
 

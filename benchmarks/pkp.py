@@ -1,7 +1,6 @@
 "Progressive kernel pruning beside kernel pruning in one shot: ResNet-20 on CIFAR-10, equal short training: `python benchmarks/pkp.py`"
 import time
 from copy import deepcopy
-from functools import lru_cache
 from statistics import mean, stdev
 from rows import keep, no_bars, parser, read, run, said
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from fasterprune.all import KeepZeros, Pruner, Sparsifier, SparsifyCallback, agp
 from fasterprune.callback.progressive import PKPCallback
 from fasterprune.sparse.progressive import PKP
-from cifar import CACHE, DATA, FAST, correct, decoded, learned, network, trained, tuned
+from cifar import CACHE, DATA, FAST, correct, network, ready, tuned
 
 SPARSITIES,SEEDS,STEPS,BATCH,END = (.5,.7,.8),(0,1,2),150,128,.2 # END: chosen by training images, at 80 % and seed 0
 METHODS = dict(
@@ -23,9 +22,6 @@ METHODS = dict(
 ONCE,OURS = ('once_local','once_global'),('pkp','pkp_smioc')
 
 # -- one measurement ------------------------------------------------------------------------------
-@lru_cache(1)
-def ready(data, cache): return decoded(data, cache),learned(trained(data, cache))
-
 def chosen(method, model, sparsity):
     "What chooses kernels: masks that hold from the beginning, or a callback"
     how = dict(granularity='kernel', only=nn.Conv2d)
@@ -121,7 +117,7 @@ def main():
     no_bars()
     if not a.report:
         if not network(a): return
-        if not run(list(jobs(a)), key, measure, line, a, until): print('time ran out; the same command goes on')
+        run(list(jobs(a)), key, measure, line, a, until)
     rows = read(a.rows)
     if not rows: print('nothing has been measured yet'); return
     picture(rows, a, a.rows.with_suffix('.png')); keep(table(rows, a), a)

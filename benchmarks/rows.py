@@ -42,12 +42,14 @@ def run(
     with ProcessPoolExecutor(a.workers, mp_context=get_context('spawn'), initializer=_worker, initargs=(os.getpid(),)) as pool:
         while True:
             while len(waiting)<a.workers and time.time()<until and (j := next(it, None)): waiting.add(pool.submit(measure, j, a.data, a.cache))
-            if not waiting: return n==len(left)
+            if not waiting: break
             ready,waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for f in ready:
                 r = f.result(); n += 1
                 with a.rows.open('a') as out: out.write(json.dumps(r)+'\n')
                 print(f"{n:>4}/{len(left)} {line(r)}", flush=True)
+    if n<len(left): print('time ran out; the same command goes on')
+    return n==len(left)
 
 def said(v): return '' if not v else f"{mean(v):.2f}" if len(v)==1 else f"{mean(v):.2f} ± {stdev(v):.2f}"
 

@@ -1,17 +1,16 @@
 "When to remove? Half of the filters of a ResNet-20 on CIFAR-10, by five schedules, with equal training: `python benchmarks/schedules.py`"
 import time
-from functools import lru_cache
+from copy import deepcopy
 from statistics import mean
 from rows import keep, no_bars, parser, read, run, said
 import torch
 from torch import nn
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
 from fasterprune.all import Patience, Pruner, ResumeCallback, SparsifyCallback, agp, iterative, one_cycle, one_shot
-from cifar import CACHE, DATA, FAST, Images, correct, decoded, drawn, learned, learner, loader, network, trained
+from cifar import CACHE, DATA, FAST, correct, held, learner, loaders, network, part, ready
 
-SPARSITY,EPOCHS,SEEDS,BATCH,HELD,HALF = .5,8,(0,1,2),128,2000,.5
+SPARSITY,EPOCHS,SEEDS,BATCH,HALF = .5,8,(0,1,2),128,.5
 METHODS = dict(
     one_shot='all at once, before the first epoch',
     iterative='three equal rounds in the first half of the training',
@@ -29,17 +28,6 @@ def chosen(method):
     return {} if method=='dense' else dict(one_shot=lambda: make(one_shot(start=0.)), iterative=lambda: make(iterative(3, start=0., end=HALF)), agp=lambda: make(agp(end=HALF)),
         one_cycle=lambda: make(one_cycle(end=HALF)), patience=lambda: patience(HALF), agp_whole=lambda: make(agp()), patience_whole=lambda: patience(1.))[method]()
 
-@lru_cache(1)
-def ready(data, cache):
-    "Images for training, those that are held back for `patience`, and the trained network"
-    d = decoded(data, cache)
-    rest = torch.ones(len(d['train_y']), dtype=torch.bool).index_fill_(0, drawn(d, HELD, 10_000), False)
-    return d,rest,learned(trained(data, cache))
-
-def loaders(d, rest, seed):
-    part = lambda at, augment: Images(d['train_x'][at], d['train_y'][at], augment, seed)
-    return DataLoaders(loader(part(rest, True), BATCH, True, seed), loader(part(~rest, False), 500, False), device='cpu')
-
 @torch.no_grad()
 def empty(model):
     "Part of the filters of all convolutions that is zero, counted in the weights"
@@ -54,10 +42,11 @@ class Curve(Callback):
 
 def measure(job, data, cache):
     "One row"
-    d,rest,m = ready(data, cache)
+    d,m = ready(data, cache)
     began,curve = time.perf_counter(),Curve(d)
+    rest = torch.ones(len(d['train_y']), dtype=torch.bool).index_fill_(0, held(d), False) # the others are for `patience`
     torch.manual_seed(job['seed'])
-    learn = learner(learned(dict(model=m.state_dict())), loaders(d, rest, job['seed']), bf16=FAST)
+    learn = learner(deepcopy(m), loaders(part(d, 'train', rest), part(d, 'train', ~rest), BATCH, job['seed']), bf16=FAST)
     learn.path = cache
     cbs = [curve, ResumeCallback('schedules.{method}.{seed}.{epochs}'.format(**job)), *([cb] if (cb := chosen(job['method'])) else [])]
     with learn.no_logging(): learn.fit_one_cycle(job['epochs'], .05, div=5, pct_start=.2, moms=(.9,.9,.9), cbs=cbs)
@@ -112,7 +101,7 @@ def main():
     no_bars()
     if not a.report:
         if not network(a): return
-        if not run(jobs(a), key, measure, line, a, until): print('time ran out; the same command goes on')
+        run(jobs(a), key, measure, line, a, until)
     rows = read(a.rows)
     if not rows: print('nothing has been measured yet'); return
     picture(rows, a, a.rows.with_suffix('.png')); keep(table(rows, a), a)
