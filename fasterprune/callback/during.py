@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..allocation import allocate
 from .frame import TrainingCallback, check_every, example_batch, forget_best, undisturbed
 from .patience import Patience
-from .prune import prune # adds learn.prune
+from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
 from ..core import NoEffectWarning
 from ..criteria.base import as_criterion
@@ -170,8 +170,7 @@ def _cut(self:PruneCallback, want):
 
 @patch
 def _copies(self:PruneCallback):
-    also = self.also() if callable(self.also) and not isinstance(self.also, nn.Module) else self.also
-    return [also] if isinstance(also, nn.Module) else list(also)
+    return copies_of(self.also() if callable(self.also) and not isinstance(self.also, nn.Module) else self.also)
 
 @patch
 def _update(self:PruneCallback, k, n):

@@ -59,7 +59,7 @@ class SparsifyCallback(TrainingCallback):
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
         self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
-        self._log,self._by_layer,self._last,self._columns,self.masks,self._firm,self._loss,self._wait = [],[],None,[],None,False,None,None
+        self._log,self._by_layer,self._last,self.masks,self._firm,self._loss,self._wait = [],[],None,None,False,None,None
         self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
 
 def _check_when(every, regrow):

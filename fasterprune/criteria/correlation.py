@@ -31,8 +31,9 @@ def _part(v, live): return v if live.all() else v[live] # no copy where all are
 def _upper(v, rows=128): # The upper half of v @ v.T, some rows at a time
     for i in range(0, len(v), rows): yield i, v[i:i+rows] @ v[i:].T
 
-def _upper_rows(g, rows=128): # The same of a square matrix that there is
-    for i in range(0, len(g), rows): yield i, g[i:i+rows, i:]
+def _mirrored(g, rows=128): # The lower half is written as the upper one, in place
+    for i in range(rows, len(g), rows): g[i:, i-rows:i] = g[i-rows:i, i:].T
+    return g
 
 def _gram(v): # v @ v.T in little more than half the time
     g = v.new_empty(len(v), len(v))
@@ -154,8 +155,7 @@ def _tap_similarity(x): # [n, R, T] → [n, n], mean over T of |Pearson over R|
     g = x.new_zeros(x.shape[1], x.shape[1])
     for t in x:
         for i,p in _upper(t): g[i:i+len(p), i:] += p.abs_()
-    for i,p in _upper_rows(g): g[i+len(p):, i:i+len(p)] = p[:,len(p):].T
-    return g.div_(len(x))
+    return _mirrored(g).div_(len(x))
 
 def cop_scores(
     v:Tensor, # [n, R, T]: unit, channel that it is read by, tap

@@ -220,7 +220,8 @@ def measured(self:PKP)->dict: # Layer name → (what is zero, all), of what is c
 @patch
 def sparsity(self:PKP)->float:
     "Part of what is counted that is zero now, measured on the model"
-    return float(sum(z for z,_ in self.measured().values())/sum(n for _,n in self.measured().values()))
+    zero,all_ = zip(*self.measured().values())
+    return float(sum(zero)/sum(all_))
 
 @patch
 def most(self:PKP,
