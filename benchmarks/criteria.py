@@ -5,8 +5,9 @@ from functools import lru_cache
 from statistics import mean, stdev
 from rows import keep, no_bars, parser, read, run, said
 import torch
-from fasterprune.all import Budget, Pruner, criteria
+from fasterprune.all import Budget, Pruner, apply_, criteria, evaluate
 from fasterprune.criteria.norm import random
+from fasterprune.surgery.choose import evidence_for
 from fasterprune.surgery.coupling import couple
 from cifar import CACHE, DATA, FAST, Images, correct, drawn, held, network, normalised, part, ready, resnet20, tuned
 
@@ -33,15 +34,19 @@ def uniform(speedup):
     while high-low>1: low,high = (low,mid) if reached(mid := (low+high)//2) else (mid,high)
     return shares(high)
 
-def smaller(m, name, how, speedup, seed, batches):
-    "A pruned copy, and the report; criteria that need no data are given none"
-    c,x = random(seed) if name=='random' else criteria[name],batches[0][0][:2]
+@lru_cache(1)
+def known(name, seed, data, cache):
+    "What a criterion finds out by itself serves all speedups; none for one that needs no data"
+    d,m = ready(data, cache)
+    c = random(seed) if name=='random' else criteria[name]
+    return c,evidence_for(c, m, calibration(d, seed), n_batches=CALIBRATION, loss_func=torch.nn.CrossEntropyLoss()) if needs_data(c) else None
+
+def smaller(m, x, how, speedup, c, evidence):
+    "A pruned copy, and seconds of choosing"
     asked = dict(budget=Budget(macs=1/speedup), max_ratio=.9) if how=='budget' else dict(sparsity=uniform(speedup))
-    if needs_data(c): asked.update(data=batches, n_batches=len(batches), loss_func=torch.nn.CrossEntropyLoss())
-    small = deepcopy(m)
     began = time.perf_counter()
-    r = Pruner(small, x).prune(criterion=c, verify=False, **asked)
-    return small,r,time.perf_counter()-began
+    plan = Pruner(m, x).plan(criterion=c, data=evidence, **asked)
+    return apply_(deepcopy(m), plan),time.perf_counter()-began
 
 def needs_data(c): return 'data' in c.needs
 
@@ -63,9 +68,11 @@ def measure(job, data, cache):
     row,began = dict(job),time.perf_counter()
     if name=='dense': small = m
     else:
-        try: small,r,row['cut_s'] = smaller(m, name, how, speedup, seed, calibration(d, seed))
+        x = torch.randn(2,3,32,32)
+        try: small,row['cut_s'] = smaller(m, x, how, speedup, *known(name, seed, data, cache))
         except Exception as e: return row|dict(refused=f"{type(e).__name__}: {e}"[:400])
-        row.update(macs=r.macs[1]/r.macs[0], params=r.params[1]/r.params[0])
+        before,after = (evaluate(n, x, effective=False) for n in (m, small))
+        row.update(macs=after.macs/before.macs, params=after.params/before.params)
     if stage=='shot':
         again = recalibrated(small, d, seed)
         row.update(accuracy=correct(small, d, bf16=FAST), recalibrated=correct(again, d, bf16=FAST), choice=correct(again, dict(zip(('test_x','test_y'), part(d, 'train', held(d)))), bf16=FAST))
@@ -80,9 +87,9 @@ def shots(names):
     "One shot, all criteria before the next seed; where neither the network nor the data changes with the seed, one run says it all"
     yield dict(stage='shot', criterion='dense', how='budget', speedup=1, seed=0)
     for s in SEEDS:
-        for how in HOW:
-            for n in sorted(names, key=lambda n: n!='random'):
-                if s==SEEDS[0] or n=='random' or needs_data(criteria[n]):
+        for n in sorted(names, key=lambda n: n!='random'):
+            if s==SEEDS[0] or n=='random' or needs_data(criteria[n]):
+                for how in HOW:
                     for v in SPEEDUPS: yield dict(stage='shot', criterion=n, how=how, speedup=v, seed=s)
 
 def best(rows, names, k=2):

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/core.html.md"""
 
 # %% auto #0
 __all__ = ['layer_types', 'n_removed', 'check_fraction', 'no_such', 'Registry', 'prunable_layers', 'select_layers',
-           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'as_call', 'wide', 'PruningError',
+           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'as_call', 'wide', 'all_finite', 'PruningError',
            'VerificationError', 'NoEffectWarning']
 
 # %% ../nbs/00_core.ipynb #00000002
@@ -181,7 +181,14 @@ def wide(
     "Widen a tensor for exact sums"
     return t.float() if t.device.type == 'mps' else t.double()
 
-# %% ../nbs/00_core.ipynb #0000002f
+# %% ../nbs/00_core.ipynb #0000002d
+def all_finite(
+    t:Tensor, # Any real numbers
+)->bool:
+    "Is no number NaN or infinite? Mostly the sum says so, in a fifth of the time"
+    return bool(t.sum().isfinite() or t.isfinite().all())
+
+# %% ../nbs/00_core.ipynb #00000030
 class PruningError(RuntimeError): "A network could not be pruned; it is as it was before"
 class VerificationError(PruningError): "A pruned network did not compute what it should; it was put back as it was"
 class NoEffectWarning(UserWarning): "A request was valid but changed nothing"

@@ -1,10 +1,12 @@
 "Correlation criteria: golden values, naive loops, numpy and scikit-learn as oracles, what duplicates and dead units do, published defects"
-import math, pickle, time
+import itertools, math, pickle, time
+from functools import reduce
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from fasterprune.criteria.base import Criterion, Seen, criteria, unit_scores, vector_scores
+from fasterprune.criteria.base import MOST, Criterion, Seen, criteria, unit_scores, vector_scores
 from fasterprune.criteria.correlation import *
+from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.pruner import Pruner
 
 ALL = 'fpgm', 'cosine', 'pearson', 'cop', 'kmeans', 'cluster', 'chip'
@@ -365,6 +367,45 @@ def test_at_every_granularity(name, dims):
     w = rand(4, 3, 2, 3)
     s = unit_scores(criteria[name], w, dims, k=2)
     assert s.shape==tuple(1 if d in dims else n for d,n in enumerate(w.shape)) and s.isfinite().all()
+
+@pytest.mark.parametrize('dims,apart', [((1,), (2, 3)), ((0,), (2, 3)), ((1, 3), (2,)), ((0, 2), (3,))])
+@pytest.mark.parametrize('name', ['fpgm', 'cosine', 'pearson', 'kmeans', 'cluster'])
+def test_units_at_one_tap_are_compared(name, dims, apart):
+    c, w = criteria[name], rand(6, 5, 2, 3)
+    places = list(itertools.product(*(range(w.shape[d]) for d in apart)))
+    k = 2*len(places)+1 # the first place keeps one more
+    s = unit_scores(c, w, dims, k=k)
+    for t,at in enumerate(places):
+        here = lambda x: reduce(lambda x, p: x.narrow(*p, 1), zip(apart, at), x)
+        units = [here(w).select(1-dims[0], i).flatten() for i in range(w.shape[1-dims[0]])]
+        want = c.vectors(torch.stack(units), **(dict(k=2+(t==0)) if c.selector else {}))
+        close(here(s).flatten(), want, 1e-12)
+    if c.selector: assert int((s>1).sum())==k
+
+@pytest.mark.parametrize('name', ['cosine', 'pearson'])
+def test_the_same_weights_at_another_tap_do_other_work(name):
+    w = rand(6, 9, 3, 3)
+    w[4,:,0,0] = w[1,:,2,2]
+    assert unit_scores(criteria[name], w, (1,)).min()>1e-3
+    w[4,:,2,2] = 2*w[1,:,2,2] # the smaller of the two goes
+    assert unit_scores(criteria[name], w, (1,)).flatten().argmin()==9+8 and unit_scores(criteria[name], w, (1,)).min()<1e-12
+
+def test_taps_are_compared_where_nothing_else_differs():
+    w = rand(3, 4, 2, 2)
+    close(unit_scores(criteria['fpgm'], w, (0, 1)).flatten(), fpgm_scores(w.flatten(0, 1).flatten(1).T), 1e-12)
+
+def test_so_many_units_as_are_compared_at_one_tap():
+    assert unit_scores(criteria['fpgm'], rand(MOST//8, 2, 3, 3), (1,)).shape==(MOST//8, 1, 3, 3)
+    with pytest.raises(ValueError, match='more than the'): unit_scores(criteria['fpgm'], rand(MOST+1, 2, 1, 1), (1,))
+
+def test_tiles_at_one_tap_are_compared():
+    m = nn.Conv2d(2, 8, (1, 2))
+    m.weight.data = rand(8, 2, 1, 2).float()
+    units = {(o,i,t): m.weight.data[4*o:4*o+4,i,0,t] for o in range(2) for i in range(2) for t in range(2)}
+    far = {u:sum((a-b).norm() for v,b in units.items() if u[2]==v[2]) for u,a in units.items()}
+    gone = sorted(units, key=far.get)[:2]
+    keep = Sparsifier(nn.Sequential(m), granularity='ovw4', criterion='fpgm').masks(.25).keep['0.weight']
+    assert sorted({(o//4,i,t) for o,i,_,t in (~keep.expand(m.weight.shape)).nonzero().tolist()})==sorted(gone)
 
 # in a network
 def copies(): # each filter of the first layer twice, the second time twice as large

@@ -125,7 +125,7 @@ def test_sparsifier_on_known_networks(net, name):
     m,x,data = make(net); c = criteria[name]
     found = {}
     for gran in ('filter', 'shared_kernel', 'weight', 'kernel', 'channel', 'row', 'shared_channel', 'layer'):
-        if c.vectors is not None and gran in ('kernel', 'channel', 'row'): continue # each with each of thousands
+        if c.vectors is not None and gran in ('kernel', 'row'): continue # each with each of thousands
         for context in ('local', 'global')[gran=='weight':]:
             text = refusal(name, net, gran, context, 'sparsifier')
             def run():

@@ -13,7 +13,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fasterprune.callback import prune
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
-from fasterprune.criteria.base import Criterion, Statistic, vector_scores
+from fasterprune.criteria.base import Criterion, Statistic, criteria, vector_scores
 from fasterprune.criteria.listen import Listener, Place, classes
 from fasterprune.criteria.stats import Evidence, check_needs, gather, loss_of, split_batch
 from fasterprune.data import digits_dls, small_resnet
@@ -464,6 +464,25 @@ def test_inputs_changed_in_place_are_noticed():
     with pytest.raises(RuntimeError, match="input of 'b' is changed in place"): gather(m, [(TAYLOR, Place('input', 'b'))], [(torch.randn(2,3), torch.tensor([0,1]))], loss_func=F.cross_entropy)
 
 # ---- what is known is not asked again
+
+@pytest.mark.parametrize('name', ['taylor_w', 'mean_act', 'thinet'])
+def test_evidence_serves_several_plans(name):
+    torch.manual_seed(0)
+    m,x,ran = tiny().eval(),torch.randn(2,1,8,8),[]
+    data = [(torch.randn(6,1,8,8), torch.randint(10, (6,))) for _ in range(3)]
+    how = dict(criterion=name, loss_func=F.cross_entropy)
+    want = [Pruner(m, x).plan(s, data=data, **how) for s in (.25, .5)]
+    e = evidence_for(criteria[name], m, data, x, loss_func=F.cross_entropy)
+    h = m[0].register_forward_hook(lambda l,i,o: ran.append(len(i[0])))
+    got = [Pruner(m, x).plan(s, criterion=name, data=e) for s in (.25, .5)]
+    assert ran.count(6)==3 and [[c.keep for c in p.cuts] for p in got]==[[c.keep for c in p.cuts] for p in want]
+    h.remove()
+    if name!='thinet': assert torch.equal(Sparsifier(m, x, criterion=name, data=e).masks(.5).keep['0.weight'], Sparsifier(m, x, data=data, **how).masks(.5).keep['0.weight'])
+    with pytest.raises(ValueError, match='is about another Sequential'): Pruner(tiny(), x).plan(.5, criterion=name, data=e)
+    with torch.no_grad(): m[4].weight.mul_(2)
+    with pytest.raises(ValueError, match='have changed since this Evidence began'): Pruner(m, x).prune(.5, criterion=name, data=e)
+    e = evidence_for(criteria['l1'], m, None, x)
+    with pytest.raises(ValueError, match='needs data'): Pruner(m, x).plan(.5, criterion=name, data=e)
 
 def test_evidence_is_gathered_once():
     m,x,data = make('residual')

@@ -224,17 +224,24 @@ def unit_scores(
     key:str='', # The layer's name
     *, s:dict|None=None, # Its statistics, for a criterion that has some
     k:int|None=None, # For a selector: how many units stay
+    taps:tuple|None=None, # Dimensions of places in the kernel; None: all from the third on
 )->Tensor: # Double precision, size 1 along `dims`
     "Score every unit of a weight"
-    if criterion.vectors is not None: return layer_scores(criterion, _by_vectors(criterion, w, dims, s, k), key)
+    if criterion.vectors is not None: return layer_scores(criterion, _by_vectors(criterion, w, dims, s, k, range(2, w.dim()) if taps is None else taps), key)
     s = reduce_units(element_scores(criterion, w, s), dims, criterion.pool)
     if criterion.finish is not None: s = criterion.finish(s)
     return layer_scores(criterion, s, key)
 
-def _by_vectors(criterion, w, dims, s, k):
+def _by_vectors(criterion, w, dims, s, k, taps): # Units at one tap with each other; all, where the tap is all that tells them apart
     rest = [d for d in range(w.dim()) if d not in dims]
-    flat = lambda t: t.expand(w.shape).permute(*rest, *dims).reshape(-1, 1, math.prod(w.shape[d] for d in dims))
-    return vector_scores(criterion, flat(w), s and {n:flat(t) for n,t in s.items()}, k).view([1 if d in dims else n for d,n in enumerate(w.shape)])
+    others = [d for d in rest if d not in taps] or rest
+    order = [d for d in rest if d not in others]+others+list(dims)
+    size = lambda ds: math.prod(w.shape[d] for d in ds)
+    apart = lambda t: t.expand(w.shape).permute(order).reshape(-1, size(others), 1, size(dims))
+    v,s = apart(w),s and {n:apart(t) for n,t in s.items()}
+    some = lambda t: None if k is None else k//len(v)+(t<k%len(v))
+    res = [vector_scores(criterion, x, s and {n:a[t] for n,a in s.items()}, some(t)) for t,x in enumerate(v)]
+    return torch.stack(res).view([1 if d in dims else w.shape[d] for d in order]).permute([order.index(d) for d in range(w.dim())])
 
 # %% ../../nbs/criteria/00_base.ipynb #00000022
 MOST = 1<<14 # units that are compared with each other

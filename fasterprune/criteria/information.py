@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import no_such, wide
+from ..core import all_finite, no_such, wide
 from .base import Criterion, Statistic, register
 from .correlation import greedy_redundancy, similarity
 
@@ -23,7 +23,7 @@ def _matrix(z, what, dim): # Checked, double precision
     if not isinstance(z, Tensor) or z.is_complex(): raise TypeError(f"{what}, not {z!r}")
     if z.dim()!=dim or 0 in z.shape: raise ValueError(f"{what}, not of shape {tuple(z.shape)}")
     z = wide(z.detach())
-    if not z.sum().isfinite() and not z.isfinite().all(): raise ValueError(f"{what}; {int((~z.isfinite()).sum())} of its {z.numel()} numbers are NaN or infinite")
+    if not all_finite(z): raise ValueError(f"{what}; {int((~z.isfinite()).sum())} of its {z.numel()} numbers are NaN or infinite")
     return z
 
 def _classes(y, n): # Labels as 0..K-1, and K

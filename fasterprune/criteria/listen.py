@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn, Tensor
 from fastcore.basics import patch
+from ..core import all_finite
 from .base import Seen
 
 # %% ../../nbs/criteria/02_listen.ipynb #00000006
@@ -112,7 +113,7 @@ def _attends_to_itself(x, args, kwargs): return all(t is x for t in (*args[:3], 
 def back(self:Listener, name, layer, x, version, entries, g):
     "A gradient came back through a reader"
     if x._version!=version: raise RuntimeError(f"the input of {name!r} is changed in place after it was read, so that it cannot be multiplied with its gradient")
-    if g.dtype==torch.float16 and not g.isfinite().all(): return
+    if g.dtype==torch.float16 and not all_finite(g): return
     for s,p,group in entries:
         seen = self.seen(p, x, layer)
         seen['g'] = _placed(p, _rows(g, layer, self.n))[0]*self.scale
@@ -186,13 +187,14 @@ def end(self:Listener,
             names = self.params_of(p)
             if s.by!=by or own and any(k not in grads for k in names): continue
             ws = [_widened(values[k].detach()) for k in names]
-            gs = [None if by=='forward' else torch.zeros_like(w) if grads.get(k) is None else _widened(grads[k]).detach()*(self.scale/self.n if own else 1.) for k,w in zip(names, ws)]
-            if any(g is not None and not g.isfinite().all() for g in gs): continue
+            gs = [None if by=='forward' else torch.zeros_like(w) if grads.get(k) is None else _scaled(_widened(grads[k]).detach(), self.scale/self.n if own else 1.) for k,w in zip(names, ws)]
+            if any(g is not None and not all_finite(g) for g in gs): continue
             self.take(s, p, **(dict(w=ws[0], g=gs[0]) if p.at=='weight' else dict(w=_by_unit(p, ws), g=None if by=='forward' else _by_unit(p, gs))))
     if by=='gradient':
         for s,p in self.groups:
             if p in self.gone: self.take(s, p, p=self.gone.pop(p))
 
+def _scaled(t, by): return t if by==1 else t*by
 def _widened(t): return t.float() if t.dtype.itemsize<4 else t
 def _by_unit(p, ts): # `[n, D]`: scale and shift of each unit
     t = torch.stack(ts, 1)

@@ -305,6 +305,14 @@ class Evidence:
         if data is not None: loader_of(data)
         if loss_func is not None and not callable(loss_func): raise TypeError(f"loss_func is a function (out, y) → loss, not {loss_func!r}")
         self.model,self.data,self.n_batches,self.loss_func,self.x,self.within,self.progress,self.found = model,data,n_batches,loss_func,x,within,progress,dict(found or {})
+        self.stamp = _stamp(model)
+
+    def check(self,
+        model:nn.Module, # That it shall be about
+    ):
+        "Refuse what is known about another model, or about other weights"
+        if model is not self.model: raise ValueError(f"this Evidence is about another {type(self.model).__name__}; gather it from the model that is to be pruned, or pass the data itself")
+        if _stamp(model)!=self.stamp: raise ValueError(f"the weights of this {type(model).__name__} have changed since this Evidence began; make it anew, or pass the data itself")
 
     def __call__(self,
         wanted:list, # (`Statistic`, `Place`)
@@ -313,6 +321,8 @@ class Evidence:
         new = list({(s.name,p):(s,p) for s,p in wanted if (s.name,p) not in self.found}.values())
         if new: self.found.update(gather(self.model, new, self.data, n_batches=self.n_batches, loss_func=self.loss_func, x=self.x, within=self.within, progress=self.progress))
         return self.found
+
+def _stamp(model): return [(id(p), p.shape, p._version) for p in model.parameters()]
 
 def check_needs(
     criterion:Criterion,

@@ -194,7 +194,7 @@ def _scores_of(c, w, dims, tiles, key, s, k): # As `unit_scores`, also for units
     shape = [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
     if c.vectors is not None:
         v,at,inside = in_tiles(w, dims, tiles)
-        return unit_scores(c, v, tuple(sorted(at+inside)), key, s=s and {n:in_tiles(t.expand(w.shape), dims, tiles)[0] for n,t in s.items()}, k=k).view(shape)
+        return unit_scores(c, v, tuple(sorted(at+inside)), key, s=s and {n:in_tiles(t.expand(w.shape), dims, tiles)[0] for n,t in s.items()}, k=k, taps=range(2+len(tiles), v.dim())).view(shape)
     t = reduce_units(element_scores(c, w, s), dims, c.pool, tiles)
     return layer_scores(c, t if c.finish is None else c.finish(t), key)
 

@@ -130,13 +130,16 @@ def watched(
 def evidence_for(
     criterion:Criterion,
     model:nn.Module,
-    data=None, # A `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    data=None, # A `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`; or `Evidence` about the model, which is what comes back then
     x=None, # What the model is called with
     *, n_batches:int|None=8, # Not more than this; None is all
     loss_func=None, # `(out, y)` → loss
     found:dict|None=None, # What is known already, from a training
 )->Evidence:
     "All that a criterion can find out about a model; refuses what it lacks"
+    if isinstance(data, Evidence):
+        data.check(model); check_needs(criterion, data.data, data.x)
+        return data
     res = Evidence(model, data, n_batches=n_batches, loss_func=loss_func, x=x, within=partial(watched, model), found=found, progress=found is None) # a training has a bar of its own
     if found is None: check_needs(criterion, data, x)
     return res
