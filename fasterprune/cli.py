@@ -135,7 +135,7 @@ def _wrap(text): return textwrap.fill(text, 110)+'\n' if text else ''
 def main(
     sparsity:float=.5, # Part of the units that becomes zero, from 0 to 1
     granularity:str='filter', # What one unit is: filter and shared_kernel can be removed; weight, kernel, row, column, ... only become zero
-    criterion:str='l1', # How units are ranked: l1, l2, linf, mean_abs, rms, bn_scale, lamp, random or first_k
+    criterion:str='l2', # How units are ranked: l1, l2, linf, mean_abs, rms, bn_scale, lamp, random or first_k
     context:str='local', # local: the same part of each layer; global: one ranking over all layers; isomorphic: one over layers of the same shape
     schedule:str='agp', # When units become zero: agp, one_shot, iterative, one_cycle, cosine, linear, exponential or dsd
     epochs:int=8, # Epochs of the dense training, and as many again while units become zero

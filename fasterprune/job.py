@@ -44,7 +44,7 @@ class Job:
     "What the command is to do"
     sparsity:float=.5 # Part of the units that becomes zero
     granularity:str='filter' # What one unit is
-    criterion:str='l1' # How units are ranked
+    criterion:str='l2' # How units are ranked
     context:str='local' # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': over layers of the same shape
     schedule:str='agp' # When units become zero
     epochs:int=8 # Of the dense training, and as many again while units become zero

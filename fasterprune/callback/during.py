@@ -58,7 +58,7 @@ class PruneCallback(TrainingCallback):
     def __init__(self,
         sparsity:float|dict|None=None, # Part of the channels that has gone in the end, or a dict of layer → part; None, without a budget, removes what is dead at each update
         *, budget:Budget|None=None, # Instead: what may be left in the end, such as `Budget(macs=.5)`
-        criterion='l1', # A name, a `Criterion` or a function
+        criterion='l2', # A name, a `Criterion` or a function
         schedule='iterative', # A name, a `Schedule` or a function progress → share of the target; it must not fall
         every='epoch', # Choose at the beginning of each epoch, after every so many training batches, or by a `Patience`
         granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide

@@ -61,7 +61,7 @@ class GrowingCallback(TrainingCallback):
         sparsity:float|dict, # Part of the units that goes; or a dict of layer → part
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
-        criterion='l1', # A name, a `Criterion` of weights or a function `(weight)` → scores of its shape
+        criterion='l2', # A name, a `Criterion` of weights or a function `(weight)` → scores of its shape
         *, growth:Growth=Growth(), # The ceiling of λ, and the steps between increments
         pick:float=0., # λ at which the units are chosen; up to it, it grows for all of them (GReg-2); 0 chooses at once (GReg-1)
         end:float=.75, # Part of training at which λ is at its ceiling, and the chosen units become zero
@@ -72,7 +72,7 @@ class GrowingCallback(TrainingCallback):
         self.sparsity = check_allocation(sparsity, sparsity if isinstance(sparsity, dict) else [], context=context)
         self.granularity,self.context,self.criterion,self.growth,self.pick,self.end = as_granularity(granularity),context,as_criterion(criterion),growth,check_strength(pick, 'pick'),check_fraction(end, 'end')
         if not isinstance(growth, Growth): raise TypeError(f"growth is a Growth, such as Growth(ceiling=1., every=5), not {growth!r}")
-        if self.criterion.stats: raise ValueError(f"criterion {self.criterion.name!r} has to see the model run; growing regularisation chooses by weights, such as 'l1'")
+        if self.criterion.stats: raise ValueError(f"criterion {self.criterion.name!r} has to see the model run; growing regularisation chooses by weights, such as 'l2'")
         if not 0<end: raise ValueError(f"end is the part of training in which λ grows, above 0, not {end!r}")
         if pick>=growth.ceiling and pick: raise ValueError(f"pick={pick!r} is the λ at which units are chosen, below the ceiling {growth.ceiling!r}")
         self.only,self.ignore,self.x,self.masks,self.strength = only,ignore,x,None,0.

@@ -107,7 +107,7 @@ def lottery_ticket(
     step:int=0, # And so many training batches
     granularity:str='weight', # What one unit is
     context:str='global', # 'global': one ranking over all; 'local': the same part of each layer
-    criterion='l1', # A name, a `Criterion` or a function
+    criterion='l2', # A name, a `Criterion` or a function
     only=None, # Names, prefixes or types of the layers to take; None is all
     ignore=None, # Names, prefixes or types of the layers to leave out
     fit:str='fit_one_cycle', # Method of the learner that trains

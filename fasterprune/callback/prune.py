@@ -22,7 +22,7 @@ from ..surgery.pruner import Pruner, Report
 def prune(self:Learner,
     sparsity:float|dict|None=None, # Part of the channels to remove, or a dict of layer → part; None removes what is dead
     *, budget:Budget|None=None, # Instead: what may be left, such as `Budget(macs=.5)`, in one ranking over all layers
-    criterion='l1', # A name, a `Criterion` or a function
+    criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable

@@ -37,7 +37,7 @@ class SparsifyCallback(TrainingCallback):
         sparsity:float|dict, # Part of the units that is zero in the end; or a dict of layer → part
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
-        criterion='l1', # A name, a `Criterion` or a function `(weight)` → scores of its shape
+        criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
         schedule=None, # A name, a `Schedule` or a function progress → share of the target; None: `agp(end=.5)`, or equal steps by a `Patience`
         *, every:str|int|Patience='epoch', # Choose at the beginning of each epoch, every so many training batches, or by a `Patience`
         regrow:bool=False, # Choose at the end of each epoch, and until the last choice let all grow again (soft pruning)

@@ -43,7 +43,7 @@ def _normaliser(c, normalizer): # Its name, and what it does
 def importance(
     model:nn.Module, # Any module that runs; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; to find the groups
-    criterion='l1', # A name, a `Criterion` or a function
+    criterion='l2', # A name, a `Criterion` or a function
     *, normalizer=None, # Name or function; None: what a ranking over layers uses with this criterion
     data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
     n_batches:int|None=8, # How many of them, at most; None is all
@@ -138,7 +138,7 @@ def agreement(
     *, across:bool=False, # One ranking over all groups; False: within each
 )->Agreement:
     "Compare the rankings of several criteria on one network"
-    if not scores: raise ValueError("no criteria to compare; give a dict of criterion → scores, such as {'l1': importance(model, x, 'l1').scores}")
+    if not scores: raise ValueError("no criteria to compare; give a dict of criterion → scores, such as {'l2': importance(model, x, 'l2').scores}")
     first = next(iter(scores))
     sizes = {n:[(g, len(torch.as_tensor(s).flatten())) for g,s in of.items()] for n,of in scores.items()}
     if other := [n for n in sizes if sizes[n]!=sizes[first]]: raise ValueError(f"{other[0]!r} scores other units than {first!r}: {sizes[other[0]]} and {sizes[first]}; compare scores of the same network")

@@ -96,7 +96,7 @@ def sensitivity(
     model:nn.Module, # Any module that runs; as before when this returns
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; to find the groups
     evaluate_fn:Callable[[nn.Module],float], # Model → metric, a higher one is better; it must not train
-    *, criterion='l1', # Which units go first: a name, a `Criterion` or a function
+    *, criterion='l2', # Which units go first: a name, a `Criterion` or a function
     ratios:Iterable[float]=(.1,.2,.3,.4,.5,.6,.7,.8,.9), # Parts of a group to remove
     only:str|list|None=None, # Names of layers whose groups to look at; None is all
     data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`

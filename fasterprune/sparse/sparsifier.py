@@ -34,7 +34,7 @@ class Sparsifier:
         x=None, # What it is called with; needed to see which layers are coupled
         *, granularity:str='filter', # What one unit is: a name, such as 'filter', 'kernel', '2:4' or 'head', or a `Granularity`
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
-        criterion='l1', # A name, a `Criterion` or a function `(weight)` → scores of its shape
+        criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out

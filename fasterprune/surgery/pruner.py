@@ -101,7 +101,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
 def plan(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
-    criterion='l1', # A name, a `Criterion` or a function
+    criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
@@ -135,7 +135,7 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
 def prune(self:Pruner,
     sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
-    criterion='l1', # A name, a `Criterion` or a function
+    criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
     context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
