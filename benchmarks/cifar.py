@@ -1,6 +1,7 @@
 "CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what other benchmarks measure on: `python benchmarks/cifar.py` trains"
 import argparse, io, random, time, warnings
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 HERE = Path(__file__).resolve().parent.parent
 DATA,CACHE = HERE.parent/'shared'/'data'/'cifar10_jpeg.npz',HERE/'.cache'
@@ -115,12 +117,13 @@ class Bf16(Callback):
 class Kept(Callback):
     "Everything that is needed to go on, after each epoch, and a line about it"
     order = Recorder.order+20
-    def __init__(self, path, said=print): self.path,self.said,self.start,self.before = Path(path),said,0,0.
+    def __init__(self, path, said=print, mean=None): self.path,self.said,self.start,self.before,self.mean = Path(path),said,0,0.,mean
     def before_fit(self): self.began = time.perf_counter()
     def after_epoch(self):
         if self.epoch<self.start: return # done before
-        part = self.path.with_suffix('.part')
-        torch.save(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.spent()), part)
+        part,mean = self.path.with_suffix('.part'),{}
+        if self.mean is not None: self.mean.update_parameters(self.model); mean = dict(mean=self.mean.state_dict())
+        torch.save(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.spent(), **mean), part)
         part.replace(self.path)
         loss,valid,acc = [float(v) for v in self.recorder.values[-1]]
         self.said(f"epoch {self.epoch+1:>3} of {self.n_epoch}   training loss {loss:.4f}   test accuracy {acc:.4f}   {self.spent():.0f} s", flush=True)
@@ -134,14 +137,15 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     return learn
 
 def trained(data=DATA, cache=CACHE, epochs=120, lr=.1, bs=64, bf16=True, seed=0, at_least=.9, said=print):
-    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from the last epoch if it was stopped, and one shorter cycle more if it is not good enough"
+    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from the last epoch if it was stopped. If it is not good enough, its weights are averaged over a fifth as many epochs more (arXiv 1803.05407), twice at most"
     final,res = cache/'resnet20.pt',None
     if final.exists(): res = torch.load(final, weights_only=True)
     for cycle in range(0 if res is None else res.get('cycles', 1), 3):
         if res is not None and res['accuracy']>=at_least: break
         d = decoded(data, cache)
-        res = _cycle(d, cache/'resnet20.half.pt', res, cycle, epochs if cycle==0 else epochs//3, lr if cycle==0 else lr/4, bs, bf16, seed, said)
+        res = _cycle(d, cache/'resnet20.half.pt', res, cycle, epochs if cycle==0 else epochs//5, lr if cycle==0 else lr/5, bs, bf16, seed, said)
         res |= dict(accuracy=correct(learned(res), d), cycles=cycle+1)
+        said(f"cycle {cycle+1}: test accuracy {res['accuracy']:.4f}", flush=True)
         part = final.with_suffix('.part')
         torch.save(res, part); part.replace(final)
         (cache/'resnet20.half.pt').unlink(missing_ok=True)
@@ -155,18 +159,26 @@ def learned(res):
 
 def _cycle(d, half, before, cycle, epochs, lr, bs, bf16, seed, said):
     torch.manual_seed(seed+cycle)
-    learn = learner(resnet20() if before is None else learned(before), loaders(part(d, 'train'), part(d, 'test'), bs, seed+100*cycle, cut=8), bf16=bf16)
-    kept = Kept(half, said)
+    images = part(d, 'train'),part(d, 'test'),bs,seed+100*cycle
+    learn = learner(resnet20() if before is None else learned(before), loaders(*images, cut=8), bf16=bf16)
+    kept = Kept(half, said, mean=AveragedModel(learn.model) if cycle else None)
     learn.add_cb(kept)
     learn.create_opt()
     if half.exists():
         s = torch.load(half, weights_only=False) # our own file; fastai's optimizer states are lists of its own kind
         learn.model.load_state_dict(s['model']); learn.opt.load_state_dict(s['opt'])
+        if cycle: kept.mean.load_state_dict(s['mean'])
         kept.start,kept.before = s['epoch'],s['spent']
         learn.dls.train.rng = random.Random(seed+kept.start)
-    with learn.no_logging(): learn.fit_one_cycle(epochs, lr, div=10, pct_start=.2, moms=(.9,.9,.9), start_epoch=kept.start)
+    with learn.no_logging():
+        if cycle: learn.fit(epochs, lr, start_epoch=kept.start)
+        else: learn.fit_one_cycle(epochs, lr, div=10, pct_start=.2, moms=(.9,.9,.9), start_epoch=kept.start)
+    m = learn.model
+    if cycle:
+        m = kept.mean.module
+        update_bn((x for x,_ in islice(loaders(*images).train, 200)), m)
     old = before or dict(seconds=0., epochs=0)
-    return dict(model=learn.model.state_dict(), seconds=old['seconds']+kept.spent(), epochs=old['epochs']+epochs)
+    return dict(model=m.state_dict(), seconds=old['seconds']+kept.spent(), epochs=old['epochs']+epochs)
 
 def correct(model, d, bs=100, bf16=False):
     "Fraction of the test images that are classified rightly, all of them"

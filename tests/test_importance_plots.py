@@ -58,7 +58,7 @@ def test_table_of_quantiles(net):
     for n,v in s.scores.items():
         assert t.loc[n,'units']==len(v)
         assert np.allclose(t.loc[n, ['lowest','25 %','median','75 %','highest']].to_numpy(float), np.quantile(v.numpy(), (0,.25,.5,.75,1)))
-    assert "'l1'" in repr(s) and 'median' in repr(s) and '<table' in s._repr_html_()
+    assert "'l2'" in repr(s) and 'median' in repr(s) and '<table' in s._repr_html_()
 
 def test_a_criterion_that_ranks_within_a_layer_only(net):
     c = Criterion('alone', torch.abs, normalizer=None)

@@ -52,7 +52,7 @@ def test_a_plan_without_weights_fits_the_real_network():
 def meta():
     with torch.device('meta'): return nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,2))
 
-@pytest.mark.parametrize('how,match', [(dict(sparsity=.5), "criterion 'l1' reads weights, and this one of shape .8, 4. has no values .device meta.; load the weights first, or choose by 'first_k' or 'random'"),
+@pytest.mark.parametrize('how,match', [(dict(sparsity=.5), "criterion 'l2' reads weights, and this one of shape .8, 4. has no values .device meta.; load the weights first, or choose by 'first_k' or 'random'"),
     (dict(sparsity=.5, criterion=torch.abs), "criterion 'abs' reads weights"), (dict(), "this Sequential has no values .device meta., and what is dead is seen in the weights")])
 def test_what_needs_values_says_so(how, match):
     with pytest.raises(ValueError, match=match): Pruner(meta(), torch.empty(3,4, device='meta')).plan(**how)

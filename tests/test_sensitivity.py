@@ -32,7 +32,7 @@ mean = lambda m: m(X).pow(2).mean().item()
 def test_what_is_evaluated_is_the_network_that_the_pruner_makes():
     m = net()
     s = sensitivity(m, X, mean, ratios=(.25,.5,.75))
-    assert s.fractions == (0.,.25,.5,.75) and list(s.curves) == ['stem.0','wide.0'] and s.units == {'stem.0':6,'wide.0':20} and s.criterion == 'l1'
+    assert s.fractions == (0.,.25,.5,.75) and list(s.curves) == ['stem.0','wide.0'] and s.units == {'stem.0':6,'wide.0':20} and s.criterion == 'l2'
     for name,curve in s.curves.items():
         for r,v in zip(s.fractions[1:], curve[1:]):
             p = deepcopy(m).eval()
@@ -41,11 +41,11 @@ def test_what_is_evaluated_is_the_network_that_the_pruner_makes():
     assert s.baseline == mean(m.eval()) and s.curves['stem.0'][0] == s.curves['wide.0'][0] == s.baseline
 
 def test_against_a_loop():
-    "One group, its filters sorted by the sum of absolute weights, by hand"
+    "One group, its filters sorted by their norm, by hand"
     m = net().eval()
     s = sensitivity(m, X, mean, ratios=(.3,), only='wide')
     w = deepcopy(m)
-    order = w.wide[0].weight.detach().abs().sum((1,2,3)).sort().indices[:n_removed(20, .3)]
+    order = w.wide[0].weight.detach().flatten(1).norm(dim=1).sort().indices[:n_removed(20, .3)]
     with torch.no_grad():
         for p in (w.wide[0].weight, w.wide[0].bias, w.wide[1].weight, w.wide[1].bias): p[order] = 0
     assert list(s.curves) == ['wide.0'] and s.curves['wide.0'][1] == mean(w)

@@ -71,14 +71,14 @@ def test_tiles_against_a_loop(g, a, b):
         scores[n] = s
     left_out = {n for n,_ in model.named_children()}-set(layers)
     for f in (0., .1, .25, .5, .57, .9, 1.):
-        s = Sparsifier(model, granularity=g)
+        s = Sparsifier(model, granularity=g, criterion='l1')
         assert set(s.skipped)==left_out and all('do not divide by' in w for w in s.skipped.values())
         m = s.masks(f)
         for n,(l,units) in layers.items():
             want = low([(v, u) for u,v in scores[n].items()], k := floor(f, len(scores[n])))
             got = gone(m, n, l)
             assert m.units[n]==(k, len(scores[n])) and all(got[pos].item()==(u in want) for pos,u in units.items())
-        glob = Sparsifier(model, granularity=g, context='global', normalizer='none').masks(f)
+        glob = Sparsifier(model, granularity=g, context='global', criterion='l1', normalizer='none').masks(f)
         rank = {n:i for i,n in enumerate(layers)}
         want = low([(v, (rank[n], *u)) for n in layers for u,v in scores[n].items()], floor(f, sum(map(len, scores.values()))))
         for n,(l,units) in layers.items():
@@ -252,7 +252,7 @@ def test_embeddings():
     assert 'emb' not in Sparsifier(model, granularity='weight').totals # only where it is asked for
     for only in ('emb', nn.Embedding, ['emb']):
         w = model.emb.weight.detach()
-        row,col,one = (Sparsifier(model, granularity=g, only=only).masks(.5) for g in ('row', 'column', 'weight'))
+        row,col,one = (Sparsifier(model, granularity=g, criterion='l1', only=only).masks(.5) for g in ('row', 'column', 'weight'))
         assert torch.equal(row.keep['emb.weight'].flatten(), ~torch.isin(torch.arange(10), w.abs().sum(1).argsort()[:5])) and row.keep['emb.weight'].shape==(10,1)
         assert torch.equal(col.keep['emb.weight'].flatten(), ~torch.isin(torch.arange(6), w.abs().sum(0).argsort()[:3])) and col.keep['emb.weight'].shape==(1,6)
         assert int((~one.keep['emb.weight']).sum())==30
@@ -438,7 +438,7 @@ def test_boxes_against_a_loop(g):
         for pos,u in units[n].items(): scores[n][u] = scores[n].get(u, 0.)+abs(m.weight[pos].item())
     rank = {n:i for i,n in enumerate(scores)}
     for f in (.25, .57):
-        m,wide = (Sparsifier(model, granularity=g, context=c, normalizer=None if c=='local' else 'none').masks(f) for c in ('local', 'global'))
+        m,wide = (Sparsifier(model, granularity=g, context=c, criterion='l1', normalizer=None if c=='local' else 'none').masks(f) for c in ('local', 'global'))
         both = low([(v, (rank[n], *u)) for n in scores for u,v in scores[n].items()], floor(f, sum(map(len, scores.values()))))
         assert set(m.units)==set(scores)
         for n in scores:

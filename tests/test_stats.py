@@ -510,9 +510,9 @@ def test_reduce(how):
     gs = couple(m, x).groups
     from fasterprune.criteria.base import criteria
     same(group_scores(m, gs, criteria['l1'], reduce=how)['a'], want)
-    k = Sparsifier(m, x, reduce=how).masks(.5).keep['a.weight'].flatten()
+    k = Sparsifier(m, x, criterion='l1', reduce=how).masks(.5).keep['a.weight'].flatten()
     assert k.sum()==3 and set(k.nonzero().flatten().tolist())==set(want.topk(3).indices.tolist())
-    cut = next(c for c in Pruner(m, x).plan(.5, reduce=how).cuts if c.name=='a')
+    cut = next(c for c in Pruner(m, x).plan(.5, criterion='l1', reduce=how).cuts if c.name=='a')
     assert sorted(cut.keep)==sorted(want.topk(3).indices.tolist())
     assert all(c.name for c in Pruner(m, x).plan(.5, criterion=taylor, data=data, loss_func=F.cross_entropy, reduce=how).cuts)
 
