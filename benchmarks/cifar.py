@@ -136,19 +136,16 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     learn.remove_cb(ProgressCallback)
     return learn
 
-def trained(data=DATA, cache=CACHE, epochs=120, lr=.1, bs=64, bf16=True, seed=0, at_least=.9, said=print):
-    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from the last epoch if it was stopped. If it is not good enough, its weights are averaged over a fifth as many epochs more (arXiv 1803.05407), twice at most"
-    final,res = cache/'resnet20.pt',None
-    if final.exists(): res = torch.load(final, weights_only=True)
-    for cycle in range(0 if res is None else res.get('cycles', 1), 3):
-        if res is not None and res['accuracy']>=at_least: break
-        d = decoded(data, cache)
-        res = _cycle(d, cache/'resnet20.half.pt', res, cycle, epochs if cycle==0 else epochs//5, lr if cycle==0 else lr/5, bs, bf16, seed, said)
-        res |= dict(accuracy=correct(learned(res), d), cycles=cycle+1)
-        said(f"cycle {cycle+1}: test accuracy {res['accuracy']:.4f}", flush=True)
-        part = final.with_suffix('.part')
-        torch.save(res, part); part.replace(final)
-        (cache/'resnet20.half.pt').unlink(missing_ok=True)
+def trained(data=DATA, cache=CACHE, epochs=120, lr=.1, bs=64, bf16=True, seed=0, said=print):
+    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, or from the last epoch if it was stopped"
+    final,half = cache/'resnet20.pt',cache/'resnet20.half.pt'
+    if final.exists(): return torch.load(final, weights_only=True)
+    d = decoded(data, cache)
+    res = _trained(d, half, epochs, lr, bs, bf16, seed, said)
+    res |= dict(accuracy=correct(learned(res), d))
+    part = final.with_suffix('.part')
+    torch.save(res, part); part.replace(final)
+    half.unlink(missing_ok=True)
     return res
 
 def learned(res):
@@ -157,28 +154,19 @@ def learned(res):
     m.load_state_dict(res['model'])
     return m.eval()
 
-def _cycle(d, half, before, cycle, epochs, lr, bs, bf16, seed, said):
-    torch.manual_seed(seed+cycle)
-    images = part(d, 'train'),part(d, 'test'),bs,seed+100*cycle
-    learn = learner(resnet20() if before is None else learned(before), loaders(*images, cut=8), bf16=bf16)
-    kept = Kept(half, said, mean=AveragedModel(learn.model) if cycle else None)
+def _trained(d, half, epochs, lr, bs, bf16, seed, said):
+    torch.manual_seed(seed)
+    learn = learner(resnet20(), loaders(part(d, 'train'), part(d, 'test'), bs, seed, cut=8), bf16=bf16)
+    kept = Kept(half, said)
     learn.add_cb(kept)
     learn.create_opt()
     if half.exists():
         s = torch.load(half, weights_only=False) # our own file; fastai's optimizer states are lists of its own kind
         learn.model.load_state_dict(s['model']); learn.opt.load_state_dict(s['opt'])
-        if cycle: kept.mean.load_state_dict(s['mean'])
         kept.start,kept.before = s['epoch'],s['spent']
         learn.dls.train.rng = random.Random(seed+kept.start)
-    with learn.no_logging():
-        if cycle: learn.fit(epochs, lr, start_epoch=kept.start)
-        else: learn.fit_one_cycle(epochs, lr, div=10, pct_start=.2, moms=(.9,.9,.9), start_epoch=kept.start)
-    m = learn.model
-    if cycle:
-        m = kept.mean.module
-        update_bn((x for x,_ in islice(loaders(*images).train, 200)), m)
-    old = before or dict(seconds=0., epochs=0)
-    return dict(model=m.state_dict(), seconds=old['seconds']+kept.spent(), epochs=old['epochs']+epochs)
+    with learn.no_logging(): learn.fit_one_cycle(epochs, lr, div=10, pct_start=.2, moms=(.9,.9,.9), start_epoch=kept.start)
+    return dict(model=learn.model.state_dict(), seconds=kept.spent(), epochs=epochs)
 
 def correct(model, d, bs=100, bf16=False):
     "Fraction of the test images that are classified rightly, all of them"

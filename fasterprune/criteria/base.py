@@ -6,9 +6,9 @@ Docs: https://fasterprune.github.io/fasterprune/criteria/base.html.md"""
 
 # %% auto #0
 __all__ = ['rules', 'places', 'runs', 'reductions', 'criteria', 'MOST', 'normalizers', 'Seen', 'Statistic', 'Criterion',
-           'register', 'as_criterion', 'has_values', 'element_scores', 'layer_scores', 'unit_scores', 'vector_scores',
-           'channel_scores', 'none_norm', 'sum_norm', 'mean_norm', 'max_norm', 'l2_norm', 'minmax_norm', 'zscore_norm',
-           'median_norm', 'lamp_rising', 'lamp_norm', 'as_normalizer', 'ranking']
+           'register', 'as_criterion', 'has_values', 'element_scores', 'layer_scores', 'unit_scores', 'check_compared',
+           'vector_scores', 'channel_scores', 'none_norm', 'sum_norm', 'mean_norm', 'max_norm', 'l2_norm',
+           'minmax_norm', 'zscore_norm', 'median_norm', 'lamp_rising', 'lamp_norm', 'as_normalizer', 'ranking']
 
 # %% ../../nbs/criteria/00_base.ipynb #00000002
 import math
@@ -246,6 +246,13 @@ def _by_vectors(criterion, w, dims, s, k, taps): # Units at one tap with each ot
 # %% ../../nbs/criteria/00_base.ipynb #00000022
 MOST = 1<<14 # units that are compared with each other
 
+def check_compared(
+    criterion:Criterion,
+    n:int, # Units that it would compare with each other
+):
+    "Refuse to compare too many"
+    if criterion.vectors is not None and n>MOST: raise ValueError(f"criterion {criterion.name!r} compares all units of a layer with each other, and {n} are more than the {MOST} that it takes; use larger units, such as granularity='filter'")
+
 def vector_scores(
     criterion:Criterion, # Whose `vectors` is used
     v:Tensor, # `[n, R, T]`: units, channels at the other end, taps
@@ -254,7 +261,7 @@ def vector_scores(
 )->Tensor: # (n,), double precision
     "Score units by comparing them"
     n = len(v)
-    if n>MOST: raise ValueError(f"criterion {criterion.name!r} compares all units of a layer with each other, and {n} are more than the {MOST} that it takes; use larger units, such as granularity='filter'")
+    check_compared(criterion, n)
     must = f"for {n} units; it must return a real score for each of them"
     f = partial(criterion.vectors, k=k) if criterion.selector else criterion.vectors
     return wide(_asked(criterion, f, _copied(criterion, v), (n,), must, s))

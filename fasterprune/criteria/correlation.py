@@ -77,12 +77,16 @@ def similarity(
     *, centre:bool=False, # Subtract each unit's mean first: Pearson's correlation instead of the cosine
 )->Tensor: # [n, n] in [-1, 1]; a row without a direction is like none but itself
     "How parallel units are"
-    v = _units(v)
-    x = v/v.abs().amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-    size = x.norm(dim=1, keepdim=True)
-    if centre: x = x-x.mean(1, keepdim=True)
+    x = _units(v)
     n = x.norm(dim=1, keepdim=True)
-    x = torch.where(n>1e-12*size, x/n, 0.) # what is left of a constant row is rounding
+    if not 1e-100<n.min()<=n.max()<1e100: # squares of what is far from one are lost
+        x = x/x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        n = x.norm(dim=1, keepdim=True)
+    if centre:
+        size, x = n, x-x.mean(1, keepdim=True)
+        n = x.norm(dim=1, keepdim=True)
+        n[n<=1e-12*size] = torch.inf # what is left of a constant row is rounding
+    x = x/n.where(n>0, torch.inf)
     return _gram(_narrow(x)).clamp_(-1, 1).fill_diagonal_(1)
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000017
@@ -202,8 +206,8 @@ def cop_importance(
     return {n: alpha*s+beta*part(macs, n)+gamma*part(params, n) for n,s in scores.items()}
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002e
-def _seed(g, k, rng): # Units to begin with, far from each other: greedy k-means++; of many, a 32nd at a time as in k-means‖
-    n, sq, step, new = len(g), g.diagonal(), max(1, k//32), [int(rng.integers(len(g)))]
+def _seed(g, k, rng): # Units to begin with, far from each other: greedy k-means++; of many, a 16th at a time as in k-means‖
+    n, sq, step, new = len(g), g.diagonal(), 1 if k<64 else k//16, [int(rng.integers(len(g)))]
     far, near, taken, seeds = sq-2*g, np.full(n, np.inf), np.zeros(n), [] # far[i]+sq[i]: squared distances to i
     while True:
         near = np.minimum(near, (far[new]+sq[new, None]).min(0))
@@ -256,10 +260,10 @@ def kmeans_scores(
     "Choose the units that are nearest to the centres of k clusters"
     def f(x, k):
         if k<1 or k>=len(x): return torch.ones(len(x))
-        size, x, rng = x.norm(dim=1).cpu().numpy(), x-x.mean(0), np.random.default_rng(seed)
-        g = _gram(_narrow(x/x.abs().max().clamp(min=torch.finfo(x.dtype).tiny))).cpu()
-        runs = [_lloyd(g, _seed(g.numpy(), k, rng)) for _ in range(min(max(128//len(x), 1), 4))] # the larger, the less one run differs from another
-        return _chosen(*min(runs, key=lambda r: r[1].sum()), size)
+        size, rng = x.norm(dim=1), np.random.default_rng(seed)
+        g = _gram(_narrow((x-x.mean(0)).div_(size.max()))).cpu()
+        runs = [_lloyd(g, _seed(g.numpy(), k, rng)) for _ in range(min(max(64//len(x), 1), 4))] # the larger, the less one run differs from another
+        return _chosen(*min(runs, key=lambda r: r[1].sum()), size.cpu().numpy())
     return _of_live(v, k, f)
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000031
@@ -273,16 +277,24 @@ def kmeans(
 register(kmeans());
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000037
+def _merged(pairs, n): # Cluster of each of n units, after these two by two have become one, the first of them number n
+    of = list(range(n+len(pairs)))
+    for i,(a,b) in enumerate(pairs.astype(int).tolist()): of[a] = of[b] = n+i
+    for i in reversed(range(len(of))): of[i] = of[of[i]]
+    return np.unique(of[:n], return_inverse=True)[1]
+
 def cluster_scores(
     v:Tensor, # [n, D], each row a unit; further dimensions are flattened
     k:int|None=None, # How many stay; None: half of them
 )->Tensor: # (n,), the k highest are chosen: above 1; rows of zeros 0
     "Choose the largest unit of each of k clusters of parallel units"
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
     def f(x, k):
         size = x.norm(dim=1).cpu().numpy()
         if k<1 or k>=len(x): return size/size.max()
-        a = AgglomerativeClustering(k, metric='precomputed', linkage='average').fit_predict(1-similarity(x).abs_().cpu().numpy())
+        far = 1-similarity(x).abs_().double().cpu().numpy()
+        a = _merged(linkage(squareform(far, checks=False), 'average')[:len(x)-k,:2], len(x))
         return _chosen(a, 1-size/size.max(), size)
     return _of_live(v, k, f)
 

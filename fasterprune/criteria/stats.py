@@ -209,7 +209,7 @@ def _linear(model): # Norms and activation functions let everything through
 def _sum(out): return sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
 
 def _magnitudes(l, asked): # Parameters and buffers of a flow by name; tied weights stay tied
-    leaf = lambda p: wide(p.detach()).abs().requires_grad_(id(p) in asked) if p.is_floating_point() else p
+    leaf = lambda p: wide(p.detach().abs()).requires_grad_(id(p) in asked) if p.is_floating_point() else p
     own = {id(p):leaf(p) for p in l.params.values()}
     return {**{n:own[id(p)] for n,p in l.params.items()}, **{n:wide(b).abs() if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
 

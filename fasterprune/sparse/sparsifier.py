@@ -8,7 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/sparse/sparsifier.html.md"""
 __all__ = ['Sparsifier']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000002
-import warnings
+import math, warnings
 from dataclasses import replace
 from functools import partial
 import numpy as np
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..allocation import allocate, allocate_rising, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
-from ..criteria.base import as_criterion, as_normalizer, element_scores, layer_scores, ranking, reductions, unit_scores
+from ..criteria.base import as_criterion, as_normalizer, check_compared, element_scores, layer_scores, ranking, reductions, unit_scores
 from ..granularity import as_granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not
 from .heads import head_dim_groups, head_groups
 from .masks import Masks, plain_module
@@ -60,6 +60,7 @@ class Sparsifier:
         self.coupled,self.rule,self.skipped = self.granularity.like in sides,self.granularity.rule,{} # skipped: layer name → why it has no such units
         if self.coupled: self._couple(x, layers, ignore)
         else: self._layers(layers, only)
+        if not self.coupled: self._check_compared()
         if not self.criterion.stats: self._scores(self._plain or self.criterion) # a criterion that cannot score this model says so now
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
@@ -106,6 +107,14 @@ def _layers(self:Sparsifier, layers, only):
     if made: raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000008
+@patch
+def _check_compared(self:Sparsifier): # Of units at one tap, or of taps where these are the units
+    for n,(m,d) in self.layers.items():
+        tile = dict(self.tiles[n])
+        units = [1 if i in d else k//tile.get(i, 1) for i,k in enumerate(m.weight.shape)]
+        try: check_compared(self.criterion, math.prod(units if {0,1}<=set(d) else units[:2]))
+        except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
+
 @patch
 @torch.no_grad()
 def zeros(self:Sparsifier)->dict: # Layer or group name → bool, True = all its weights are zero
