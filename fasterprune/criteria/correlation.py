@@ -92,12 +92,13 @@ def similarity(
 # %% ../../nbs/criteria/03_correlation.ipynb #00000017
 def _closest(c, left, m): # The m pairs i<j of those left that are most alike, in this order, of equals the first: (i, j, how alike)
     n = len(left)
-    c = np.where(np.tri(n, dtype=bool), -np.inf, c[np.ix_(left, left)]).ravel()
-    m = min(m, n*(n-1)//2)
+    at = np.flatnonzero(~np.tri(n, dtype=bool)) # above the diagonal
+    c = (c if n==len(c) else c[left][:, left]).ravel()[at]
+    m = min(m, len(c))
     cut = np.partition(c, -m)[-m]
-    above, at = np.flatnonzero(c>cut), np.flatnonzero(c==cut)
-    at = np.concatenate([above[np.argsort(-c[above], kind='stable')], at[:m-len(above)]])
-    return left[at//n], left[at%n], c[at]
+    above = np.flatnonzero(c>cut)
+    first = np.concatenate([above[np.argsort(-c[above], kind='stable')], np.flatnonzero(c==cut)[:m-len(above)]])
+    return left[at[first]//n], left[at[first]%n], c[first]
 
 def greedy_redundancy(
     c:Tensor, # [n, n], symmetric, how alike units are
@@ -208,16 +209,17 @@ def cop_importance(
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002e
 def _seed(g, k, rng): # Units to begin with, far from each other: greedy k-means++; of many, a 16th at a time as in k-means‖
     n, sq, step, new = len(g), g.diagonal(), 1 if k<64 else k//16, [int(rng.integers(len(g)))]
-    far, near, taken, seeds = sq-2*g, np.full(n, np.inf), np.zeros(n), [] # far[i]+sq[i]: squared distances to i
+    near, taken, seeds = np.full(n, np.inf), np.zeros(n), []
+    to = lambda new: sq-2*g[new]+sq[new, None] # squared distances
     while True:
-        near = np.minimum(near, (far[new]+sq[new, None]).min(0))
+        near = np.minimum(near, to(new).min(0))
         near[new], taken[new] = 0, np.inf
         seeds.extend(new)
         if len(seeds)==k: return seeds
         wait = rng.standard_exponential(n)/np.maximum(near, 1e-300)+taken # who is far is drawn soon
         many = min(k-len(seeds), step) if step>1 else min(n-len(seeds), 2+int(math.log(k)))
         new = wait.argpartition(many-1)[:many]
-        if step==1: new = new[[np.minimum(near, far[new]+sq[new, None]).sum(1).argmin()]]
+        if step==1: new = new[[np.minimum(near, to(new)).sum(1).argmin()]]
 
 def _lloyd(g, seeds, steps=100): # Cluster of each unit, and its squared distance to the centre
     sq, j = g.diagonal(), torch.arange(len(g))
