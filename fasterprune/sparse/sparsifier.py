@@ -59,8 +59,7 @@ class Sparsifier:
         layers = _chosen(self.model, only, ignore)
         self.coupled,self.rule,self.skipped = self.granularity.like in sides,self.granularity.rule,{} # skipped: layer name → why it has no such units
         if self.coupled: self._couple(x, layers, ignore)
-        else: self._layers(layers, only)
-        if not self.coupled: self._check_compared()
+        else: self._layers(layers, only); self._check_compared()
         if not self.criterion.stats: self._scores(self._plain or self.criterion) # a criterion that cannot score this model says so now
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
@@ -107,11 +106,12 @@ def _layers(self:Sparsifier, layers, only):
     if made: raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000008
+def _shape_of_units(w, dims, tiles): return [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
+
 @patch
 def _check_compared(self:Sparsifier): # Of units at one tap, or of taps where these are the units
     for n,(m,d) in self.layers.items():
-        tile = dict(self.tiles[n])
-        units = [1 if i in d else k//tile.get(i, 1) for i,k in enumerate(m.weight.shape)]
+        units = _shape_of_units(m.weight, d, self.tiles[n])
         try: check_compared(self.criterion, math.prod(units if {0,1}<=set(d) else units[:2]))
         except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
 
@@ -200,7 +200,7 @@ def _layer_scores(self:Sparsifier, c, evidence, keep):
 
 def _scores_of(c, w, dims, tiles, key, s, k): # As `unit_scores`, also for units that are several entries wide
     if not tiles: return unit_scores(c, w, dims, key, s=s, k=k)
-    shape = [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
+    shape = _shape_of_units(w, dims, tiles)
     if c.vectors is not None:
         v,at,inside = in_tiles(w, dims, tiles)
         return unit_scores(c, v, tuple(sorted(at+inside)), key, s=s and {n:in_tiles(t.expand(w.shape), dims, tiles)[0] for n,t in s.items()}, k=k, taps=range(2+len(tiles), v.dim())).view(shape)
