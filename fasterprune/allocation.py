@@ -30,12 +30,19 @@ def _flat(scores, name='scores'): # 1-D scores that can be ranked
 def _kth(ss, k): # The k-th lowest of all in these tensors
     if any(s.device.type != 'cpu' for s in ss): return _join(ss).kthvalue(k).values
     xs, total = [s.numpy() for s in ss], sum(map(len, ss))
-    some = np.sort(np.concatenate([x[::max(total>>14, 1)] for x in xs])) # tells where to look; NumPy finds it there, ten times as fast as PyTorch
+    each = next(i for i in range(max(total>>14, 1), total+210) if math.gcd(i, 210) == 1) # in step with no kernel, or all would be of one tap
+    some = np.sort(np.concatenate([x[::each] for x in xs])) # tells where to look; NumPy finds it there, ten times as fast as PyTorch
     at, wide = (k-1)*len(some)//total, 2*math.isqrt(len(some))
     low, high = some[max(at-wide, 0)], some[min(at+wide, len(some)-1)]
-    below, near = sum(np.count_nonzero(x < low) for x in xs), [(x >= low)&(x <= high) for x in xs]
-    if not below < k <= below+sum(map(np.count_nonzero, near)): low, high, below, near = -np.inf, np.inf, 0, [np.ones(len(x), bool) for x in xs]
-    return torch.as_tensor(low if low == high else np.partition(np.concatenate([np.compress(n, x) for n,x in zip(near, xs)]), k-below-1)[k-below-1])
+    inside = [(x > low)&(x < high) for x in xs]
+    upto, found = total-_n([x > low for x in xs]), _n(inside)
+    if upto < k <= upto+found: return torch.as_tensor(_least([np.compress(i, x) for i,x in zip(inside, xs)], k-upto)) # without those equal to `low`, which may be very many
+    for v in (low, high):
+        if _n([x < v for x in xs]) < k <= _n([x <= v for x in xs]): return torch.as_tensor(v)
+    return torch.as_tensor(_least(xs, k))
+
+def _n(bools): return sum(map(np.count_nonzero, bools))
+def _least(xs, k): return np.partition(np.concatenate(xs), k-1)[k-1]
 
 def _join(ts): # Tensors in a row, on one device
     ts = list(ts)
@@ -49,7 +56,7 @@ def _lowest_of(ss, k): # Bools, the k lowest of all in these tensors, ties by po
     left -= sum(int(r.count_nonzero()) for r in res)
     for r,t in zip(res, ties):
         n = int(t.count_nonzero())
-        if left < n: t[t.nonzero().flatten()[left:]] = False
+        if left < n: t[int(t.nonzero()[left]):] = False
         left -= min(left, n)
         r.logical_or_(t)
     return res

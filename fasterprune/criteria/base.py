@@ -6,9 +6,10 @@ Docs: https://fasterprune.github.io/fasterprune/criteria/base.html.md"""
 
 # %% auto #0
 __all__ = ['rules', 'places', 'runs', 'reductions', 'criteria', 'MOST', 'normalizers', 'Seen', 'Statistic', 'Criterion',
-           'register', 'as_criterion', 'has_values', 'element_scores', 'layer_scores', 'unit_scores', 'check_compared',
-           'vector_scores', 'channel_scores', 'none_norm', 'sum_norm', 'mean_norm', 'max_norm', 'l2_norm',
-           'minmax_norm', 'zscore_norm', 'median_norm', 'lamp_rising', 'lamp_norm', 'as_normalizer', 'ranking']
+           'register', 'as_criterion', 'has_values', 'as_found', 'element_scores', 'layer_scores', 'unit_scores',
+           'check_compared', 'vector_scores', 'channel_scores', 'none_norm', 'sum_norm', 'mean_norm', 'max_norm',
+           'l2_norm', 'minmax_norm', 'zscore_norm', 'median_norm', 'lamp_rising', 'lamp_norm', 'as_normalizer',
+           'ranking']
 
 # %% ../../nbs/criteria/00_base.ipynb #00000002
 import math
@@ -184,6 +185,13 @@ def has_values(
     "Is it more than a shape? Tensors on the 'meta' device, and fake ones, hold no numbers"
     return not (t.is_meta or isinstance(t, FakeTensor))
 
+def as_found(
+    w:Tensor, # Not looked at, so it need not be copied
+    s:dict, # The one statistic of each of its weights
+)->Tensor: # A copy: what was found may serve again
+    "The element of a criterion whose statistic is the score"
+    return next(iter(s.values())).clone()
+
 def element_scores(
     criterion:Criterion, # Whose `element` is used
     w:Tensor, # A weight; it is never changed
@@ -191,7 +199,8 @@ def element_scores(
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
     if not criterion.reads_values: return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
-    return wide(_asked(criterion, criterion.element, _copied(criterion, w), w.shape, f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s))
+    own = w if criterion.element is as_found else _copied(criterion, w)
+    return wide(_asked(criterion, criterion.element, own, w.shape, f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s))
 
 def _copied(criterion, w): # In double precision, and not the user's
     if not has_values(w): raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")

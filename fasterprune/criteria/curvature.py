@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from ..core import wide
-from .base import Criterion, Seen, Statistic, criteria, register
+from .base import Criterion, Seen, Statistic, as_found, criteria, register
 
 # %% ../../nbs/criteria/07_curvature.ipynb #00000007
 def hessian_vector(
@@ -41,7 +41,6 @@ def products_with(
 def _hessian_gradient(loss, params, i, temperature): return hessian_vector(loss(temperature), params)
 def _weighted(b): return dict(s=wide(b.w*b.g), n=wide(torch.ones((), device=b.w.device)))
 def _mean(d): return d['s']/d['n']
-def _only(w, s): return next(iter(s.values())).clone()
 
 def grasp(
     temperature:float=200., # The model's outputs are divided by this
@@ -49,7 +48,7 @@ def grasp(
     "Score a weight by what its removal does to the norm of the gradient"
     if isinstance(temperature, bool) or not isinstance(temperature, (int,float)) or not 0<temperature<float('inf'): raise ValueError(f"grasp: temperature is a number above 0, not {temperature!r}")
     run = partial(_hessian_gradient, temperature=float(temperature))
-    return Criterion('grasp', _only, stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean, at='weight', by=run),), normalizer='zscore',
+    return Criterion('grasp', as_found, stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean, at='weight', by=run),), normalizer='zscore',
                      family='curvature', source='Wang 2020, arXiv 2002.07376', note='what its removal does to the norm of the gradient, meant for initialisation')
 
 register(grasp());
@@ -148,5 +147,5 @@ register(hap_trace());
 # %% ../../nbs/criteria/07_curvature.ipynb #00000020
 def _flowing(b): return dict(s=wide(b.w*b.g))
 
-register(Criterion('synflow', _only, stats=(Statistic('flow', _flowing, at='weight', by='flow'),),
+register(Criterion('synflow', as_found, stats=(Statistic('flow', _flowing, at='weight', by='flow'),),
                    family='curvature', source='Tanaka 2020, arXiv 2006.05467', note='what flows through it from an input of ones through absolute weights'));

@@ -209,9 +209,10 @@ def _linear(model): # Norms and activation functions let everything through
 def _sum(out): return sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
 
 def _magnitudes(l, asked): # Parameters and buffers of a flow by name; tied weights stay tied
-    leaf = lambda p: wide(p.detach().abs()).requires_grad_(id(p) in asked) if p.is_floating_point() else p
+    size = lambda t: x.abs() if (x := wide(t.detach())).dtype==t.dtype else x.abs_() # in its own copy, if there is one
+    leaf = lambda p: size(p).requires_grad_(id(p) in asked) if p.is_floating_point() else p
     own = {id(p):leaf(p) for p in l.params.values()}
-    return {**{n:own[id(p)] for n,p in l.params.items()}, **{n:wide(b).abs() if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
+    return {**{n:own[id(p)] for n,p in l.params.items()}, **{n:size(b) if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
 
 def _flow(l, x, by): # the sum of all paths
     bad = next((n for n,m in l.modules.items() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention))), None) if by=='flow' else None

@@ -224,10 +224,11 @@ def masks(self:Sparsifier,
     sparsity,costs = self.check(sparsity),self.costs() if self.count=='params' else None
     parts = {g.name:g.even for g in self.groups} if self.coupled else None
     plain,idle = self._plain,bool(self.criterion.stats) and self.part(sparsity)==0 # nothing to choose: nothing to gather
-    none = {n:torch.zeros(z.shape) for n,z in self.zeros().items()} if idle or self.criterion.selector else {}
+    zeros = self.zeros()
+    none = {n:torch.zeros(z.shape) for n,z in zeros.items()} if idle or self.criterion.selector else {}
     keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs, parts=parts).items()} if self.criterion.selector else None
     s = none if idle else self._scores(plain or self.criterion, keep)
-    gone = {} if regrow else {n:z for n,z in self.zeros().items() if not (n in self.born_zero and z.all())}
+    gone = {} if regrow else {n:z for n,z in zeros.items() if not (n in self.born_zero and z.all())}
     for n,z in gone.items():
         if z.any(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
