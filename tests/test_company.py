@@ -188,10 +188,10 @@ def test_second_fit_with_the_same_callback_starts_from_the_zeros():
     assert [len(v) for v in zero_filters(learn.model).values()]==[4, 6, 0]
 
 def test_second_fit_with_a_higher_target():
-    learn = fit(learner(), cbs=SparsifyCallback(.25))
+    learn,low = fit(learner(), cbs=SparsifyCallback(.25)),[]
     first = zero_at(learn.model)
-    fit(learn, cbs=SparsifyCallback(.75))
-    assert all((first[n]<=z).all() for n,z in zero_at(learn.model).items())
+    fit(learn, cbs=[SparsifyCallback(.75), Spy('after_batch', lambda l: low.append(n_zeros(l.model)))])
+    assert all((first[n]<=z).all() for n,z in zero_at(learn.model).items()) and min(low)>=sum(int(z.sum()) for z in first.values())
     assert [len(v) for v in zero_filters(learn.model).values()]==[6, 9, 0]
 
 def test_second_fit_with_a_lower_target_gives_nothing_back():
@@ -331,9 +331,11 @@ def test_validation_does_not_touch_a_loaded_model(tmp_path): # a dense checkpoin
     with quiet(learn): learn.validate(); learn.get_preds()
     assert equal(dense, weights(learn.model))
 
-def test_predictions_fetched_while_training():
-    fetch = FetchPredsCallback()
-    learn = clean(lambda l: fit(l, cbs=[SparsifyCallback(.5), fetch]))
+@pytest.mark.parametrize('every', ['epoch', 1])
+def test_predictions_fetched_while_training(every):
+    fetch,cb = FetchPredsCallback(),SparsifyCallback(.5, every=every)
+    learn = clean(lambda l: fit(l, cbs=[cb, fetch]))
+    assert cb.history.progress.is_monotonic_increasing and cb.history.progress.is_unique # batches that are predicted choose nothing
     assert all(len(v)==5 for v in learn.recorder.values) and sum(map(len, zero_filters(learn.model).values()))==10
 
 # ---- trackers
