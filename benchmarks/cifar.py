@@ -16,11 +16,11 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, update_bn
 
 HERE = Path(__file__).resolve().parent.parent
 DATA,CACHE = HERE.parent/'shared'/'data'/'cifar10_jpeg.npz',HERE/'.cache'
 MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
+FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()) # then bfloat16 halves the time
 
 # -- images ---------------------------------------------------------------------------------------
 def decoded(path=DATA, cache=CACHE):
@@ -45,24 +45,25 @@ def normalised(x):
     scale = 255*torch.tensor(STD)
     return ((x.float()-255*torch.tensor(MEAN))/scale).permute(0,3,1,2)
 
+PAD = 4 # crops are up to so many pixels off
+
+def crops(x, idx, dy, dx, flip):
+    "Crops of images that are continued by their reflection: with zeros around them, BatchNorm would learn statistics that no test image has"
+    r = torch.arange(32)
+    inside = lambda at: 31-(31-at.abs()).abs()
+    return normalised(x[idx[:,None,None], inside(dy[:,None]-PAD+r)[:,:,None], inside(dx[:,None]-PAD+torch.where(flip[:,None]==1, 31-r, r))[:,None,:]])
+
 class Images:
-    "Batches from tensors; padded by 4, cropped and flipped for training, with a square of side `cut` left out (Cutout, arXiv 1708.04552)"
-    def __init__(self, x, y, augment, seed=0, cut=0):
-        self.x,self.y,self.augment,self.cut = F.pad(x, (0,0,4,4,4,4)) if augment else x,y,augment,cut
+    "Batches from tensors; for training cropped and flipped"
+    def __init__(self, x, y, augment, seed=0):
+        self.x,self.y,self.augment = x,y,augment
         self.rng = torch.Generator().manual_seed(seed)
     def __len__(self): return len(self.y)
     def batch(self, idx):
         idx = torch.as_tensor(idx)
         if not self.augment: return normalised(self.x[idx]),self.y[idx]
-        n,r = len(idx),torch.arange(32)
-        dy,dx,flip = (torch.randint(k, (n,1), generator=self.rng) for k in (9,9,2))
-        rows,cols = dy+r,dx+torch.where(flip==1, 31-r, r)
-        x = normalised(self.x[idx[:,None,None], rows[:,:,None], cols[:,None,:]])
-        return (self.without_square(x) if self.cut else x),self.y[idx]
-    def without_square(self, x):
-        rows,cols = (torch.arange(32)-torch.randint(32, (len(x),1), generator=self.rng)+self.cut//2 for _ in range(2)) # in the square from 0 to cut-1
-        v,h = ((0<=at)&(at<self.cut) for at in (rows, cols))
-        return x.masked_fill_(v[:,None,:,None]&h[:,None,None,:], 0)
+        dy,dx,flip = (torch.randint(k, (len(idx),), generator=self.rng) for k in (2*PAD+1,2*PAD+1,2))
+        return crops(self.x, idx, dy, dx, flip),self.y[idx]
 
 def loader(images, bs, shuffle, seed=0):
     "A fastai `DataLoader` that takes whole batches"
@@ -70,9 +71,9 @@ def loader(images, bs, shuffle, seed=0):
     dl.rng = random.Random(seed)
     return dl
 
-def loaders(train, valid, bs=128, seed=0, cut=0):
+def loaders(train, valid, bs=128, seed=0):
     "Training batches, and those to validate with, of (images, labels)"
-    return DataLoaders(loader(Images(*train, True, seed, cut), bs, True, seed), loader(Images(*valid, False), 500, False), device='cpu')
+    return DataLoaders(loader(Images(*train, True, seed), bs, True, seed), loader(Images(*valid, False), 500, False), device='cpu')
 
 def part(d, name, at=slice(None)): return d[f'{name}_x'][at],d[f'{name}_y'][at]
 
@@ -114,17 +115,20 @@ class Bf16(Callback):
         if getattr(self, 'cast', None) is not None: self.cast.__exit__(None, None, None)
         self.cast = None
 
+def saved(values, path):
+    "All of a file or nothing of it"
+    part = path.with_suffix('.part')
+    torch.save(values, part); part.replace(path)
+    return values
+
 class Kept(Callback):
     "Everything that is needed to go on, after each epoch, and a line about it"
     order = Recorder.order+20
-    def __init__(self, path, said=print, mean=None): self.path,self.said,self.start,self.before,self.mean = Path(path),said,0,0.,mean
+    def __init__(self, path, said=print): self.path,self.said,self.start,self.before = Path(path),said,0,0.
     def before_fit(self): self.began = time.perf_counter()
     def after_epoch(self):
         if self.epoch<self.start: return # done before
-        part,mean = self.path.with_suffix('.part'),{}
-        if self.mean is not None: self.mean.update_parameters(self.model); mean = dict(mean=self.mean.state_dict())
-        torch.save(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.spent(), **mean), part)
-        part.replace(self.path)
+        saved(dict(epoch=self.epoch+1, model=self.model.state_dict(), opt=self.opt.state_dict(), spent=self.spent()), self.path)
         loss,valid,acc = [float(v) for v in self.recorder.values[-1]]
         self.said(f"epoch {self.epoch+1:>3} of {self.n_epoch}   training loss {loss:.4f}   test accuracy {acc:.4f}   {self.spent():.0f} s", flush=True)
     def spent(self): return self.before+time.perf_counter()-self.began
@@ -136,17 +140,15 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     learn.remove_cb(ProgressCallback)
     return learn
 
-def trained(data=DATA, cache=CACHE, epochs=120, lr=.1, bs=64, bf16=True, seed=0, said=print):
+def trained(data=DATA, cache=CACHE, epochs=60, lr=.1, bs=128, seed=0, said=print):
     "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, or from the last epoch if it was stopped"
     final,half = cache/'resnet20.pt',cache/'resnet20.half.pt'
     if final.exists(): return torch.load(final, weights_only=True)
     d = decoded(data, cache)
-    res = _trained(d, half, epochs, lr, bs, bf16, seed, said)
-    res |= dict(accuracy=correct(learned(res), d))
-    part = final.with_suffix('.part')
-    torch.save(res, part); part.replace(final)
+    res = fitted(resnet20(), d, half, epochs, lr, bs, seed, said)
+    saved(res|dict(accuracy=correct(learned(res), d)), final)
     half.unlink(missing_ok=True)
-    return res
+    return trained(data, cache)
 
 def learned(res):
     "The network that was trained"
@@ -154,9 +156,10 @@ def learned(res):
     m.load_state_dict(res['model'])
     return m.eval()
 
-def _trained(d, half, epochs, lr, bs, bf16, seed, said):
+def fitted(model, d, half, epochs, lr, bs, seed, said):
+    "Train on all training images; `half` keeps what is needed to go on"
     torch.manual_seed(seed)
-    learn = learner(resnet20(), loaders(part(d, 'train'), part(d, 'test'), bs, seed, cut=8), bf16=bf16)
+    learn = learner(model, loaders(part(d, 'train'), part(d, 'test'), bs, seed), bf16=FAST)
     kept = Kept(half, said)
     learn.add_cb(kept)
     learn.create_opt()
@@ -175,8 +178,6 @@ def correct(model, d, bs=100, bf16=False):
         return sum((model(normalised(d['test_x'][i:i+bs])).argmax(1)==d['test_y'][i:i+bs]).sum().item() for i in range(0, len(d['test_y']), bs))/len(d['test_y'])
 
 # -- for other benchmarks -------------------------------------------------------------------------
-FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()) # then bfloat16 halves the time
-
 def network(a):
     "Train what is not trained yet, and say how good it is; False if there are no images"
     if not a.data.exists() and not (a.cache/'cifar10_uint8.npz').exists(): print(f"skipped: no CIFAR-10 at {str(a.data)!r}; give its place with --data"); return False
@@ -210,7 +211,7 @@ def tuned(model, d, seed, steps=150, bs=128, cbs=()):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--data', type=Path, default=DATA); p.add_argument('--cache', type=Path, default=CACHE)
-    p.add_argument('--epochs', type=int, default=120); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=64); p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--epochs', type=int, default=60); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')
