@@ -48,6 +48,9 @@ def smaller(m, x, how, speedup, c, evidence):
     plan = Pruner(m, x).plan(criterion=c, data=evidence, **asked)
     return apply_(deepcopy(m), plan),time.perf_counter()-began
 
+@lru_cache(1)
+def whole(data, cache): return evaluate(ready(data, cache)[1], torch.randn(2,3,32,32), effective=False)
+
 def needs_data(c): return 'data' in c.needs
 
 def recalibrated(m, d, seed):
@@ -71,7 +74,7 @@ def measure(job, data, cache):
         x = torch.randn(2,3,32,32)
         try: small,row['cut_s'] = smaller(m, x, how, speedup, *known(name, seed, data, cache))
         except Exception as e: return row|dict(refused=f"{type(e).__name__}: {e}"[:400])
-        before,after = (evaluate(n, x, effective=False) for n in (m, small))
+        before,after = whole(data, cache),evaluate(small, x, effective=False)
         row.update(macs=after.macs/before.macs, params=after.params/before.params)
     if stage=='shot':
         again = recalibrated(small, d, seed)
@@ -176,8 +179,8 @@ def main():
     if a.again is not None and a.rows.exists(): a.rows.write_text(''.join(json.dumps(r)+'\n' for r in read(a.rows) if not (r['criterion'] in a.again if a.again else 'refused' in r)))
     if not a.report:
         if not network(a): return
-        measured = lambda jobs: run(list(jobs), key, measure, line, a, until)
-        if measured(shots(names)) and not a.shots: measured(tunings(read(a.rows), names))
+        measured = lambda jobs, together=None: run(list(jobs), key, measure, line, a, until, together)
+        if measured(shots(names), lambda j: (j['criterion'], j['seed'])) and not a.shots: measured(tunings(read(a.rows), names))
     rows = read(a.rows)
     picture(rows, names, a.rows.with_suffix('.png')); keep(table(rows, names), a)
 

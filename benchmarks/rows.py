@@ -2,6 +2,7 @@
 import argparse, json, os, threading, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,6 +28,8 @@ def _worker(parent):
         os._exit(1) # nobody is left to hear of it
     threading.Thread(target=watch, daemon=True).start()
 
+def _several(measure, jobs, data, cache, until): return [measure(j, data, cache) for j in jobs if time.time()<until]
+
 def run(
     jobs, # Dicts
     key, # Job or row → what tells one from another
@@ -34,18 +37,19 @@ def run(
     line, # Row → text
     a, # `rows`, `workers`, `data` and `cache`
     until, # No job begins after this time
+    together=None, # Job → what those have in common that follow each other in one process; None: nothing
 )->bool: # Is everything there?
     "Measure what is not there yet, and say a line for each"
     done = {key(r) for r in read(a.rows)}
     left,n = [j for j in jobs if key(j) not in done],0
-    it,waiting = iter(left),set()
+    it,waiting = iter([[j] for j in left] if together is None else [list(g) for _,g in groupby(left, together)]),set()
     with ProcessPoolExecutor(a.workers, mp_context=get_context('spawn'), initializer=_worker, initargs=(os.getpid(),)) as pool:
         while True:
-            while len(waiting)<a.workers and time.time()<until and (j := next(it, None)): waiting.add(pool.submit(measure, j, a.data, a.cache))
+            while len(waiting)<a.workers and time.time()<until and (js := next(it, None)): waiting.add(pool.submit(_several, measure, js, a.data, a.cache, until))
             if not waiting: break
             ready,waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for f in ready:
-                r = f.result(); n += 1
+            for r in (r for f in ready for r in f.result()):
+                n += 1
                 with a.rows.open('a') as out: out.write(json.dumps(r)+'\n')
                 print(f"{n:>4}/{len(left)} {line(r)}", flush=True)
     if n<len(left): print('time ran out; the same command goes on')
