@@ -1,7 +1,6 @@
 "CIFAR-10 from one file of JPEGs, ResNet-20, and its training; what other benchmarks measure on: `python benchmarks/cifar.py` trains"
 import argparse, io, random, time, warnings
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from fastai.learner import Learner, Recorder
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
-from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent.parent
 DATA,CACHE = HERE.parent/'shared'/'data'/'cifar10_jpeg.npz',HERE/'.cache'
+SHIPPED = Path(__file__).with_name('resnet20.pt') # what `python benchmarks/cifar.py` came to
 MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
 FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()) # then bfloat16 halves the time
 
@@ -140,15 +139,16 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
     learn.remove_cb(ProgressCallback)
     return learn
 
-def trained(data=DATA, cache=CACHE, epochs=60, lr=.1, bs=128, seed=0, said=print):
-    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, or from the last epoch if it was stopped"
+def trained(data=DATA, cache=CACHE, epochs=60, lr=.1, bs=128, seed=0, said=print, anew=False):
+    "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from beside this script unless `anew`, or from the last epoch if it was stopped"
     final,half = cache/'resnet20.pt',cache/'resnet20.half.pt'
-    if final.exists(): return torch.load(final, weights_only=True)
+    for f in [final] if anew else [final, SHIPPED]:
+        if f.exists(): return torch.load(f, weights_only=True)
     d = decoded(data, cache)
-    res = fitted(resnet20(), d, half, epochs, lr, bs, seed, said)
-    saved(res|dict(accuracy=correct(learned(res), d)), final)
+    res = _trained(d, half, epochs, lr, bs, seed, said)
+    res = saved(res|dict(accuracy=correct(learned(res), d)), final)
     half.unlink(missing_ok=True)
-    return trained(data, cache)
+    return res
 
 def learned(res):
     "The network that was trained"
@@ -156,10 +156,9 @@ def learned(res):
     m.load_state_dict(res['model'])
     return m.eval()
 
-def fitted(model, d, half, epochs, lr, bs, seed, said):
-    "Train on all training images; `half` keeps what is needed to go on"
+def _trained(d, half, epochs, lr, bs, seed, said):
     torch.manual_seed(seed)
-    learn = learner(model, loaders(part(d, 'train'), part(d, 'test'), bs, seed), bf16=FAST)
+    learn = learner(resnet20(), loaders(part(d, 'train'), part(d, 'test'), bs, seed), bf16=FAST)
     kept = Kept(half, said)
     learn.add_cb(kept)
     learn.create_opt()
@@ -215,5 +214,5 @@ if __name__=='__main__':
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')
-    r = trained(a.data, a.cache, a.epochs, a.lr, a.bs)
+    r = trained(a.data, a.cache, a.epochs, a.lr, a.bs, anew=True)
     print(f"ResNet-20: {r['accuracy']:.4f} on the test images after {r['epochs']} epochs, {r['seconds']:.0f} s")
