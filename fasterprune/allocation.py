@@ -27,11 +27,12 @@ def _flat(scores, name='scores'): # 1-D scores that can be ranked
     if s.sum().isnan() and s.isnan().any(): raise ValueError(f"{name}: {int(s.isnan().sum())} of {s.numel()} scores are NaN; a score is a number, high = keep")
     return s
 
+def _step(n): return next(i for i in range(max(n>>14, 1), n+210) if math.gcd(i, 210) == 1) # Each so many of n are a sample; in step with no kernel, or all would be of one tap
+
 def _kth(ss, k): # The k-th lowest of all in these tensors
     if any(s.device.type != 'cpu' for s in ss): return _join(ss).kthvalue(k).values
     xs, total = [s.numpy() for s in ss], sum(map(len, ss))
-    each = next(i for i in range(max(total>>14, 1), total+210) if math.gcd(i, 210) == 1) # in step with no kernel, or all would be of one tap
-    some = np.sort(np.concatenate([x[::each] for x in xs])) # tells where to look; NumPy finds it there, ten times as fast as PyTorch
+    some = np.sort(np.concatenate([x[::_step(total)] for x in xs])) # tells where to look; NumPy finds it there, ten times as fast as PyTorch
     at, wide = (k-1)*len(some)//total, 2*math.isqrt(len(some))
     low, high = some[max(at-wide, 0)], some[min(at+wide, len(some)-1)]
     inside = [(x > low)&(x < high) for x in xs]
@@ -251,17 +252,25 @@ def allocate(
     return {n: ~gone[n].to(s.device).view(s.shape) for n,s in scores.items()}
 
 # %% ../nbs/03_allocation.ipynb #0000001e
-def _ascending(s): # Sorted; squares of single precision as what they are the squares of, in half the time
-    if s.device.type != 'cpu': return s.sort().values
-    root = s.sqrt().float()
-    exact = torch.equal(root.double().square_(), s)
-    x = torch.as_tensor(np.sort((root if exact else s).numpy()))
-    return x.double().square_() if exact else x
+def _ascending(s): return torch.as_tensor(np.sort(s.numpy())) if s.device.type == 'cpu' else s.sort().values
 
-def _rising(s, f, name): # What `f` makes of the ascending scores of those that have not gone
-    n = int((s == -torch.inf).count_nonzero())
-    t = f(_ascending(s[s != -torch.inf] if n else s))
-    return _flat(torch.cat([t.new_full((n,), -torch.inf), t]) if n else t, name).cpu().numpy()
+def _rest(s): return s.flip(0).cumsum(0).flip(0) # Of ascending scores, for each the sum of all that rank at least as high
+
+def _bounds(ss, f, k): # For each layer two scores between which the k-th of all lies, as a sample says it
+    each = [_step(len(s)) for s in ss]
+    xs = [_ascending(s[::e]) for s,e in zip(ss, each)]
+    ts = [f(x, e*_rest(x)).cpu().numpy() for x,e in zip(xs, each)]
+    order = np.argsort(t := np.concatenate(ts))
+    if not len(t): yield from [(-math.inf, math.inf)]*len(ss); return
+    kth = t[order][min(np.repeat(each, [len(x) for x in xs])[order].cumsum().searchsorted(k), len(t)-1)]
+    for x,u in zip(xs, ts):
+        at,wide = int(u.searchsorted(kth)),4*math.isqrt(len(x))
+        yield x[at-wide].item() if at > wide else -math.inf, x[at+wide].item() if at+wide < len(x) else math.inf
+
+def _rising(s, f, low, high, name): # Of those between: what is ranked, ascending; how many are below; whether there are any above
+    low_, high_ = s < low, s > high
+    x, above = _ascending(s if low == -math.inf and high == math.inf else s[~(low_|high_)]), s.where(high_, 0.).sum() if high < math.inf else 0.
+    return _flat(f(x, _rest(x)+above), name).cpu().numpy(), int(low_.count_nonzero()), bool(high_.any())
 
 def _below(ts, k): # Of each of these ascending arrays, how many are among the k lowest of all; ties in their order
     lo, hi = np.zeros(len(ts), int), np.array([len(t) for t in ts])
@@ -277,10 +286,17 @@ def _below(ts, k): # Of each of these ascending arrays, how many are among the k
 def allocate_rising(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
     sparsity:float, # Part of all units to remove
-    rising:Callable, # 1-D ascending scores of a layer → what is ranked over all layers, ascending too
+    rising:Callable, # (1-D ascending scores of a layer, for each the sum of all of the layer that rank at least as high) → what is ranked over all layers, ascending too
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay by one ranking of scores that depend on their order in the layer"
     flat = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}
-    k = n_removed(sum(map(len, flat.values())), check_fraction(sparsity, 'sparsity'))
-    m = _below([_rising(s, rising, f'scores[{n!r}]') for n,s in flat.items()], k)
+    gone = [int((s == -torch.inf).count_nonzero()) for s in flat.values()]
+    live = [s[s != -torch.inf] if g else s for s,g in zip(flat.values(), gone)]
+    k = max(n_removed(sum(map(len, flat.values())), check_fraction(sparsity, 'sparsity'))-sum(gone), 0)
+    for bounds in (list(_bounds(live, rising, k)), [(-math.inf, math.inf)]*len(live)): # near the place that a sample tells; everywhere, if it was wrong
+        ts, below, above = zip(*[_rising(s, rising, *b, f'scores[{n!r}]') for n,s,b in zip(flat, live, bounds)])
+        if not sum(below) <= k <= sum(below)+sum(map(len, ts)): continue
+        m = _below(ts, k-sum(below))
+        if all((i or not b) and (i < len(t) or not a) for i,t,b,a in zip(m, ts, below, above)): break
+    m = m+below+gone
     return {n: ~(_lowest(s, int(i)) | (s == -torch.inf)).view(scores[n].shape) for i,(n,s) in zip(m, flat.items())}

@@ -64,7 +64,7 @@ def test_as_a_stable_sort(n, values, dead, sort):
         assert torch.equal(~torch.cat(list(allocate(halves, f, context='global').values())), want)
 
 @pytest.mark.parametrize('values', [1, 3, 50, 10**6])
-@pytest.mark.parametrize('dead', [0, 60])
+@pytest.mark.parametrize('dead', [0, 60, 200])
 def test_rising_as_by_position(values, dead): # what depends on the order in a layer, chosen without positions
     torch.manual_seed(values+dead)
     scores = {n:torch.randint(values, shape).double().square() for n,shape in dict(a=(100,), b=(20, 10), c=(7,)).items()}
@@ -73,7 +73,20 @@ def test_rising_as_by_position(values, dead): # what depends on the order in a l
     for f in FRACTIONS:
         want,got = allocate(by_position, f, context='global'),allocate_rising(scores, f, lamp_rising)
         assert all(torch.equal(want[n], got[n]) for n in scores) and list(want)==list(got)
-    with pytest.raises(ValueError, match=r"scores\['a'\]: 1 of 2 scores are NaN"): allocate_rising(dict(a=torch.ones(2)), .5, lambda s: s*torch.tensor([1, math.nan]))
+    with pytest.raises(ValueError, match=r"scores\['a'\]: 1 of 2 scores are NaN"): allocate_rising(dict(a=torch.ones(2)), .5, lambda s, rest: s*torch.tensor([1, math.nan]))
+
+@pytest.mark.parametrize('kind', ['normal', 'taps', 'ties', 'steep', 'trap'])
+@pytest.mark.parametrize('dead', [0, .4])
+def test_rising_of_many(kind, dead): # only those near the last one are sorted, as a sample says; where it is wrong, all are
+    g = torch.Generator().manual_seed(0)
+    make = dict(normal=lambda n: torch.randn(n, generator=g).double().square(), taps=lambda n: torch.rand(n, generator=g).double()*(torch.arange(n)%3==1), ties=lambda n: torch.randint(4, (n,), generator=g).double(),
+                steep=lambda n: torch.randn(n, generator=g).double().mul(6).exp(), trap=lambda n: torch.where(torch.arange(n)%11==0, 1e-3, 1.)+torch.arange(n)/n)[kind] # what the sample sees is not like the rest
+    scores = dict(a=make(180_000), b=make(90_000)*3, c=make(300), d=make(40_000)/7)
+    for s in scores.values(): s[torch.rand(len(s), generator=g)<dead] = -INF
+    by_position = {n:lamp_norm(s) for n,s in scores.items()}
+    for f in (0., .05, .3, .5, .73, .95, 1.):
+        want,got = allocate(by_position, f, context='global'),allocate_rising(scores, f, lamp_rising)
+        assert all(torch.equal(want[n], got[n]) for n in scores)
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool])
 def test_dtypes(dtype): assert n_gone(keep_top(torch.arange(10).to(dtype), .3)) == 3
