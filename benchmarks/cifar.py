@@ -17,7 +17,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent.parent
 DATA,CACHE = HERE.parent/'shared'/'data'/'cifar10_jpeg.npz',HERE/'.cache'
-SHIPPED = Path(__file__).with_name('resnet20.pt') # what `python benchmarks/cifar.py` came to
+SHIPPED = Path(__file__).with_name('resnet20.npz') # what `python benchmarks/cifar.py` came to
 MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
 FAST = bool(getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()) # then bfloat16 halves the time
 
@@ -142,13 +142,25 @@ def learner(model, dls, smoothing=.1, wd=5e-4, bf16=True):
 def trained(data=DATA, cache=CACHE, epochs=60, lr=.1, bs=128, seed=0, said=print, anew=False):
     "ResNet-20 and its training: `dict(model=weights, accuracy=, seconds=, epochs=)`; from the cache, from beside this script unless `anew`, or from the last epoch if it was stopped"
     final,half = cache/'resnet20.pt',cache/'resnet20.half.pt'
-    for f in [final] if anew else [final, SHIPPED]:
-        if f.exists(): return torch.load(f, weights_only=True)
+    if final.exists(): return torch.load(final, weights_only=True)
+    if SHIPPED.exists() and not anew: return shipped()
     d = decoded(data, cache)
     res = _trained(d, half, epochs, lr, bs, seed, said)
     res = saved(res|dict(accuracy=correct(learned(res), d)), final)
     half.unlink(missing_ok=True)
     return res
+
+def ship(res, path=SHIPPED):
+    "Write it for the repository: the first bytes of all numbers, then the second ones, ..., which is the smallest that keeps each bit"
+    flat = np.concatenate([t.float().numpy().ravel() for t in res['model'].values()])
+    np.savez_compressed(path, bytes=np.ascontiguousarray(flat.view(np.uint8).reshape(-1, 4).T), **{k:v for k,v in res.items() if k!='model'})
+
+def shipped(path=SHIPPED):
+    "The network that is in the repository, as `trained` says it"
+    z,like = np.load(path),resnet20().state_dict()
+    flat = torch.from_numpy(np.ascontiguousarray(z['bytes'].T).view(np.float32).ravel())
+    model = {n:v.view(t.shape).to(t.dtype) for (n,t),v in zip(like.items(), flat.split([t.numel() for t in like.values()]))}
+    return dict(model=model, accuracy=float(z['accuracy']), seconds=float(z['seconds']), epochs=int(z['epochs']))
 
 def learned(res):
     "The network that was trained"
@@ -211,8 +223,10 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--data', type=Path, default=DATA); p.add_argument('--cache', type=Path, default=CACHE)
     p.add_argument('--epochs', type=int, default=60); p.add_argument('--lr', type=float, default=.1); p.add_argument('--bs', type=int, default=128); p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--ship', action='store_true', help='put it beside this script')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')
     r = trained(a.data, a.cache, a.epochs, a.lr, a.bs, anew=True)
+    if a.ship: ship(r)
     print(f"ResNet-20: {r['accuracy']:.4f} on the test images after {r['epochs']} epochs, {r['seconds']:.0f} s")
