@@ -21,6 +21,10 @@ torch.set_num_threads(1)
 
 def nothing(*a, **k): pass
 def gone(*places): return lambda p: [p.setattr(c, n, nothing) for c,n in places]
+def followed(c, n, f): # by what should not happen
+    whole = getattr(c, n)
+    def both(self): whole(self); f(self)
+    return lambda p: p.setattr(c, n, both)
 
 zeros_after_a_step = gone((KeepZeros, 'after_step'))
 zeros_after_the_best = gone((KeepZeros, 'after_fit'))
@@ -29,6 +33,9 @@ choices = gone((SparsifyCallback, 'before_train'))
 taken_down = gone((TrainingCallback, 'take_down'))
 folded = gone((apply, 'fold_'))
 zeros_after_an_error = gone((SparsifyCallback, 'interrupted'))
+known_step = gone((KeepZeros, 'before_step')) # whether a step has its zeros
+nothing_on_the_model = followed(KeepZeros, '_pair', lambda self: self.model.register_buffer('kept', torch.zeros(3)))
+can_be_pickled = followed(SparsifyCallback, 'start', lambda self: setattr(self, 'own', Lock()))
 resumed_masks = gone((KeepZeros, 'restore'), (SparsifyCallback, 'restore'))
 
 def columns(p): p.setattr(SparsifyCallback, 'columns', lambda self: {})
@@ -43,20 +50,11 @@ def zeros_that_were_found(p):
     whole = Sparsifier.masks
     p.setattr(Sparsifier, 'masks', lambda self, s, regrow=False: whole(self, s, regrow=True))
     p.setattr(SparsifyCallback, '_found', property(nothing, nothing), raising=False)
-def known_step(p): p.setattr(KeepZeros, 'before_step', nothing) # whether a step has its zeros
 def heard_of_an_error(p): p.setattr(TrainingCallback, 'learn', property(lambda self: vars(self).get('_learn'), lambda self, l: vars(self).update(_learn=l)))
 def place_in_the_schedule(p):
     whole = SparsifyCallback._update
     def update(self, k, n): self._first = vars(self).setdefault('_first', k); whole(self, k-self._first, n)
     p.setattr(SparsifyCallback, '_update', update)
-def nothing_on_the_model(p):
-    whole = KeepZeros._pair
-    def pair(self): whole(self); self.model.register_buffer('kept', torch.zeros(3))
-    p.setattr(KeepZeros, '_pair', pair)
-def can_be_pickled(p):
-    whole = SparsifyCallback.start
-    def start(self): whole(self); self.own = Lock()
-    p.setattr(SparsifyCallback, 'start', start)
 def unwrapped(p):
     for m in (keep, masks, prune, sparsifier, sparsify): p.setattr(m, 'plain_module', lambda model: model)
 def plain_outputs(p): p.setattr(capture, 'plain_tensors', nullcontext)
