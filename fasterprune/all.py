@@ -22,7 +22,9 @@ from .callback.resume import ResumeCallback
 from .callback.sparsify import SparsifyCallback
 from .core import NoEffectWarning, PruningError, VerificationError
 from .criteria import norm
-from .criteria.base import Criterion, Statistic, criteria, normalizers, register
+from .criteria.base import Criterion, criteria, register
+from .criteria.normalize import normalizers
+from .criteria.statistic import Statistic
 from .data import digits_dls, image_dls, small_resnet
 from .granularity import Granularity, granularities
 from .measure.gallery import exhibit, plot_gallery

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from fasterprune.criteria.activation import *
-from fasterprune.criteria.base import Seen, criteria, unit_scores
+from fasterprune.criteria.base import criteria, unit_scores
+from fasterprune.criteria.statistic import Seen
 from laws import engine
 
 FAMILY = 'apoz', 'mean_act', 'std_act', 'max_act', 'entropy', 'hrank', 'wanda', 'wanda_row', 'thinet', 'nisp'

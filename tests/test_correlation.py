@@ -4,7 +4,8 @@ from functools import reduce
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from fasterprune.criteria.base import MOST, Criterion, Seen, criteria, unit_scores, vector_scores
+from fasterprune.criteria.base import MOST, Criterion, criteria, unit_scores, vector_scores
+from fasterprune.criteria.statistic import Seen
 from fasterprune.criteria.correlation import *
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.pruner import Pruner

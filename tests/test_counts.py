@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterprune.allocation import *
-from fasterprune.criteria.base import lamp_norm, lamp_rising
+from fasterprune.criteria.normalize import lamp_norm, lamp_rising
 from fasterprune.granularity import expand_units, granularities, reduce_units, unit_dims, unit_size
 
 FRACTIONS = 0, .01, .1, .25, .29, 1/3, .5, .57, .6, .9, .95, .999, 1

@@ -3,7 +3,9 @@ import numpy as np, pytest, torch
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from torch import nn
-from fasterprune.criteria.base import Criterion, Statistic, criteria, normalizers
+from fasterprune.criteria.base import Criterion, criteria
+from fasterprune.criteria.normalize import normalizers
+from fasterprune.criteria.statistic import Statistic
 from fasterprune.measure.importance import *
 from fasterprune.measure.plots import lowest_counts, plot_lowest, plot_scores
 from fasterprune.sparse.sparsifier import Sparsifier

@@ -3,7 +3,8 @@ import math, pickle, time, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from fasterprune.criteria.base import Seen, criteria
+from fasterprune.criteria.base import criteria
+from fasterprune.criteria.statistic import Seen
 from fasterprune.criteria.correlation import similarity
 from fasterprune.criteria.information import *
 from fasterprune.surgery.pruner import Pruner

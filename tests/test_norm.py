@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterprune.criteria.base import *
+from fasterprune.criteria.normalize import *
 from fasterprune.criteria.norm import random
 from fasterprune.granularity import unit_dims
 

@@ -14,7 +14,8 @@ from fasterprune.callback.frame import example_batch
 from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
-from fasterprune.criteria.base import Criterion, criteria, normalizers
+from fasterprune.criteria.base import Criterion, criteria
+from fasterprune.criteria.normalize import normalizers
 from fasterprune.data import small_resnet
 from fasterprune.granularity import granularities, unit_dims
 from fasterprune.schedule import Schedule, one_cycle, one_shot, schedules

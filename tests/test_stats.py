@@ -13,7 +13,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fasterprune.callback import prune
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
-from fasterprune.criteria.base import Criterion, Statistic, criteria, vector_scores
+from fasterprune.criteria.base import Criterion, criteria, vector_scores
+from fasterprune.criteria.statistic import Statistic
 from fasterprune.criteria.listen import Listener, Place, classes
 from fasterprune.criteria.stats import Evidence, check_needs, gather, loss_of, split_batch
 from fasterprune.data import digits_dls, small_resnet
@@ -796,7 +797,7 @@ import sys, torch, torch.distributed as dist
 rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
 from torch import nn
-from fasterprune.criteria.base import Statistic
+from fasterprune.criteria.statistic import Statistic
 from fasterprune.criteria.listen import Place
 from fasterprune.criteria.stats import gather
 torch.manual_seed(0)

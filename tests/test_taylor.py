@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.func import functional_call
-from fasterprune.criteria.base import Seen, criteria, unit_scores
+from fasterprune.criteria.base import criteria, unit_scores
+from fasterprune.criteria.statistic import Seen
 from fasterprune.criteria.taylor import *
 from fasterprune.criteria.curvature import *
 import laws

@@ -20,7 +20,8 @@ from .frame import TrainingCallback, check_every, example_batch, forget_best
 from .keep import agreed, keeper_of
 from .patience import Patience
 from ..core import no_such
-from ..criteria.base import as_criterion, as_normalizer, ranking, reductions
+from ..criteria.base import as_criterion, ranking, reductions
+from ..criteria.normalize import as_normalizer
 from ..criteria.listen import Listener
 from ..criteria.stats import check_n_batches, n_samples
 from ..granularity import as_granularity

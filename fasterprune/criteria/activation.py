@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core import layer_types, wide
-from .base import Criterion, Seen, Statistic, criteria, register
+from .base import Criterion, criteria, register
+from .statistic import Seen, Statistic
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000007
 def zero_share(

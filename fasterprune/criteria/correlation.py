@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import all_finite, no_such, wide
-from .base import Criterion, Statistic, register
+from .base import Criterion, register
+from .statistic import Statistic
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000005
 def _units(v, what='units are a matrix [n, D] of weights', dim=2): # Checked, double precision

@@ -13,7 +13,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 from ..core import wide
-from .base import Criterion, Seen, Statistic, as_found, criteria, register
+from .base import Criterion, as_found, criteria, register
+from .statistic import Seen, Statistic
 
 # %% ../../nbs/criteria/07_curvature.ipynb #00000007
 def hessian_vector(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import all_finite, no_such, wide
-from .base import Criterion, Statistic, register
+from .base import Criterion, register
+from .statistic import Statistic
 from .correlation import greedy_redundancy, similarity
 
 # %% ../../nbs/criteria/05_information.ipynb #00000005

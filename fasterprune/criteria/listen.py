@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import all_finite
-from .base import Seen
+from .statistic import Seen
 
 # %% ../../nbs/criteria/02_listen.ipynb #00000006
 @dataclass(frozen=True)

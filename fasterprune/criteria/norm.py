@@ -12,7 +12,8 @@ from functools import partial
 from zlib import crc32
 import torch
 from torch import Tensor
-from .base import Criterion, criteria, lamp_norm, lamp_rising, register
+from .base import Criterion, criteria, register
+from .normalize import lamp_norm, lamp_rising
 
 # %% ../../nbs/criteria/01_norm.ipynb #00000007
 register(Criterion('l1', torch.abs, pointwise=True, family='norm', source='Li 2017, arXiv 1608.08710', note='sum of absolute values'))

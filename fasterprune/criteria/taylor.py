@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 from ..core import wide
-from .base import Criterion, Seen, Statistic, criteria, register
+from .base import Criterion, criteria, register
+from .statistic import Seen, Statistic
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000009
 def products(

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..criteria.base import as_criterion, as_normalizer
+from ..criteria.base import as_criterion
+from ..criteria.normalize import as_normalizer
 from .plots import lowest_counts, plot_matrix
 from ..sparse.sparsifier import Sparsifier
 

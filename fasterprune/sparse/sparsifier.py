@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..allocation import allocate, allocate_rising, check_allocation
 from ..core import NoEffectWarning, as_call, no_such, select_layers
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
-from ..criteria.base import as_criterion, as_normalizer, check_compared, element_scores, layer_scores, ranking, reductions, unit_scores
+from ..criteria.base import as_criterion, check_compared, element_scores, layer_scores, ranking, reductions, unit_scores
+from ..criteria.normalize import as_normalizer
 from ..granularity import as_granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not
 from .heads import head_dim_groups, head_groups
 from .masks import Masks, plain_module

@@ -17,7 +17,8 @@ from torch import nn, Tensor
 from ..allocation import allocate, check_allocation
 from ..core import no_such
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
-from ..criteria.base import Criterion, as_criterion, as_normalizer, ranking, reductions
+from ..criteria.base import Criterion, as_criterion, ranking, reductions
+from ..criteria.normalize import as_normalizer
 from ..criteria.stats import Evidence
 from .budget import Budget, within
 from .choose import alike, check_where, group_scores, sides

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import layer_types, no_such
-from ..criteria.base import Criterion, Statistic, channel_scores, element_scores, layer_scores, reductions, vector_scores
+from ..criteria.base import Criterion, channel_scores, element_scores, layer_scores, reductions, vector_scores
+from ..criteria.statistic import Statistic
 from ..criteria.listen import Place
 from ..criteria.stats import Evidence, check_needs
 from .guard import adapted, no_fastpath, state_of
