@@ -27,12 +27,12 @@ def test_registries_are_shown_as_tables():
 
 SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every regrow normalizer only ignore count x n_batches reduce',
-    'PruneCallback': 'sparsity * budget criterion schedule every granularity context normalizer min_keep max_ratio round_to per reduce n_batches only ignore exact_norms x also recalibrate compensate verify whole',
+    'PruneCallback': 'sparsity * budget criterion schedule every granularity context normalizer min_keep max_ratio round_to per reduce n_batches only ignore exact_norms x also recalibrate compensate rescale verify whole',
     'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
     'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn moment * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore exact_norms',
-    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate verify',
+    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate rescale verify',
     'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce',
     'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only attrs', 'apply_': 'model plan optimizer', 'recalibrate_': 'model dl n_batches * n_inp progress',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',

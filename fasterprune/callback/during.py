@@ -77,13 +77,14 @@ class PruneCallback(TrainingCallback):
         also=(), # Copies of the model that are cut with it, such as an average of its weights; or a function that gives them
         recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again after each cut
         compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
+        rescale=None, # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
         verify:bool=True, # Check the law after each cut, and take it back if it does not hold
         whole:dict|None=None, # Of what the fractions are, as `cb.whole` of a training to go on with; None: of the model as it is when this callback first sees it
     ):
         self.dead = sparsity is None and budget is None
         self.how = Choice(0. if self.dead else sparsity, as_criterion(criterion), granularity, context, normalizer, min_keep, max_ratio, budget, round_to, per, reduce)
         self.schedule,self.every,self.n_batches,self.x,self.also = _rising(as_schedule(schedule)),check_every(every, Patience),check_n_batches(n_batches) or n_batches,x,also
-        self.sides,self.extras = dict(only=only, ignore=ignore, exact_norms=exact_norms),dict(recalibrate=recalibrate, compensate=compensate, verify=verify)
+        self.sides,self.extras = dict(only=only, ignore=ignore, exact_norms=exact_norms),dict(recalibrate=recalibrate, compensate=compensate, rescale=rescale, verify=verify)
         _check_budget(self.how)
         self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}
 

@@ -41,6 +41,7 @@ def prune(self:Learner,
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
     compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
+    rescale=None, # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
     "Remove channels from the learner's model, in place; without a sparsity or a budget exactly those that are dead"
@@ -50,7 +51,7 @@ def prune(self:Learner,
     r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
         granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
         data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
-        optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), verify=verify)
+        optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
     for c in keepers:
         left = c.masks.cut(r.plan.edits)
         if left.keep: c.hold(left)

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/criteria/activation.html.md"""
 
 # %% auto #0
 __all__ = ['MOMENTS', 'LOUDNESS', 'zero_share', 'apoz', 'moments', 'pooled_entropy', 'entropy', 'map_ranks', 'hrank', 'row_ranks',
-           'thinet_order', 'thinet_rescale', 'contributions', 'thinet', 'nisp_step']
+           'thinet_order', 'thinet_rescale', 'drawn_entries', 'contributions', 'thinet', 'nisp_step']
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000002
 from functools import partial
@@ -169,8 +169,9 @@ def thinet_rescale(
     keep:Tensor, # Indices of the units that stay
 )->Tensor: # A factor for each of them
     "Factors with which the units that stay make up best for those that go"
-    gram = wide(gram)
-    return torch.linalg.pinv(gram[keep][:,keep], hermitian=True)@gram[keep].sum(1)
+    gram,stays = wide(gram),torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    stays[keep] = True
+    return 1+torch.linalg.pinv(gram[keep][:,keep], hermitian=True)@gram[keep][:,~stays].sum(1)
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000038
 def _windows(layer, x): # [N, C, *positions, *taps], a view
@@ -198,6 +199,18 @@ def _parts_transposed(layer, x, channels, pick):
     back = lambda p: torch.autograd.grad(y, x, torch.zeros_like(y).scatter_(1, p[:,None], 1), retain_graph=True)[0]
     return torch.stack([(x*back(p)).detach().flatten(2).sum(2)[:,channels] for p in pick])
 
+def drawn_entries(
+    layer:nn.Module, # A convolution or linear layer
+    x:Tensor, # Its input, a sample in each row
+    *, entries:int=10, # Entries of the output for each sample
+    seed:int=0, # Draws them
+)->tuple: # [entries, N] each: places in the flat output of a sample, and the output channels that these are of
+    "Some entries of a layer's output"
+    with torch.no_grad(): n = layer.forward(x[:1].to(layer.weight.dtype)).numel()
+    g = torch.Generator().manual_seed(seed)
+    pick = torch.stack([torch.randint(n, (len(x),), generator=g) for _ in range(entries)]).to(x.device)
+    return pick,pick%layer.out_features if isinstance(layer, nn.Linear) else pick//(n//layer.out_channels)
+
 def contributions(
     layer:nn.Module, # A convolution or linear layer
     x:Tensor, # Its input, a sample in each row
@@ -208,9 +221,7 @@ def contributions(
     "What each unit adds to some entries of its reader's output"
     if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
     x = x.detach().to(layer.weight.dtype)
-    with torch.no_grad(): n = layer.forward(x[:1]).numel()
-    g = torch.Generator().manual_seed(seed)
-    pick = torch.stack([torch.randint(n, (len(x),), generator=g) for _ in range(entries)]).to(x.device)
+    pick,_ = drawn_entries(layer, x, entries=entries, seed=seed)
     f = _parts_linear if isinstance(layer, nn.Linear) else _parts_transposed if layer.transposed else _parts
     with torch.no_grad(): parts = f(layer, x, index.clamp(min=0).flatten(), pick).unflatten(-1, index.shape)
     return (parts*(index>=0)).sum(-1).flatten(0, 1)

@@ -6,7 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/choose.html.md"""
 
 # %% auto #0
 __all__ = ['sides', 'LOWEST', 'check_where', 'member_scores', 'rows_of', 'layer_of', 'readers', 'places_of', 'watched',
-           'evidence_for', 'wanted_of', 'wanted_of_weights', 'weight_stats', 'combined', 'group_scores', 'alike']
+           'evidence_for', 'wanted_of', 'wanted_of_weights', 'weight_stats', 'over_weight', 'combined', 'group_scores',
+           'alike']
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000002
 import contextlib
@@ -186,11 +187,18 @@ def weight_stats(
         res[n] = {s.name:_broadcast(criterion, s, got[s.name], model.get_submodule(l) if l is not None else None, state[n]) for s in criterion.stats}
     return res
 
+def over_weight(
+    v:Tensor, # (C,): a number for each channel of a layer's input
+    layer:nn.Module|None, # Says whether it is grouped or transposed
+    w:Tensor, # Its weight
+)->Tensor: # Broadcasts to the weight
+    "Numbers of input channels, where the weight meets them"
+    g = getattr(layer, 'groups', 1)
+    if getattr(layer, 'transposed', False): return v.view(-1, *[1]*(w.dim()-1))
+    return v.view(g, 1, -1).expand(g, w.shape[0]//g, -1).reshape(w.shape[0], -1, *[1]*(w.dim()-2)) if g>1 else v.view(1, -1, *[1]*(w.dim()-2))
+
 def _broadcast(criterion, s, v, layer, w):
-    if s.at=='input' and v.dim()==1:
-        transposed,g = getattr(layer, 'transposed', False),getattr(layer, 'groups', 1)
-        if transposed: v = v.view(-1, *[1]*(w.dim()-1))
-        else: v = v.view(g, 1, -1).expand(g, w.shape[0]//g, -1).reshape(w.shape[0], -1, *[1]*(w.dim()-2)) if g>1 else v.view(1, -1, *[1]*(w.dim()-2))
+    if s.at=='input' and v.dim()==1: v = over_weight(v, layer, w)
     try: v.expand(w.shape)
     except RuntimeError: raise ValueError(f"statistic {s.name!r} of criterion {criterion.name!r} has shape {tuple(v.shape)} for a weight of shape {tuple(w.shape)}; it must have {'one number for each input channel' if s.at=='input' else 'its shape'}") from None
     return v.to(w.device)

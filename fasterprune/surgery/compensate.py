@@ -24,13 +24,14 @@ from .recalibrate import batches_of, inputs_of
 # %% ../../nbs/surgery/17_compensate.ipynb #00000005
 class _Means:
     "Listens to a run, and adds up what removed channels contribute to each reader"
-    def __init__(self, c:Coupling, gone:np.ndarray, targets:list, exact:dict|None=None):
+    def __init__(self, c:Coupling, gone:np.ndarray, targets:list, exact:dict|None=None, factors:dict|None=None):
         self.total,self.count,self.reads,t = {},{},{},c.trace
         for i,(r,to) in enumerate(zip(c.labels.reads, targets)):
             mask = ~c.labels.keeps(r.axis, gone) & ~(exact or {}).get(i, np.zeros(r.axis.n, bool))
             n = t.nodes[r.node]
             if to is None or not mask.any() or n.kwargs or r.data not in n.args: continue
-            if n.args.index(r.data)==(1 if n.op=='addmm' else 0): self.reads.setdefault(n.key, []).append((to, r, torch.as_tensor(mask)))
+            missing = np.where(mask, 1., 0.) if n.module not in (factors or {}) else np.where(mask, 1., 1-factors[n.module])
+            if n.args.index(r.data)==(1 if n.op=='addmm' else 0): self.reads.setdefault(n.key, []).append((to, r, torch.as_tensor(missing)))
 
     def listen(self, node, args, out):
         for to,r,mask in self.reads.get(node.key, ()):
@@ -51,9 +52,10 @@ def removed_means(
     gone:np.ndarray, # By label: what will be removed
     batches, # Of what the model is called with: tensors, tuples of arguments or dicts
     exact:dict|None=None, # Index of a read → bool by position: those that are folded exactly, and do not count here
+    factors:dict|None=None, # Layer → what is left of each of its input channels, if these are scaled: `rescale` says it
 )->tuple: # `Fold`s
     "The mean contribution of removed channels, for each layer that can take it"
-    m = _Means(c, gone, fold_targets(c), exact)
+    m = _Means(c, gone, fold_targets(c), exact, factors)
     for x in batches if m.reads else ():
         rec = Recorder(m.listen)
         record(model, x, rec, {n:t.detach() for n,t in stand_ins(model).items()})
@@ -108,14 +110,15 @@ def distance(
 
 # %% ../../nbs/surgery/17_compensate.ipynb #00000011
 def examples(
-    compensate, # True: the example that the pruner was made with; or a data loader, or a list of batches
+    data, # True: the example that the pruner was made with; or a data loader, or a list of batches
     x, # The example
     model:nn.Module,
     n:int=50, # Batches, at most
+    what:str='compensate', # Name of the argument, for the error
 ):
     "What to call a model with, batch by batch"
     args,kwargs = as_call(x)
-    batches = [(*args, None)] if compensate is True and not kwargs else [kwargs] if compensate is True else batches_of(compensate, n, 'compensate')[0]
+    batches = [(*args, None)] if data is True and not kwargs else [kwargs] if data is True else batches_of(data, n, what)[0]
     for b in batches:
         a,k = inputs_of(b, model, len(args) or None)
         yield k or a

@@ -25,6 +25,7 @@ from .optimizer import OptimizerSnapshot
 from .plan import Plan, fold_targets, folds_of, signed, taker, with_branches
 from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
+from .rescale import factors_of, rescale_
 from .verify import Decisions, check_adapters, outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000005
@@ -36,13 +37,15 @@ class Extras:
     also:tuple=() # Copies of the model
     recalibrate:object=None # Batches for BatchNorm statistics
     compensate:object=None # True for the example, or batches to take means over
+    rescale:object=None # The same, to look at what readers make of what stays
 
     def __post_init__(self):
         if self.optimizer is not None and not hasattr(getattr(self.optimizer, 'opt', self.optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {self.optimizer!r}")
         for m in self.also:
             if not isinstance(m, nn.Module): raise TypeError(f"also is a list of copies of the model, such as an average of its weights; {m!r} is no nn.Module")
         if self.recalibrate is not None and self.recalibrate is not False: batches_of(self.recalibrate)
-        if self.compensate is not None and not isinstance(self.compensate, bool): batches_of(self.compensate, what='compensate')
+        for k in ('compensate', 'rescale'):
+            if (v := getattr(self, k)) is not None and not isinstance(v, bool): batches_of(v, what=k)
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000007
 def reference(
@@ -170,15 +173,16 @@ class Operation:
         first:Removal|None=None, # What has gone already; the law is about the model before that
     ):
         self.model,self.x,self.c,self.gone,self.extras,self.saved,self.first = model,x,c,gone,extras,[],first
-        self.batches,self.data = _again(extras.recalibrate),_again(extras.compensate)
+        self.batches,self.data = _again(extras.recalibrate),{k:_again(getattr(extras, k)) for k in ('compensate', 'rescale')}
         self.copies,self.kinds = first.models[1:] if first else [bare(m, plan) for m in extras.also],[type(m).__name__ for m in extras.also]
         for m in self.copies: check_plan(m, replace(plan, folds=()))
         if any(m is model for m in self.copies): raise ValueError('also is a list of copies of the model, and one of them is the model itself')
         check_plan(model, plan, extras.optimizer)
-        means = self.means(model, law)
+        self.factors = [self.scales(m, law) for m in (model, *self.copies)]
+        means = self.means(model, law, self.factors[0])
         self.law,self.later = ('readers',signed(model, added(plan.folds, means))) if means else (law,())
         self.plan = replace(plan, folds=() if means else plan.folds)
-        self.own = [added(self.constants(m), self.means(m, law)) if law=='masks' else self.means(m, law) for m in self.copies]
+        self.own = [added(self.constants(m), self.means(m, law)) if law=='masks' else self.means(m, law, f) for m,f in zip(self.copies, self.factors[1:])]
 
     @property
     def done(self)->Plan: "What was carried out on the model, with all constants"; return replace(self.plan, folds=self.plan.folds+self.later)
@@ -192,14 +196,20 @@ def constants(self:Operation, model:nn.Module)->tuple:
     return folds_of(self.c, observe(model, on_device_of(self.x, model), self.c), fold_targets(self.c), self.gone)
 
 @patch
-def means(self:Operation, model:nn.Module, law:str)->tuple:
-    "What removed channels say on average in this model, without what is folded exactly"
+def means(self:Operation, model:nn.Module, law:str, factors:tuple=())->tuple:
+    "What is missing on average in this model, without what is folded exactly"
     if not self.extras.compensate: return ()
     exact = exact_constants(observe(model, on_device_of(self.x, model), self.c)) if law=='masks' else None
-    return removed_means(model, self.c, self.gone, self.examples(model), exact)
+    return removed_means(model, self.c, self.gone, self.examples(model, 'compensate'), exact, {f.layer:f.channels.numpy() for f in factors})
 
 @patch
-def examples(self:Operation, model:nn.Module): "Inputs with values, batch by batch"; return examples(self.data, on_device_of(self.x, model), model)
+def scales(self:Operation, model:nn.Module, law:str)->tuple:
+    "By what the weights of readers are multiplied; what is dead leaves nothing to make up for"
+    if not self.extras.rescale or law=='masks': return ()
+    return factors_of(model, self.c, self.gone, self.examples(model, 'rescale'), constant=bool(self.extras.compensate))
+
+@patch
+def examples(self:Operation, model:nn.Module, what:str): "Inputs with values, batch by batch"; return examples(self.data[what], on_device_of(self.x, model), model, what=what)
 
 # %% ../../nbs/surgery/18_operation.ipynb #0000000f
 @patch
@@ -207,24 +217,27 @@ def run_(self:Operation)->dict: # For the report
     "Cut the model and its copies; after an error `restore_` puts all back"
     e = self.extras
     if e.verify: self.saved = [Snapshot(self.model, self.done, e.optimizer), *(Snapshot(m, replace(self.done, folds=f)) for m,f in zip(self.copies, self.own))]
-    first = next(self.examples(self.model)) if self.later else None
-    before = self.later and answers(self.model, first)
+    after = 'compensate' if self.later else 'rescale' if self.factors[0] else None # what is done after the law has been checked
+    first = after and next(self.examples(self.model, after))
+    before = after and answers(self.model, first)
     before_all = self.first.before if self.first and e.verify and self.c.trace.fake else [None]*(1+len(self.copies))
     error,dtype = cut_(self.model, self.x, self.c, self.plan, self.gone, self.law, optimizer=e.optimizer, verify=e.verify, want=before_all[0] if self.law=='masks' else None)
-    plain = self.later and distance(answers(self.model, first), before)
+    plain = after and distance(answers(self.model, first), before)
     fold_(self.model, replace(self.plan, folds=self.later), e.optimizer)
-    gain = Compensation(plain, distance(answers(self.model, first), before)) if self.later else None
-    also = tuple(CopyReport(k, *self._copy_(m, f, b)) for k,m,f,b in zip(self.kinds, self.copies, self.own, before_all[1:]))
+    rescale_(self.model, self.plan, self.factors[0])
+    gain = Compensation(plain, distance(answers(self.model, first), before)) if after else None
+    also = tuple(CopyReport(k, *self._copy_(*a)) for k,*a in zip(self.kinds, self.copies, self.own, self.factors[1:], before_all[1:]))
     if self.first and error is not None: error = max(error, self.first.error)
     n = [recalibrate_(m, self.batches, n_inp=len(as_call(self.x)[0]) or None, progress=False) for m in (self.model, *self.copies) if self.batches is not None]
-    return dict(law=self.law, error=error, dtype=dtype, also=also, recalibrated=n[0] if n else None, compensation=gain)
+    return dict(law=self.law, error=error, dtype=dtype, also=also, recalibrated=n[0] if n else None, compensation=gain, rescaled=len(self.factors[0]))
 
 @patch
-def _copy_(self:Operation, model, folds, before):
+def _copy_(self:Operation, model, folds, factors, before):
     x,training,verify = on_device_of(self.x, model),self.c.trace.training,self.extras.verify
     before,dtype = before or (reference(model, x, self.c, self.gone, 'masks') if verify else (None,None))
     error,_ = cut_(model, x, self.c, replace(self.plan, folds=()), self.gone, 'readers', verify=verify)
     fold_(model, replace(self.plan, folds=folds))
+    rescale_(model, self.plan, factors)
     return error,relative_error(outputs(model, x, dtype=dtype, training=training), before) if verify else None
 
 @patch

@@ -95,7 +95,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
     what = f"this {type(model).__name__} has no values (device {bare.device})"
     if how is not None and how.criterion.stats: raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, or choose by 'first_k'")
     if how is None: raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, or give a sparsity and criterion='first_k'")
-    if extras and (extras.verify or extras.compensate or extras.recalibrate): raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model with its weights, or pass verify=False")
+    if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale): raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model with its weights, or pass verify=False")
 
 @patch
 def plan(self:Pruner,
@@ -151,12 +151,14 @@ def prune(self:Pruner,
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
     compensate=None, # True for the example input, or a data loader: the means of what is removed move into biases
+    rescale=None, # True for the example input, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
     verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt leaves the model half cut
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
-    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate)
+    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate, rescale)
     _check_values(self.model, how, extras)
+    if rescale and how is None: warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget', NoEffectWarning, stacklevel=2)
     self.couple()
     before,first,left = self._counts(),None,()
     try:

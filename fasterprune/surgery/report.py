@@ -95,7 +95,8 @@ class Report:
     adapters:tuple=() # Modules that run in an adapter now
     also:tuple=() # `CopyReport` of each copy
     recalibrated:int|None=None # Batches that BatchNorm statistics were estimated on; None where it was not asked for
-    compensation:object=None # `Compensation`: what folding the means gained; None where it was not asked for
+    compensation:object=None # `Compensation`: what means and factors gained; None where they were not asked for
+    rescaled:int=0 # Layers whose weights were multiplied to make up for what they do not read any more
     measured:object=None # `Measured`: what a budget in time came to; None where it was not asked for
 
     @property
@@ -180,6 +181,7 @@ def _counts(self):
 def _lines(self):
     yield from _counts(self)
     if self.plan.folds: yield 'means' if self.compensation else 'constants', f"folded into {len(self.plan.folds)} layers"
+    if self.rescaled: yield 'rescaled', f"{self.rescaled} layer{'s'*(self.rescaled!=1)}, by least squares"
     if self.compensation is not None: yield 'compensated', str(self.compensation)
     if self.recalibrated is not None: yield 'BatchNorms', f"recalibrated on {self.recalibrated} batch{'es'*(self.recalibrated!=1)}"
     yield 'verified', _equal(self)
