@@ -19,13 +19,13 @@ from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from ..allocation import allocate
 from .frame import TrainingCallback, check_every, example_batch, forget_best, undisturbed
-from .patience import Patience
+from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
 from ..core import NoEffectWarning
 from ..criteria.base import as_criterion
 from ..criteria.stats import check_n_batches
-from ..schedule import as_schedule
+from ..schedule import iterative
 from ..sparse.masks import plain_module
 from ..surgery.apply import apply_
 from ..surgery.budget import Budget
@@ -59,7 +59,7 @@ class PruneCallback(TrainingCallback):
         sparsity:float|dict|None=None, # Part of the channels that has gone in the end, or a dict of layer → part; None, without a budget, removes what is dead at each update
         *, budget:Budget|None=None, # Instead: what may be left in the end, such as `Budget(macs=.5)`
         criterion='l2', # A name, a `Criterion` or a function
-        schedule='iterative', # A name, a `Schedule` or a function progress → share of the target; it must not fall
+        schedule=None, # A name, a `Schedule` or a function progress → share of the target, which must not fall; None: `iterative(end=.5)`, or equal steps by a `Patience`
         every='epoch', # Choose at the beginning of each epoch, after every so many training batches, or by a `Patience`
         granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
         context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
@@ -83,7 +83,7 @@ class PruneCallback(TrainingCallback):
     ):
         self.dead = sparsity is None and budget is None
         self.how = Choice(0. if self.dead else sparsity, as_criterion(criterion), granularity, context, normalizer, min_keep, max_ratio, budget, round_to, per, reduce)
-        self.schedule,self.every,self.n_batches,self.x,self.also = _rising(as_schedule(schedule)),check_every(every, Patience),check_n_batches(n_batches) or n_batches,x,also
+        self.schedule,self.every,self.n_batches,self.x,self.also = _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience),check_n_batches(n_batches) or n_batches,x,also
         self.sides,self.extras = dict(only=only, ignore=ignore, exact_norms=exact_norms),dict(recalibrate=recalibrate, compensate=compensate, rescale=rescale, verify=verify)
         _check_budget(self.how)
         self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..allocation import check_allocation
 from .frame import TrainingCallback, check_every, example_batch, forget_best
 from .keep import agreed, keeper_of
-from .patience import Patience
+from .patience import Patience, schedule_for
 from ..core import no_such
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
@@ -26,7 +26,7 @@ from ..criteria.listen import Listener
 from ..criteria.stats import check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..measure.plots import plot_history
-from ..schedule import agp, as_schedule, linear
+from ..schedule import agp
 from ..sparse.masks import Masks, plain_module
 from ..sparse.sparsifier import Sparsifier
 from ..surgery.choose import check_where, evidence_for, sides
@@ -52,7 +52,7 @@ class SparsifyCallback(TrainingCallback):
     ):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
-        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),as_schedule((linear() if isinstance(every, Patience) else agp(end=.5)) if schedule is None else schedule)
+        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),schedule_for(schedule, every, agp(end=.5))
         _check_when(every, regrow)
         if normalizer is not None: as_normalizer(normalizer)
         check_where(self.criterion, self.granularity.like)
