@@ -34,18 +34,23 @@ def uniform(speedup):
     while high-low>1: low,high = (low,mid) if reached(mid := (low+high)//2) else (mid,high)
     return shares(high)
 
+def criterion_of(name, seed): return random(seed) if name=='random' else criteria[name]
+
 @lru_cache(1)
 def known(name, seed, data, cache):
     "What a criterion finds out by itself serves all speedups; none for one that needs no data"
     d,m = ready(data, cache)
-    c = random(seed) if name=='random' else criteria[name]
+    c = criterion_of(name, seed)
     return c,evidence_for(c, m, calibration(d, seed), n_batches=CALIBRATION, loss_func=torch.nn.CrossEntropyLoss()) if needs_data(c) else None
+
+def asked(how, speedup):
+    "What a pruner is told"
+    return dict(budget=Budget(macs=1/speedup), max_ratio=.9) if how=='budget' else dict(sparsity=uniform(speedup))
 
 def smaller(m, x, how, speedup, c, evidence):
     "A pruned copy, and seconds of choosing"
-    asked = dict(budget=Budget(macs=1/speedup), max_ratio=.9) if how=='budget' else dict(sparsity=uniform(speedup))
-    began = time.perf_counter()
-    plan = Pruner(m, x).plan(criterion=c, data=evidence, **asked)
+    told,began = asked(how, speedup),time.perf_counter()
+    plan = Pruner(m, x).plan(criterion=c, data=evidence, **told)
     return apply_(deepcopy(m), plan),time.perf_counter()-began
 
 @lru_cache(1)

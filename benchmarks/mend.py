@@ -3,10 +3,9 @@ import time
 from copy import deepcopy
 from rows import keep, no_bars, parser, read, run, said
 import torch
-from fasterprune.all import Budget, Pruner
-from fasterprune.criteria.norm import random
+from fasterprune.all import Pruner
 from cifar import CACHE, DATA, FAST, correct, network, ready
-from criteria import HOW, SEEDS, SPEEDUPS, calibration, recalibrated, uniform
+from criteria import HOW, SEEDS, SPEEDUPS, asked, calibration, criterion_of, recalibrated
 
 CRITERIA = dict(random='budget', l2='budget', wanda='budget', thinet='uniform') # a selector chooses within a layer
 WAYS = dict(nothing=(), means=('compensate',), factors=('rescale',), both=('compensate','rescale'))
@@ -16,9 +15,8 @@ def measure(job, data, cache):
     "One row"
     name,way,speedup,seed = (job[k] for k in ('criterion','way','speedup','seed'))
     (d,m),began = ready(data, cache),time.perf_counter()
-    asked = dict(budget=Budget(macs=1/speedup), max_ratio=.9) if CRITERIA[name]=='budget' else dict(sparsity=uniform(speedup))
     small,seen = deepcopy(m),calibration(d, seed)
-    r = Pruner(small, torch.randn(2,3,32,32)).prune(criterion=random(seed) if name=='random' else name, data=seen, verify=False, **asked, **dict.fromkeys(WAYS[way], seen))
+    r = Pruner(small, torch.randn(2,3,32,32)).prune(criterion=criterion_of(name, seed), data=seen, verify=False, **asked(CRITERIA[name], speedup), **dict.fromkeys(WAYS[way], seen))
     return dict(job, macs=1/r.theoretical_speedup, accuracy=correct(small, d, bf16=FAST), recalibrated=correct(recalibrated(small, d, seed), d, bf16=FAST), seconds=time.perf_counter()-began)
 
 KEY = ('criterion','way','speedup','seed')

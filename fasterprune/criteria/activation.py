@@ -217,11 +217,12 @@ def contributions(
     index:Tensor, # (n, k), which channels of the input are which unit; -1 for none
     *, entries:int=10, # Entries of the output for each sample
     seed:int=0, # Draws them
+    pick:Tensor|None=None, # Those of `drawn_entries`, where they are known
 )->Tensor: # [entries*N, n]
     "What each unit adds to some entries of its reader's output"
     if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
     x = x.detach().to(layer.weight.dtype)
-    pick,_ = drawn_entries(layer, x, entries=entries, seed=seed)
+    if pick is None: pick,_ = drawn_entries(layer, x, entries=entries, seed=seed)
     f = _parts_linear if isinstance(layer, nn.Linear) else _parts_transposed if layer.transposed else _parts
     with torch.no_grad(): parts = f(layer, x, index.clamp(min=0).flatten(), pick).unflatten(-1, index.shape)
     return (parts*(index>=0)).sum(-1).flatten(0, 1)

@@ -57,10 +57,10 @@ def losing(
 
 # %% ../../nbs/surgery/17_rescale.ipynb #0000000a
 def _looked(b, centred):
-    x = wide(contributions(b.layer, b.x, b.index, seed=b.i))
+    pick,out = drawn_entries(b.layer, b.x, seed=b.i)
+    x,out = wide(contributions(b.layer, b.x, b.index, pick=pick)),out.flatten()
     res = dict(gram=x.T@x, rows=torch.tensor(len(x), device=x.device))
     if not centred: return res
-    out = drawn_entries(b.layer, b.x, seed=b.i)[1].flatten()
     n = b.layer.out_features if isinstance(b.layer, nn.Linear) else b.layer.out_channels
     return res|dict(sums=x.new_zeros(n, x.shape[1]).index_add_(0, out, x), n=torch.bincount(out, minlength=n))
 
