@@ -105,8 +105,8 @@ def test_scale_stays():
     m = randomised(Wrap(Fused(), 24))
     dims = [g for g in couple(m, seq()).groups if g.n==8 and not g.mixed]
     r = Pruner(m, seq()).prune({g.name:.5 for g in dims})
-    said = [s for z in r.plan.sized for s in z.said if s.scale is not None]
-    assert r.error<1e-10 and said and abs(said[0].scale-8**-.5)<1e-12
+    said = [k.values[1] for z in r.plan.recoded for e in z.methods for k in e.changes if k.kind=='keyword']
+    assert r.error<1e-10 and said and abs(said[0]-8**-.5)<1e-12
     assert Plan.from_json(r.plan.to_json())==r.plan
 
 def test_cut_twice():

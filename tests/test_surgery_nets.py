@@ -213,7 +213,7 @@ case('dataclass_output', lambda s,x: Out(s.c(s.a(x).relu())), 4, a=C(3,8), c=C(8
 case('features', lambda s,x: (s.c(z:=s.b(s.a(x).relu())), z), 4, a=C(3,8), b=C(8,6), c=C(6,4), pinned='output of the model')
 case('asks_value', lambda s,x: s.c((y:=s.a(x).relu())*(2. if y.sum().item()>0 else 2.)), 4, a=C(3,8), c=C(8,4), readers=None)
 case('scale_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))*y.shape[1]**-.5), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
-case('whole_number_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/y.shape[1]), 4, a=C(3,8), b=C(8,6), d=C(6,4), pinned='uses a number that depends on the size', writers='some', readers='some')
+case('whole_number_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/y.shape[1]), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
 case('tensor_of_the_size', lambda s,x: s.d((y:=s.b(s.a(x).relu()))/torch.tensor(y.shape[1]).sqrt()), 4+3, a=C(3,8), b=C(8,6), d=C(6,4))
 case('correlation', lambda s,x: s.d((((y:=s.b(s.a(x).relu()).flatten(2)).transpose(1,2)@y)/torch.tensor(y.shape[1]).sqrt()).unsqueeze(1)), 4+3, a=C(3,8), b=C(8,6), d=C(1,4), reads=None, readers=None)
 case('residual', lambda s,x: s.c((y:=s.a(x).relu())+s.n(s.b(y))), 4, a=C(3,8), b=C(8,8), n=nn.BatchNorm2d(8), c=C(8,4))

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..surgery.guard import state_of
 from ..surgery.trace import Node, Ref
-from ..surgery.capture import Recorder, record
+from ..surgery.capture import clones, Recorder, record
 from ..surgery.cost import macs_of
 from ..surgery.plan import labels_of
 from ..surgery.pruner import Pruner
@@ -112,7 +112,7 @@ class Tally:
     )->list:
         "Give (layer, MACs, nonzero MACs, effective MACs) for each operator that multiplies"
         self.rec = Recorder(self.listen)
-        record(self.model, x, self.rec, {n:t.detach() for n,t in state_of(self.model).items()})
+        record(self.model, x, self.rec, clones(self.model))
         return self.rows
 
     def listen(self, node:Node, args:tuple, out):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn, Tensor
-from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
 from ..core import modules_of
 from .guard import state_of
@@ -196,15 +195,18 @@ class Removed:
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000015
 def _items(c, x, branches): # What the modules of branches give: (path → as for `Silence`), and the paths of those of which that cannot be said
-    paths,res,bad = {id(c.model.get_submodule(g.module)):g.module for b in branches for g in b.modules},{},set()
+    names,paths,res,bad = [g.module for b in branches for g in b.modules],{},{},set()
     def see(m, i, o):
         n = paths.get(id(m))
         if n is None or isinstance(o, Tensor): return
         if type(o) in (tuple,list) and all(v is None or isinstance(v, Tensor) for v in o): res[n] = tuple(v is not None for v in o)
         else: bad.add(n)
-    hook = nn_module.register_module_forward_hook(see)
-    try: fake_trace(c.model, x)
-    finally: hook.remove()
+    def watch(copy):
+        inside = dict(copy.named_modules(remove_duplicate=False))
+        for n in names:
+            paths[id(inside[n])] = n
+            inside[n].register_forward_hook(see)
+    fake_trace(c.model, x, change=watch)
     return res,bad
 
 def _tried(c, x, branches): # Does the model run without them? If not, why

@@ -6,14 +6,13 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, logging, os, sys, weakref
+import contextlib, gc, logging, sys, weakref
 from functools import lru_cache
 from typing import Callable
 
 import torch
 from torch import nn, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
@@ -22,21 +21,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import recurrent # registers adapters
 from .shapes import Shapes
 from ..core import as_call, modules_of, PruningError
-from .guard import adapted, as_plain, plain_operators, plain_tensors, stand_ins, state_of, swapped, unchanged
+from .adapters import adapted_class
+from .guard import as_plain, cloned, fixed_seeds, plain_operators_, preserved, state_of, structural_copy
 from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
 __all__ = ['size_calls', 'size_questions', 'Recorder', 'numbers_in', 'plainly', 'roughly', 'mutated', 'caller', 'CallLog',
-           'Frame', 'module_stack', 'record', 'probe', 'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
+           'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'clones', 'record_in', 'quiet', 'fake_trace',
+           'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000006
 class Recorder(TorchDispatchMode):
     "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False):
+    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0):
         super().__init__()
-        self.training,self.exact,self.check = training,exact,None
-        self.trace,self.refs,self.stack,self.count = Trace(),WeakIdKeyDictionary(),[],0
-        self.listen,self.run,self.seen,self.at = listen,run or plainly,{},{}
+        self.training,self.exact,self.direct = training,exact,None # direct: may change a call that says sizes before it is made
+        self.trace,self.refs,self.stack,self.count = Trace(base=base),WeakIdKeyDictionary(),[],0
+        self.listen,self.run,self.seen,self.at,self.paths = listen,run or plainly,{},{},{}
 
     def ref(self, t:Tensor)->Ref:
         "The number of tensor `t`"
@@ -117,77 +118,104 @@ size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narr
 
 size_questions = ('__get__', 'size', '__len__', 'numel', 'nelement', 'stride', 'sym_size', 'shape')
 
-def caller()->str:
-    "Name of the user's function that called into PyTorch; '' where a layer of PyTorch was called as a module"
-    f = sys._getframe(2)
-    while f is not None:
-        code = f.f_code
-        if code.co_name=='_call_impl' or code.co_name=='__call__' and code.co_filename in _forwards: return ''
-        if not code.co_filename.startswith((_torch, _own)): return getattr(code, 'co_qualname', code.co_name)
-        f = f.f_back
-    return ''
+def caller(
+    func, # That was called
+)->tuple: # (its code, the instruction)
+    "Find the place in the code that called a function of PyTorch"
+    own,f = getattr(func, '__code__', None),sys._getframe(2)
+    while f.f_back is not None and (f.f_code is own or f.f_code.co_filename in _between): f = f.f_back
+    return f
 
-_torch,_own = (os.path.dirname(f)+os.sep for f in (torch.__file__, recurrent.__file__))
-_forwards = tuple(f"{_own}{n}.py" for n in ('guard','sizes')) # where forwards of ours stand in a module's place
+_between = {sys.modules[m].__file__ for m in ('torch.overrides', 'torch._tensor')} # Python of PyTorch's that stands between code and mode
 
 class CallLog(TorchFunctionMode):
-    "Note the calls in `size_calls`, by module and order, and the tensors whose size is asked for"
+    "Note the calls in `size_calls` and those with numbers, by module and place, and the tensors whose size is asked for"
     def __init__(self, rec:Recorder):
         super().__init__()
         self.rec = rec
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs,name = kwargs or {},getattr(func, '__name__', '')
-        if not self.rec.exact: func = getattr(func, 'plain', func) # a norm that keeps its divisor is written down as the norm that it stands for
-        if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): self.rec.trace.asked.add(self.rec.ref(args[0]).id)
-        if name=='multi_head_attention_forward': self.rec.trace.asked.update(self.rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
-        if name not in size_calls or not self.rec.stack: return func(*args, **kwargs)
-        who,frame,node = f"{caller()} {name}",self.rec.stack[-1],len(self.rec.trace.nodes)
-        for f in self.rec.stack: f.calls[who] = f.calls.get(who, 0)+1
-        order = f"{who} {frame.calls[who]-1}"
+        kwargs,name,rec = kwargs or {},getattr(func, '__name__', ''),self.rec
+        # a norm that keeps its divisor has the name of the norm that it stands for, and is written down as that
+        if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): rec.trace.asked.add(rec.ref(args[0]).id)
+        if name=='multi_head_attention_forward': rec.trace.asked.update(rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
+        if not rec.stack or not (name in size_calls or _has_number(args, kwargs)): return func(*args, **kwargs)
+        frame,place,node = rec.stack[-1],caller(func),len(rec.trace.nodes)
+        order = frame.next(place, name)
+        if rec.direct is not None: func,args,kwargs = rec.direct(place, str(frame), order, func, args, kwargs)
+        part = None
+        if not rec.exact and hasattr(func, 'plain'): kwargs,part,func = {k:v for k,v in kwargs.items() if k!='part'},kwargs['part'],func.plain
         out = func(*args, **kwargs)
-        as_ref = lambda o: self.rec.ref(o) if isinstance(o, Tensor) else o
-        self.rec.trace.calls.append(Call(str(frame), order, name, tuple(self.rec.ref(t) for t in tensors_in(out)), node,
+        as_ref = lambda o: rec.ref(o) if isinstance(o, Tensor) else o
+        if part is not None: kwargs = {**kwargs, 'part':part}
+        rec.trace.calls.append(Call(str(frame), order, name, tuple(rec.ref(t) for t in tensors_in(out)), node,
             tuple(as_ref(a) for a in args), {k:as_ref(v) for k,v in kwargs.items()}))
         return out
 
+def _has_number(args, kwargs): return any(isinstance(a, float) for a in args) or bool(kwargs) and any(isinstance(a, float) for a in kwargs.values())
+
 class Frame(str):
-    "The path of a running module, and how many size calls of each function and name were made in it"
+    "The path of a running module, and how often each of its places has called"
     def __init__(self, _): self.calls = {}
+    def next(self, place, name)->tuple:
+        "Which call this is: (code, instruction, name, how many were made there before)"
+        key = (id(place.f_code), place.f_lasti, name)
+        n = self.calls[key] = self.calls.get(key, -1)+1
+        return (*key, n)
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000b
-@contextlib.contextmanager
-def module_stack(
-    model:nn.Module, # The model that will run
+def watch_modules_(
+    model:nn.Module, # A copy, which keeps the hooks
     stack:list, # Filled with the paths of the running modules, outermost first
 ):
     "Keep `stack` at the paths of the modules that are running"
-    paths = {id(m):n for n,m in modules_of(model)}
-    pre = nn_module.register_module_forward_pre_hook(lambda m,_: stack.append(Frame(paths.get(id(m), stack[-1] if stack else ''))))
-    def pop(m, i, o): stack.pop() # returns None: a hook's result would replace the output
-    post = nn_module.register_module_forward_hook(pop, always_call=True)
-    try: yield
-    finally:
-        pre.remove(); post.remove()
-        stack.clear()
+    def enter(path): return lambda m, i: stack.append(Frame(path))
+    def leave(m, i, o): stack.pop() # returns None: a hook's result would replace the output
+    for n,m in modules_of(model):
+        m.register_forward_pre_hook(enter(n), prepend=True)
+        m.register_forward_hook(leave, always_call=True)
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000d
 def record(
-    model:nn.Module, # Any module
+    model:nn.Module, # Any module; a copy of it runs
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
     rec:Recorder, # Is given every operator
-    state:dict[str,Tensor]|None=None, # Stand-ins for the parameters and buffers, by name
+    state:dict[str,Tensor]|None=None, # Stand-ins for the parameters and buffers, by name; None are those of the model
+    tensor:Callable=cloned, # `(tensor)` → the stand-in of all others
+    change:Callable|None=None, # `(copy)`: changes it before it runs
+)->list: # The tensors that it returns
+    "Run a copy of `model` under the recorder"
+    state = state_of(model) if state is None else state
+    with structural_copy(model, state, tensor) as copied, preserved():
+        copy,(args,kwargs) = copied(model),copied(as_call(x))
+        prepare_(copy, rec)
+        if change is not None: change(copy)
+        for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
+        rec.count += rec.trace.base
+        rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
+        plain_operators_()
+        fixed_seeds()
+        with CallLog(rec), rec: out = copy(*args, **kwargs)
+        found = tensors_in(out)
+        written = {r.id for n in rec.trace.nodes for r in n.mutates}
+        now = state_of(copy)
+        rec.trace.state = {n for i,n in rec.trace.names.items() if i in written or now.get(n) is not state[n]}
+    rec.trace.outputs = [rec.ref(t) for t in found]
+    if not found: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
+    return found
+
+def prepare_(
+    copy:nn.Module, # Of a model
+    rec:Recorder,
 ):
-    "Run `model` under the recorder and return its output"
-    args,kwargs = as_call(tree_map(as_plain, x))
-    if state is None: state = state_of(model)
-    for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
-    rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
+    "Set modes, let adapted modules run through their adapters, and watch"
     rec.trace.training = rec.training
-    with unchanged(model), adapted(model, rec.check), plain_operators(model, rec.training), plain_tensors(), swapped(model, state), module_stack(model, rec.stack), CallLog(rec), rec:
-        out = model(*args, **kwargs)
-    rec.trace.outputs = [rec.ref(t) for t in tensors_in(out)]
-    if not rec.trace.outputs: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
-    return out
+    rec.stack.clear()
+    rec.paths.update((id(m), n) for n,m in modules_of(copy))
+    if rec.direct is not None: rec.direct.paths = rec.paths
+    for n,m in modules_of(copy):
+        m.__dict__['training'] = n in rec.training
+        if (adapted := adapted_class(type(m))) is not None: m.__class__ = adapted
+    watch_modules_(copy, rec.stack)
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000f
 def probe(
@@ -204,15 +232,25 @@ def probe(
     def new(t): return torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device, dtype or t.dtype)
     return tree_map(one, x)
 
+def clones(
+    model:nn.Module,
+    dtype:torch.dtype|None=None, # For floating point numbers; None keeps theirs
+    instead:dict|None=None, # Name → tensor, where another one is meant
+)->dict: # Name → tensor
+    "Copy parameters and buffers"
+    def one(t): return t.detach().to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.detach().clone()
+    instead = instead or {}
+    return {n:one(instead.get(n, t)) for n,t in state_of(model).items()}
+
 def record_in(
     model:nn.Module, # Not changed
     x, # What it is called with; its values are replaced by `probe`
     rec:Recorder,
     dtype:torch.dtype|None, # To compute in; None is the model's own
-):
-    "Run a model on a probe, in another precision, under a recorder"
-    cast = lambda t: t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
-    return record(model, probe(x, dtype), rec, {n:cast(t) for n,t in stand_ins(model).items()})
+    instead:dict|None=None, # As for `clones`
+)->list: # The tensors that it returns
+    "Run a copy of a model on a probe, in another precision, under a recorder"
+    return record(model, probe(x, dtype), rec, clones(model, dtype, instead))
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000011
 @contextlib.contextmanager
@@ -228,12 +266,16 @@ def fake_trace(
     x, # What it is called with
     shapes:dict|None=None, # Parameter name → another shape to try
     rec:Recorder|None=None, # A recorder to fill; stays readable when the run fails
+    **kwargs, # As for `record`
 )->Trace:
     "Capture on fake tensors: shapes only, no arithmetic, no memory"
     rec,run,shapes = rec or Recorder(),Shapes(),shapes or {}
     rec.run = run
-    state = {n:run.like(t, shapes.get(n)) for n,t in state_of(model).items()}
-    with quiet('torch._subclasses.fake_tensor'): record(model, tree_map(lambda t: run.like(t) if isinstance(t, Tensor) else t, x), rec, state)
+    def fake(t, shape=None):
+        new = run.like(as_plain(t), shape)
+        if isinstance(t, nn.Parameter): new._is_param = True
+        return new
+    with quiet('torch._subclasses.fake_tensor'): record(model, x, rec, {n:fake(t, shapes.get(n)) for n,t in state_of(model).items()}, fake, **kwargs)
     return rec.trace
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012
@@ -241,12 +283,13 @@ def capture(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
     *, training:tuple=(), # Names of modules to put in training mode; the others are in eval mode
+    base:int=0, # As in a `Trace`
 )->Trace:
     "The operators of one forward pass of `model`, without running it if that can be done"
-    try: return fake_trace(model, x, rec=Recorder(training=training))
+    try: return fake_trace(model, x, rec=Recorder(training=training, base=base))
     except Exception: pass # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
-    rec = Recorder(run=roughly, training=training)
-    record(model, x, rec, stand_ins(model))
+    rec = Recorder(run=roughly, training=training, base=base)
+    record(model, x, rec, clones(model))
     rec.trace.fake = False
     return rec.trace
 

@@ -14,9 +14,8 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from ..core import as_call
-from .guard import stand_ins
 from .trace import tensors_in
-from .capture import Recorder, record
+from .capture import clones, Recorder, record
 from .coupling import Coupling
 from .plan import Fold, fold_targets
 from .recalibrate import batches_of, inputs_of
@@ -58,7 +57,7 @@ def removed_means(
     m = _Means(c, gone, fold_targets(c), exact, factors)
     for x in batches if m.reads else ():
         rec = Recorder(m.listen)
-        record(model, x, rec, {n:t.detach() for n,t in stand_ins(model).items()})
+        record(model, x, rec, clones(model))
     if m.reads and not m.total: raise ValueError('compensate: the data loader is empty, so there is nothing to measure on')
     return m.folds()
 
@@ -99,7 +98,7 @@ def answers(
     x, # What it is called with; its values matter
 )->list: # Tensors
     "All outputs of a model, in eval mode and in its own precision"
-    return [t.detach().clone() for t in tensors_in(record(model, x, Recorder(), {n:t.detach() for n,t in stand_ins(model).items()})) if t.is_floating_point()]
+    return [t.detach().clone() for t in tensors_in(record(model, x, Recorder(), clones(model))) if t.is_floating_point()]
 
 def distance(
     a:list, # Tensors

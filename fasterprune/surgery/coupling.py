@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/coupling.html.md"""
 __all__ = ['norm_types', 'Coupling', 'couple']
 
 # %% ../../nbs/surgery/05_coupling.ipynb #00000002
+from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 from fastcore.basics import patch
@@ -16,16 +17,18 @@ from .trace import Trace
 from .capture import capture_all
 from .labels import distinct
 from .rules import Site, step
+from .witness import Witness, capture_witnesses, inputs_of, joined, runs_alike, varying
 from .shuffle import connected, flow_of, key_of
 from .coupler import Coupler
 from .groups import layer_of, make_groups
 
 # %% ../../nbs/surgery/05_coupling.ipynb #00000006
-def _walked(model, trace, tied=(), straight=()): # The labels after all operators
+def _walked(model, trace, varying, tied=(), straight=()): # The labels after all operators of all runs
     d = Coupler(model, trace, tied, straight)
+    d.dep |= inputs_of(trace)
     for n in trace.nodes:
         s = Site(n, trace, d.env)
-        dep = any(r.id in d.dep for r in s.tensors)
+        dep = any(r.id in d.dep for r in s.tensors) or n.key in varying
         step(d, s)
         if dep: d.dep.update(r.id for r in n.outs)
     for r in trace.outputs:
@@ -65,16 +68,23 @@ class Coupling:
     def __init__(self,
         model:nn.Module, # Any module; not changed
         trace:Trace, # From `capture`
+        x=None, # What the model was called with
+        others:tuple=(), # ((what it was called with, its trace), ...) of further runs, whose relations count as well
     ):
-        self.model,self.trace,self.exact = model,trace,() # exact: norms that keep their divisor
-        d = self.labels = _walked(model, trace)
+        self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
+        self.varying = vary = varying((trace, *(t for _,t in others)))
+        d = self.labels = _walked(model, trace, vary)
+        self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others))
+        if not all(w.alike for w in self.witnesses):
+            trace,self.witnesses = joined(self.witnesses)
+            d = self.labels = _walked(model, trace, vary)
         flows,straight = _flows(d)
         if not straight: d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
         if (more := {i for i,_,parts in d.even if _even(d, parts) is None}) or straight:
-            d = self.labels = _walked(model, trace, more|straight, straight)
+            d = self.labels = _walked(model, trace, vary, more|straight, straight)
             flows,wrong = _flows(d)
             d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
-            if wrong: d = self.labels = _walked(model, trace, range(len(trace.nodes)), range(len(trace.nodes)))
+            if wrong: d = self.labels = _walked(model, trace, vary, range(len(trace.nodes)), range(len(trace.nodes)))
         for i,_,parts in d.even:
             if _even(d, parts) is None: d.same(*parts)
         self._name_roles()
@@ -123,6 +133,18 @@ class Coupling:
         if found or decks: self.refresh()
         return bool(found or decks)
 
+    @property
+    def walked(self)->tuple: "The runs whose operators were walked through: the others run the same"; return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
+
+    def run_of(self, node:int)->int:
+        "Which of the runs that were walked through an operator belongs to"
+        return max(i for i,w in enumerate(self.walked) if w.first_node<=node)
+
+    def axes_in(self, trace:Trace, ref)->list|None:
+        "The axes of a tensor in the trace of one of the runs"
+        w = next(w for w in self.witnesses if w.trace is trace)
+        return self.labels.env.get(ref.id-trace.base if w.alike and ref.id>=trace.base else ref.id)
+
     def axes_of(self, name:str)->list:
         "The axes of a parameter or buffer"
         return next(self.labels.env[i] for i,n in self.trace.names.items() if n==name)
@@ -130,9 +152,14 @@ class Coupling:
 def couple(
     model:nn.Module, # Any module; not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
+    examples=(), # Other calls of the model that have to go on working
 )->Coupling:
     "Find out which channels of which layers must go together"
-    return Coupling(model, capture_all(model, x))
+    trace = capture_all(model, x)
+    others,tried = capture_witnesses(model, x, trace, examples)
+    c = Coupling(model, trace, x, others)
+    c.tried = tried
+    return c
 
 # %% ../../nbs/surgery/05_coupling.ipynb #0000000b
 @patch

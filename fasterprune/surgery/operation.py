@@ -19,13 +19,14 @@ from ..core import VerificationError, as_call
 from .apply import Snapshot, apply_, bare, check_plan, fold_, remove_
 from .compensate import Compensation, added, answers, distance, exact_constants, examples, removed_means
 from .coupling import Coupling
-from .guard import state_of, swapped
+from .guard import state_of
 from .liveness import observe
 from .optimizer import OptimizerSnapshot
 from .plan import Plan, fold_targets, folds_of, signed, taker, with_branches
 from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
 from .rescale import factors_of, rescale_
+from .witness import Witness
 from .verify import Decisions, check_adapters, outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000005
@@ -56,12 +57,14 @@ def reference(
     law:str, # 'masks' or 'readers'
     decisions:Decisions|None=None, # Told what the values decide
     plan:Plan|None=None, # By which taps of kernels go as well
+    instead:dict|None=None, # Name → tensor, where it shall compute with another one
+    w:Witness|None=None, # Which run of the coupling it is
 )->tuple: # Tensors, and what they were computed in: None is the model's own precision
     "Outputs by the law, in double precision if the model can, else in its own"
-    kw = dict(training=c.trace.training, around=decisions and decisions.note, **(dict(c=c, gone=gone) if law=='readers' else {}))
-    with swapped(model, without_taps(model, plan) if law=='readers' and plan else {}):
-        try: return outputs(model, x, **kw),torch.float64
-        except Exception: return outputs(model, x, dtype=None, **kw),None
+    kw = dict(training=(w or c).trace.training, around=decisions and decisions.note, **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
+    kw['instead'] = {**(without_taps(model, plan) if law=='readers' and plan else {}), **(instead or {})}
+    try: return outputs(model, x, **kw),torch.float64
+    except Exception: return outputs(model, x, dtype=None, **kw),None
 
 def without_taps(
     model:nn.Module,
@@ -132,7 +135,7 @@ class Removal:
 
     def _own(self, model): # What the branches of a copy add when the layers are zero that are zero in the model
         terms = {}
-        with swapped(model, self._zeros(model)): observe(model, on_device_of(self.x, model), self.c, terms)
+        observe(model, on_device_of(self.x, model), self.c, terms, self._zeros(model))
         if any(b.key not in terms for b in self.plan.branches): raise ValueError(f"also: a branch that is silent in the model is not in a copy of it, even if {', '.join(self.plan.branches[0].banks)} were zero there; take the copy again from the model")
         value = lambda b: tuple(v.tolist()) if (v := terms[b.key].value).any() else None
         return tuple(replace(b, modules=(*b.modules[:-1], replace(b.modules[-1], value=value(b)))) for b in self.plan.branches)
@@ -148,7 +151,7 @@ class Removal:
         for i,(m,plan) in enumerate(zip(self.models, self.plans)):
             x,decisions = on_device_of(self.x, m),None if self.c.trace.fake else Decisions()
             self.before.append(reference(m, x, self.c, None, 'masks') if e.verify else (None,None))
-            with swapped(m, self._zeros(m)): want,dtype = reference(m, x, self.c, None, 'masks', decisions) if e.verify else (None,None)
+            want,dtype = reference(m, x, self.c, None, 'masks', decisions, instead=self._zeros(m)) if e.verify else (None,None)
             self.undo.append(remove_(m, plan, None if i else opt))
             if not e.verify: continue
             error = relative_error(got := outputs(m, x, dtype=dtype, training=self.c.trace.training, around=decisions and decisions.repeat), want)

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/plan.html.md"""
 
 # %% auto #0
 __all__ = ['Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'size_text', 'with_branches', 'fold_targets', 'uses_of', 'folds_of', 'taker',
-           'total', 'signed', 'spare', 'cuts_of', 'mended', 'make_plan', 'labels_of']
+           'total', 'signed', 'spare', 'cuts_of', 'with_code', 'labels_of']
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000002
 import json
@@ -24,7 +24,7 @@ from .coupling import Coupling
 from .labels import Kept
 from .liveness import Facts
 from .rules import Site
-from .sizes import Said, Sized, candidates, divided, merged, sized
+from .source import Change, Edited, Recoded
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000005
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     edits:tuple=() # `Edit`s
     attrs:tuple=() # `Attr`s
     folds:tuple=() # `Fold`s
-    sized:tuple=() # `Sized`: modules whose code says sizes
+    recoded:tuple=() # `Recoded`: modules whose source says other sizes, or that run in an adapter
     pins:tuple=() # (layer, positions that stay, of how many, reason)
     mixed:tuple=() # (group, operator): removing units here changes the statistics of others
     held:tuple=() # (group, units, reason): they are silent, and stay
@@ -85,10 +85,12 @@ class Plan:
         d = json.loads(text)
         tup = lambda o: tuple(tup(i) for i in o) if isinstance(o, list) else o
         kinds = dict(cuts=Cut, edits=Edit, attrs=Attr, folds=Fold)
-        said = lambda o: Sized(o['module'], tuple(Said(s['order'], s['name'], tup(s['sizes']), s['scale'], s['free'], tup(s.get('part')), tup(s.get('own'))) for s in o['said']))
+        change = lambda o: Change(o['kind'], tup(o['at']), tup(o['values']), o['inner'] and edited(o['inner']))
+        edited = lambda o: Edited(o['name'], o['digest'], tuple(map(change, o['changes'])))
+        recoded = lambda o: Recoded(o['module'], tuple(map(edited, o['methods'])))
         plain = lambda t: lambda o: t(**{a:tup(b) for a,b in o.items()})
         branch = lambda o: replace(plain(Branch)(o), modules=tuple(map(plain(Gone), o['modules'])))
-        kinds = {**{k:plain(t) for k,t in kinds.items()}, 'sized':said, 'branches':branch}
+        kinds = {**{k:plain(t) for k,t in kinds.items()}, 'recoded':recoded, 'branches':branch}
         return cls(**{k: tuple(kinds[k](o) for o in v) if k in kinds else tup(v) for k,v in d.items()})
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000008
@@ -104,8 +106,7 @@ def __repr__(self:Plan):
     head = f"Plan: {self.removed} of {self.units} units go, from {len(self.rows())} of {len(self.cuts)} groups; {len(self.edits)} edits, {len(self.folds)} folded constants"
     if self.kernels: head += f"; {len(self.kernels)} smaller kernels"
     if self.branches: head += f"; {len(self.branches)} branches"
-    exact = sum(s.part is not None for m in self.sized for s in m.said)
-    if exact: head += f"; {exact} statistics keep their divisor"
+    if (n := sum(k=='exact' for m in self.recoded for k in m.kinds)): head += f"; {n} statistics keep their divisor"
     w = max([len(r[0]) for r in (*self.rows(), *self.pins, *self.kernels)]+[len(b.where) for b in self.branches]+[5])
     gone = [f"  {b.where:<{w}}  a branch goes: {', '.join(g.module for g in b.modules)}" for b in self.branches]
     cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]+[f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels]
@@ -142,14 +143,14 @@ def uses_of(
 )->dict: # Tensor of the trace → nodes
     "Who uses each tensor"
     res = {}
-    for n in c.trace.nodes:
-        for r in set(Site(n, c.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
+    for n in c.labels.trace.nodes:
+        for r in set(Site(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
     return res
 
 def _target(c, r, uses):
-    t,node = c.trace,c.trace.nodes[r.node]
+    t,node = c.labels.trace,c.labels.trace.nodes[r.node]
     s = Site(node, t, c.labels.env)
-    once = lambda ref: ref is not None and t.name_of(ref) and len(uses[ref])==1
+    once = lambda ref: ref is not None and t.name_of(ref) and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]}) # once in each run
     bias = s['bias'] if 'convolution' in node.op else s['self'] if node.op=='addmm' else None
     if r.weight is None or r.out is None: return None
     if bias is not None: return ('bias', t.name_of(bias)) if once(bias) and t.shapes[bias.id]==(r.out.n,) else None
@@ -159,7 +160,7 @@ def _target(c, r, uses):
         mean = Site(behind[0], t, c.labels.env)['running_mean']
         if once(mean): return ('mean', t.name_of(mean))
     m = c.model.get_submodule(node.module)
-    runs = sum(n.module==node.module and n.op==node.op for n in t.nodes)
+    runs = sum(n.module==node.module and n.op==node.op for n in c.walked[c.run_of(node.index)].trace.nodes)
     if runs==1 and isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.bias is None: return ('new', node.module)
 
 # %% ../../nbs/surgery/08_plan.ipynb #0000000b
@@ -170,10 +171,11 @@ def folds_of(
     gone:np.ndarray, # By label
 )->tuple:
     "The constants of removed channels, added up at their readers"
-    total = {}
+    total,seen = {},set()
     for i,r in enumerate(c.labels.reads):
         f,to = facts.get(i),targets[i]
-        if f is None or to is None or f.fold is None: continue
+        if f is None or to is None or f.fold is None or c.run_of(r.node) and (to, c.labels.trace.nodes[r.node].key) in seen: continue
+        seen.add((to, c.labels.trace.nodes[r.node].key))
         v = np.where(c.labels.keeps(r.axis, gone) | np.isnan(f.value), 0, f.value)
         if not v.any(): continue
         k = np.einsum('goi,gi->go', f.fold, v.reshape(f.fold.shape[0], -1)).reshape(-1)
@@ -247,31 +249,28 @@ def cuts_of(
     return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed)
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000012
-def mended(
+def with_code(
     c:Coupling,
-    gone:np.ndarray, # By label
     plan:Plan, # By `cuts_of`
-    fixes:dict, # Module path → {attribute: value}, 'calls', or 'numbers': calls, and numbers that stay
+    attrs:dict, # Module path → {attribute: value}
+    recoded:tuple=(), # `Recoded`s
 )->Plan:
-    "The same, and what is said instead where code has sizes written in it"
-    attrs = plan.attrs+tuple(Attr(m, k, v) for m,f in fixes.items() if isinstance(f, dict) for k,v in f.items())
-    cut = {e.param.rpartition('.')[0] for e in plan.edits}
-    plain = {m for m in cut if not getattr(ADAPTERS.get(type(c.model.get_submodule(m))), 'watch_only', True)} # these can be smaller in their adapter only
-    attrs += tuple(Attr(m, k, v) for m in plain for k,v in ADAPTERS[type(c.model.get_submodule(m))].attrs.items())
-    says = {m:sized(c, gone, m, fixes[m]=='numbers') if isinstance(fixes.get(m), str) else Sized(m, ()) for m in sorted(plain|{m for m,f in fixes.items() if isinstance(f, str)})}
-    for s in divided(c, gone): says[s.module] = merged(says.get(s.module), s)
-    says = tuple(s for s in says.values() if s.said or s.module in plain)
-    return replace(plan, attrs=tuple(dict.fromkeys(attrs)), sized=says)
+    "The same plan, and what changes in code that has sizes written in it"
+    new = tuple(Attr(m, k, v) for m,values in attrs.items() for k,v in values.items())
+    cut,types = {e.param.rpartition('.')[0] for e in plan.edits},dict(c.model.named_modules())
+    adapted = {m for m in cut if not getattr(ADAPTERS.get(type(types[m])), 'watch_only', True)} # these can be smaller in their adapter only
+    new += tuple(Attr(m, k, v) for m in sorted(adapted) for k,v in ADAPTERS[type(types[m])].attrs.items())
+    found = {r.module for r in recoded}
+    recoded = (*recoded, *(Recoded(m, ()) for m in sorted(adapted-found)))
+    return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded)
 
-# %% ../../nbs/surgery/08_plan.ipynb #00000013
 def make_plan(
     c:Coupling,
     gone:np.ndarray, # By label: these go
     folds:tuple=(), # `Fold`s
-    fixes:dict=None, # As for `mended`
 )->Plan:
-    "The whole plan"
-    return mended(c, gone, cuts_of(c, gone, folds), fixes or {})
+    "Make the plan of a model whose code says no sizes"
+    return with_code(c, cuts_of(c, gone, folds), {})
 
 def _places(l, a, order): # Positions that stay of an axis with shuffled channels, in the order in which they will stand
     labels = l.expand(a.rows)[:,0]

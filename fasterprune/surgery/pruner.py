@@ -16,14 +16,14 @@ from ..core import NoEffectWarning, as_call
 from ..criteria.base import as_criterion, has_values
 from .branch import Removed, silent_branches
 from .budget import Budget
-from .capture import capture, capture_all
+from .capture import capture
 from .choice import Choice, is_of, layers_of, warn_of_emptied
 from .choose import evidence_for
 from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
 from .groups import Group, Member
-from .coupling import Coupling
+from .coupling import Coupling, couple
 from .kernel_shape import shrink_kernels
 from .liveness import dead_labels, held, observe
 from .operation import Extras, Operation, Removal
@@ -40,18 +40,20 @@ class Pruner:
         x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes matter
         *, only=None, # Names or types of layers whose groups may be cut; None is all
         ignore=(), # Names or types of layers whose groups stay
+        examples=(), # Further calls of the model that have to go on working, in the form of `x`: with a mask, with labels, of another length
         exact_norms:bool=False, # Let norms over channels that go divide by the number that there were, so that zeros can be removed without loss
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Pruner needs an nn.Module, not {model!r}")
         if not isinstance(exact_norms, bool): raise TypeError(f"exact_norms is True or False, not {exact_norms!r}")
         as_call(x)
-        self.model,self.x = getattr(model, '_orig_mod', model),x
+        self.model,self.x,self.examples = getattr(model, '_orig_mod', model),x,list(examples)
+        for y in self.examples: as_call(y)
         self.only,self.ignore = layers_of(self.model, only, 'only'),layers_of(self.model, ignore, 'ignore')
         self.exact_norms,self.coupling,self.measured = exact_norms,None,None # measured: what the last budget in time came to
 
     def couple(self)->Coupling:
         "Capture the model and find its groups, afresh"
-        self.coupling,self.measured = Coupling(self.model, capture_all(self.model, self.x)),None
+        self.coupling,self.measured = couple(self.model, self.x, self.examples),None
         left = [g for g in self.coupling.groups if not self._may(g)]
         for g in left: self.coupling.labels.pin(g.labels, 'left alone on request')
         if left: self.coupling.refresh()
@@ -73,7 +75,7 @@ def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that ca
     facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c, self.x, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
+    plan,gone,trace = settle(c, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
     return shrink_kernels(c, self.x, replace(plan, held=tuple(held(c, seen, foldable, gone))), trace, self._may_layer),gone,trace
 
 @patch

@@ -131,7 +131,7 @@ def in_adapters(
     plan:Plan, # Of it
 )->tuple: # Their names
     "Modules that a plan makes run in an adapter"
-    return tuple(s.module for s in plan.sized if type(model.get_submodule(s.module)) in ADAPTERS)
+    return tuple(r.module for r in plan.recoded if type(model.get_submodule(r.module)).__mro__[1] in ADAPTERS)
 
 # %% ../../nbs/surgery/15_report.ipynb #0000000d
 def _equal(self):
@@ -151,11 +151,10 @@ def _kernels(plan): # (size before, after) → layers
 
 def _modules(names): return f"{names[0] or 'the model'}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
-def _calls(s): # What a module's calls do, in words
-    names = lambda said: ', '.join(dict.fromkeys(k.name for k in said))
-    sizes,norms = [k for k in s.said if k.sizes or k.scale is not None],[k for k in s.said if k.part is not None]
-    if sizes: yield f"{names(sizes)} {'say' if len(sizes)>1 else 'says'} the planned sizes"
-    if norms: yield f"{names(norms)} {'keep their' if len(norms)>1 else 'keeps its'} divisor"
+def _code(r): # What the source of a module says otherwise, in words
+    exact,others = [k for k in r.kinds if k=='exact'],[k for k in r.kinds if k!='exact']
+    if others: yield 'says the planned sizes in its source'
+    if exact: yield 'keeps its divisor'
 
 @patch
 def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
@@ -165,8 +164,8 @@ def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
     for a in self.plan.attrs:
         if a.name not in hidden: by.setdefault(a.module, []).append(f"{a.name} = {a.value}")
     for m,what in by.items(): done.setdefault(', '.join(what), []).append(m)
-    for s in self.plan.sized:
-        for what in _calls(s): done.setdefault(what, []).append(s.module)
+    for r in self.plan.recoded:
+        for what in _code(r): done.setdefault(what, []).append(r.module)
     for m in self.adapters: done.setdefault('runs in an adapter', []).append(m)
     return list(done.items())
 

@@ -7,10 +7,12 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/trace.html.md"""
 # %% ../../nbs/surgery/00_trace.ipynb #00000002
 from __future__ import annotations
 import dataclasses
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from torch import Tensor
+from .guard import slots_of
 
 # %% auto #0
 __all__ = ['Ref', 'Node', 'Call', 'Trace', 'used_refs', 'tensors_in']
@@ -44,12 +46,15 @@ class Node:
 class Call:
     "A function call in which Python code says a size: `x.view(b, 8, 64)`"
     module:str # Path of the module that was running
-    order:str # 'Attention.forward view 2': the third `view` that this function called since the module was entered
+    order:tuple # (code, instruction, function, how many calls were made there since the module was entered)
     name:str # `view`, `expand`, `split`, ...
     outs:tuple # `Ref` of each tensor result
     node:int # Index of the first operator that it caused
     args:tuple # Positional arguments; each tensor is a `Ref`
     kwargs:dict # Keyword arguments
+
+    @property
+    def place(self)->tuple: "Where it stands in the code: its `order` without the count"; return self.order[:-1]
 
 # %% ../../nbs/surgery/00_trace.ipynb #00000007
 @dataclass
@@ -63,9 +68,10 @@ class Trace:
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
     calls:list = field(default_factory=list) # `Call`s in which Python code says a size
     asked:set = field(default_factory=set) # `Ref` ids of tensors whose size the code asked for
-    own:dict = field(default_factory=dict) # Module path → {call: the sizes that its code said by itself}, of modules that say planned ones
+    base:int = 0 # What is added to the numbers of all tensors but parameters and buffers, so that two traces share only these
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
+    state:set = field(default_factory=set) # Names of buffers and parameters that the code assigned or wrote to
 
     def name_of(self, ref:Ref)->str|None:
         "Parameter or buffer name, or None"
@@ -99,8 +105,7 @@ def tensors_in(
     if isinstance(o, Tensor): return [o]
     if o is None or isinstance(o, (str, bytes, int, float, bool, type)) or _depth==0: return []
     if isinstance(o, Mapping): items = o.values()
-    elif isinstance(o, (list, tuple, set, frozenset)): items = o
+    elif isinstance(o, (list, tuple, set, frozenset, deque)): items = o
     elif dataclasses.is_dataclass(o): items = [getattr(o, f.name) for f in dataclasses.fields(o)]
-    elif hasattr(o, '__dict__'): items = vars(o).values()
-    else: return []
+    else: items = [*getattr(o, '__dict__', {}).values(), *(getattr(o, k) for k in slots_of(type(o)) if hasattr(o, k))]
     return [t for i in items for t in tensors_in(i, _depth-1)]

@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/verify.html.md"""
 __all__ = ['outputs', 'check_adapters', 'relative_error', 'tolerance', 'Decisions']
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000002
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from torch.utils._pytree import tree_map
 from ..core import VerificationError
 from .adapters import ADAPTERS
 from .trace import tensors_in
-from .capture import Recorder, plainly, record_in
+from .capture import Recorder, clones, plainly, probe, record, record_in
 from .coupling import Coupling
+from .witness import Witness
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000005
 def outputs(
@@ -26,35 +28,43 @@ def outputs(
     *, dtype:torch.dtype|None=torch.float64, # To compute in; None is the model's own
     c:Coupling|None=None, # To let its readers read zeros
     gone=None, # Bool by label: what they do not see
+    w:Witness|None=None, # Which run of the coupling it is; None is the example's
     training:tuple=(), # Modules to put in training mode
     around=None, # `Decisions.note` or `.repeat`
+    instead:dict|None=None, # Name → tensor, where it shall compute with another one
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
-    run = _precisely(plainly if c is None else _unread(c, gone, missed), dtype)
+    run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     rec = Recorder(run=run if around is None else around(run), training=training, exact=c is None)
-    with torch.no_grad(): res = [t.detach().clone() for t in tensors_in(record_in(model, x, rec, dtype))]
+    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
 
-def _unread(c, gone, missed):
+def _unread(c, gone, missed, w):
     "Run each reader with zeros for what is gone, and each statistic without it"
-    l,nodes = c.labels,c.trace.nodes
-    changes = {}
-    for r in l.reads: changes.setdefault(nodes[r.node].key, []).append((_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
-    for _,_,n,ref,dim,axis in l.mixed: changes.setdefault(nodes[n].key, []).append((_without, axis, nodes[n].args.index(ref), dim))
+    l,nodes = c.labels,c.labels.trace.nodes
+    w = c.witnesses[0] if w.alike else w
+    mine,changes = range(w.first_node, w.first_node+len(w.trace.nodes)),{}
+    for r in l.reads:
+        if r.node in mine: changes.setdefault(nodes[r.node].key, []).append((_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
+    for _,_,n,ref,dim,axis in l.mixed:
+        if n in mine: changes.setdefault(nodes[n].key, []).append((_without, axis, nodes[n].args.index(ref), dim))
     changes = {k:[(f, l.keeps(a, gone), i, dim) for f,a,i,dim in v] for k,v in changes.items()}
-    wider = {nodes[d.node].key: (nodes[d.node].args.index(d.data), d.dim, d.was-d.axis.n) for d in getattr(c, 'exact', ()) if d.was>d.axis.n}
+    wider = {nodes[d.node].key: (nodes[d.node].args.index(d.data), d.dim, d.was-d.axis.n) for d in c.exact if d.was>d.axis.n and d.node in mine}
     missed.update(changes)
     def run(key, func, args, kwargs):
         out = None
         missed.discard(key)
         for f,keep,i,dim in changes.get(key, ()):
             if keep.all(): continue
+            keep = _as_long(keep, args[i].shape[dim])
             args,out = f(func, args, kwargs, torch.as_tensor(keep, device=args[i].device), i, dim)
         if key in wider: return _wider(func, args, kwargs, *wider[key])
         return func(*args, **kwargs) if out is None else out
     return run
+
+def _as_long(keep, n): return keep if len(keep)==n else np.resize(keep, n) # where a batch is merged into channels, there are more in a larger batch
 
 def _zeroed(func, args, kwargs, keep, i, dim):
     "A reader sees zeros"
@@ -114,21 +124,23 @@ def check_adapters(
     training:tuple=(), # Modules to put in training mode
 ):
     "Refuse an adapter that does not compute what its module does"
-    if not any(type(m) in ADAPTERS and 'forward' not in vars(m) for m in model.modules()): return
+    if not any(type(m) in ADAPTERS for m in model.modules()): return
     try: _compare_adapters(model, x, training, torch.float64)
     except VerificationError: raise
     except Exception: _compare_adapters(model, x, training, None) # code that insists on its own precision
 
 def _compare_adapters(model, x, training, dtype):
     def check(m, args, kwargs, out):
-        with _disable_current_modes(): want = tensors_in(type(m).forward(m, *args, **kwargs))
+        own = type(m).__mro__[1]
+        with _disable_current_modes(): want = tensors_in(own.forward(m, *args, **kwargs))
         got = tensors_in(out)
         e = relative_error(got, want)
         if not e<=tolerance(min((t.dtype for t in got if t.is_floating_point()), key=lambda d: torch.finfo(d).bits, default=torch.float32)):
-            raise VerificationError(f"the adapter of {type(m).__name__} does not compute what {type(m).__name__}.forward does: its outputs differ by {e:.1e} (relative); nothing was changed")
-    rec = Recorder(training=training)
-    rec.check = check
-    with torch.no_grad(): record_in(model, x, rec, dtype)
+            raise VerificationError(f"the adapter of {own.__name__} does not compute what {own.__name__}.forward does: its outputs differ by {e:.1e} (relative); nothing was changed")
+    def watch(copy):
+        for m in copy.modules():
+            if type(m).__mro__[1] in ADAPTERS: m.register_forward_hook(check, with_kwargs=True)
+    record(model, probe(x, dtype), Recorder(training=training), clones(model, dtype), change=watch)
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000010
 def relative_error(
