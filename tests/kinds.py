@@ -132,8 +132,21 @@ def torch_state():
     return {**flags, **parts, **noise}
 
 def changed(before, after):
-    "Names of what was there before and is another now"
-    return [k for k in before if before[k]!=after.get(k, 'gone')]
+    "Names of what was there before and is another now, and of what is new on classes that everybody uses"
+    new = [k for k in after if k not in before and k.startswith(('Tensor.', 'Module.'))]
+    return [k for k in before if before[k]!=after.get(k, 'gone')]+new
+
+def mend_torch(before):
+    "Take down what a test found on, so that the tests after it are about something else"
+    from torch.utils._python_dispatch import _pop_mode
+    while torch._C._len_torch_function_stack()>before['function']: torch._C._pop_torch_function_stack()
+    while torch._C._len_torch_dispatch_stack()>before['dispatch']: _pop_mode()
+    torch.set_grad_enabled(before['grad'])
+    torch.backends.mha.set_fastpath_enabled(before['fastpath'])
+    torch.backends.cuda.enable_flash_sdp(before['flash'])
+    torch.backends.cuda.enable_mem_efficient_sdp(before['efficient'])
+    torch.backends.cuda.enable_math_sdp(before['math'])
+    for k in [k for k in vars(torch.Tensor) if f"Tensor.{k}" not in before]: delattr(torch.Tensor, k)
 
 def alive(kind='FakeTensor'):
     "Tensors of this class that the garbage collector still finds"
