@@ -1,9 +1,10 @@
 "What the tests of kinds of faults share: oracles over a plan that cut nothing, and what is compared before and after"
-import copy, gc, random, re, sys
+import copy, functools, gc, random, re, types
 from collections import OrderedDict, deque
 import numpy as np
 import pytest, torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from fasterprune.core import PruningError
 from fasterprune.surgery.pruner import Pruner
@@ -86,6 +87,8 @@ def inner(m, x, end='[inner]', fraction=.5):
 
 # ---- photographs: what is to be the same afterwards
 
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, functools._lru_cache_wrapper)
+
 def photo(o, seen=None):
     "A value of plain numbers and bytes that says all of an object that anybody could see: tensors by their bits, modules by their attributes and hooks"
     seen = {} if seen is None else seen
@@ -98,9 +101,11 @@ def photo(o, seen=None):
     if isinstance(o, dict): return (type(o).__name__, *((repr(k) if not isinstance(k, torch.Tensor) else _tensor(k), photo(v, seen)) for k,v in o.items()))
     if isinstance(o, (list, tuple, deque)): return (type(o).__name__, *(photo(v, seen) for v in o))
     if isinstance(o, (set, frozenset)): return (type(o).__name__, *sorted(map(repr, o)))
-    if callable(o) and getattr(o, '__closure__', None): return ('closure', id(o), *(photo(c.cell_contents, seen) for c in o.__closure__))
+    if isinstance(o, FUNCTIONS): return ('function', id(o), *(photo(c.cell_contents, seen) for c in getattr(o, '__closure__', None) or ()))
+    if isinstance(o, functools.partial): return ('partial', id(o), photo(o.func, seen), photo(o.args, seen), photo(o.keywords, seen))
+    if isinstance(o, types.MethodType): return ('method', photo(o.__self__, seen), id(o.__func__))
     slots = [k for c in type(o).__mro__ for k in getattr(c, '__slots__', ()) if isinstance(k, str) and hasattr(o, k) and not k.startswith('__')]
-    own = {**{k:getattr(o, k) for k in slots}, **getattr(o, '__dict__', {})} if not callable(o) else {}
+    own = {**{k:getattr(o, k) for k in slots}, **getattr(o, '__dict__', {})}
     return ('object', id(o), *((k, photo(v, seen)) for k,v in own.items()))
 
 def _tensor(t):
@@ -148,7 +153,7 @@ def mend_torch(before):
     torch.backends.cuda.enable_math_sdp(before['math'])
     for k in [k for k in vars(torch.Tensor) if f"Tensor.{k}" not in before]: delattr(torch.Tensor, k)
 
-def alive(kind='FakeTensor'):
-    "Tensors of this class that the garbage collector still finds"
-    gc.collect()
-    return [o for o in gc.get_objects() if type(o).__name__==kind]
+def alive(collect=True):
+    "Fake tensors that the garbage collector still finds"
+    if collect: gc.collect()
+    return [o for o in gc.get_objects() if type(o) is FakeTensor]
