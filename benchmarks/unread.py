@@ -46,6 +46,6 @@ def narrowed(own, wide, keep, n:int, dim:int):
     "A forward over the channels that stay; the others are zero"
     def forward(x, *args, **kwargs):
         if x.shape[dim]!=n: return wide(x, *args, **kwargs)
-        y = own(x.index_select(dim, keep), *args, **kwargs)
+        y = own.to(x.dtype)(x.index_select(dim, keep), *args, **kwargs)
         return y.new_zeros(x.shape).index_copy(dim, keep, y)
     return forward
