@@ -5,7 +5,6 @@ from copy import deepcopy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from fasterprune.core import as_call
 from fasterprune.surgery.trace import tensors_in
 from fasterprune.surgery.capture import capture, capture_all
 from fasterprune.surgery.cost import n_params, trace_macs
@@ -13,11 +12,11 @@ from fasterprune.surgery.coupling import Coupling
 from fasterprune.surgery.pruner import Pruner
 from attention import attention
 from models import batch_of, build, is_detector, targets
+from passes import call, forward_seconds
 
 QUICK = 5. # s; what is faster is measured three times
 clock = time.process_time # one thread: what other programs do on the machine counts for nothing
 
-def call(m, x): args,kwargs = as_call(x); return m(*args, **kwargs)
 def shapes(out): return [tuple(t.shape) for t in tensors_in(out)]
 def first_line(e): return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:400]}"
 
@@ -155,16 +154,18 @@ def backward(m, x, detector):
     if not grads or not all(g.isfinite().all() for g in grads): raise ValueError(f"{len(grads)} gradients, of which {sum(not g.isfinite().all() for g in grads)} are not finite")
     m.eval()
 
-def run(spec, with_peer=True, seconds=100.):
+def run(spec, with_peer=True, seconds=100., only=False):
+    "All steps for one model; `only` those that the peer's numbers need"
     row,detector = Row(model=spec),is_detector(spec)
     built = row.step('build', build, spec)
     if built is None: return row
     model,x = built
     ours(tiny(), torch.randn(1, 3, 16, 16))
     if with_peer: peer(tiny(), torch.randn(1, 3, 16, 16), ['6'])
+    row['forward_s'] = row.step('forward', forward_seconds, model, x)
     kept,report = timed(row, model, x, with_peer, seconds)
     if report is not None: row.update(params=report.params, macs=report.macs, kept=report.params[1]/report.params[0], macs_kept=report.macs[1]/max(report.macs[0], 1), removed=report.removed)
-    row.step('stages', stages, row, model, x)
+    if not only: row.step('stages', stages, row, model, x)
     want = {n: None if detector else row.step('shapes', lambda: [tuple(t.shapes[r.id]) for t in [capture(model, batch_of(x, n))] for r in t.outputs]) for n in (1,2)}
     if 'peer' in kept:
         m = kept.pop('peer')
@@ -172,7 +173,7 @@ def run(spec, with_peer=True, seconds=100.):
         row['peer_kept'] = n_params(m)/n_params(model)
         if row['peer_works']: row['peer_macs_kept'] = row.step('peer_macs', lambda: trace_macs(capture(m, x))/max(trace_macs(capture(model, x)), 1))
         del m
-    if 'ours' in kept:
+    if 'ours' in kept and not only:
         m = kept.pop('ours')
         for n in (1,2): row[f'forward_{n}'] = row.step(f'forward_{n}', lambda: forward(m, batch_of(x, n), want[n]) or True) or False
         row['backward'] = row.step('backward', lambda: backward(m, x, detector) or True) or False
@@ -187,5 +188,5 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     most = int(.8*os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')) # more is an error here, and not the end of other processes
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    spec,with_peer,seconds = sys.argv[1],sys.argv[2:3]!=['no-peer'],float((sys.argv[3:4] or [100])[0])
-    run(spec, with_peer, seconds).emit()
+    spec,who,seconds = sys.argv[1],(sys.argv[2:3] or ['peer'])[0],float((sys.argv[3:4] or [100])[0])
+    run(spec, who!='no-peer', seconds, who=='only-peer').emit()

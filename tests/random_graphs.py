@@ -319,6 +319,15 @@ def again(x, batch=3, seed=7):
     g = torch.Generator().manual_seed(seed)
     return tree_map(lambda t: torch.randn(batch, *t.shape[1:], generator=g, dtype=t.dtype) if t.is_floating_point() else torch.randint(0, 9, (batch,*t.shape[1:]), generator=g), x)
 
+def longer(x, batch:int, steps:int):
+    "The same kind of input with more tokens and larger images"
+    g = torch.Generator().manual_seed(steps)
+    def one(t):
+        if not t.is_floating_point(): return torch.randint(0, 9, (batch, t.shape[1]+steps), generator=g)
+        shape = (t.shape[1]+steps, t.shape[2]) if t.dim()==3 else (t.shape[1], t.shape[2]+8, t.shape[3]+8)
+        return torch.randn(batch, *shape, generator=g, dtype=t.dtype)
+    return tree_map(one, x)
+
 class Mixed(Graph):
     "A network from a list of `(kind, a, b, c, d)` with tokens, images, or both"
     TOKENS = 'fused fused separate separate cross cross multihead windows windows channels mlp mlp mlp layer lstm lstm gru norm cls pos linear conv1d mixer gate_tokens add_tokens cat_tokens halves encoder decoder patches image'.split()

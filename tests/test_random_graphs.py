@@ -1,16 +1,20 @@
-"""Both laws on random graphs: convolutional ones, and ones with attention, norms, recurrent layers and several inputs
+"""Both laws on random graphs: convolutional ones; ones with attention, norms, recurrent layers and several inputs; and programs, with loops,
+branches, state, caches, numbers and dictionaries. All at inputs of other sizes, that the pruner has not seen
 
-The 500 graphs of the second kind: `pytest -m slow tests/test_random_graphs.py`"""
-import warnings
-from collections import Counter
+The 500 graphs of the second kind, and 1,000 programs: `pytest -m slow tests/test_random_graphs.py`, these alone with `-k programs`,
+another number of them with `GRAPHS=200 pytest ...`"""
+import dataclasses, os, re, subprocess, sys, warnings
+from collections import Counter, deque
 from copy import deepcopy
+from pathlib import Path
 import pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from fasterprune.surgery.coupling import couple
 from fasterprune.surgery.pruner import Pruner
 from laws import CONV, TRANSPOSED, WRITTEN, awake, cut, other, rel, run, silence, tensors, unread
-from random_graphs import INPUTS, RMS, Fused, Graph, Mixed, Multihead, Recurrent, Separate, again
+from random_programs import EXAMPLE, UNSEEN, Case, Program, Writer, as_program, at
+from random_graphs import INPUTS, RMS, Fused, Graph, Mixed, Multihead, Recurrent, Separate, again, longer
 
 number = st.integers(0, 11)
 graphs = st.tuples(st.lists(st.tuples(st.integers(0, len(Graph.KINDS)-1), number, number, number, number), min_size=2, max_size=12), st.tuples(*[number]*4))
@@ -20,6 +24,19 @@ def made(graph, seed=0):
     torch.manual_seed(seed)
     return awake(Graph(*graph), x, seed)
 
+SIDES = (1, 16), (4, 12), (3, 10)
+
+def others(m, sizes, make):
+    "Inputs of other sizes, as far as the dense network takes them"
+    res = []
+    for s in sizes:
+        try: run(m, y := make(*s))
+        except RuntimeError: continue
+        res.append(y)
+    return res
+
+def image(batch, side): return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(side), dtype=torch.float64)
+
 def holds(graph, fraction, roles, seed=0):
     "Both laws on one graph; returns how much was removed by the first, and by the second what was to be removed and what was"
     m = made(graph, seed)
@@ -28,19 +45,20 @@ def holds(graph, fraction, roles, seed=0):
         warnings.simplefilter('ignore')
         small = deepcopy(m)
         r = Pruner(small, x).prune(fraction, criterion='random')
-        want = unread(m, r.plan)
-        for y in (x, other(x)): assert rel(run(small, y), run(want, y)) < 1e-10, r
+        want,unseen = unread(m, r.plan),others(m, SIDES, image)
+        for y in (x, other(x), *unseen): assert rel(run(small, y), run(want, y)) < 1e-10, r
         sparse = deepcopy(m)
         zeroed = silence(sparse, couple(sparse, x), fraction, roles, seed)
         small = deepcopy(sparse)
         r2 = Pruner(small, x).prune()
-    for y in (x, other(x)):
+    for y in (x, other(x), *unseen):
         assert rel(run(small.eval(), y), run(sparse.eval(), y)) < 1e-10, r2
         if not (r2.plan.folds and any(isinstance(b, nn.BatchNorm2d) and not b.affine for b in m.modules())): # what it makes of a constant differs between the modes
             assert rel(run(small.train(), y), run(sparse.train(), y)) < 1e-9, r2
     return r,zeroed,r2
 
-calm = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+calm = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink)) # without the explanations, which take minutes
 
 @settings(max_examples=220, **calm)
 @given(graphs, st.sampled_from([.25, .5, .9]), st.sampled_from([WRITTEN, ('read',)]), st.integers(0, 9))
@@ -159,17 +177,18 @@ def hold(graph, fraction, way, readers, seed=0):
         r = Pruner(small, x, **kw).prune(fraction, criterion='random')
         assert r.error is None or r.error<1e-10, r
         if way!='plain' and not any('softmax' in why for _,why in r.plan.mixed): assert not r.plan.mixed, r
-        if not r.plan.mixed: agree(small, unseen(m, r.plan), r, x, y)
+        more = others(m, ((1, 2), (4, 12)), lambda batch, steps: longer(x, batch, steps))
+        if not r.plan.mixed: agree(small, unseen(m, r.plan), r, x, y, *more)
         else: gradients(small, y)
         sparse = emptied(m, r.plan, readers)
         small = deepcopy(sparse)
         r2 = Pruner(small, x, **kw).prune()
     fickle = r2.plan.folds and any(isinstance(b, nn.modules.batchnorm._BatchNorm) for b in m.modules()) # what it makes of a constant differs between the modes
-    agree(small, sparse, r2, x, y, step=readers and not fickle)
+    agree(small, sparse, r2, x, y, *more, step=readers and not fickle)
     return r,r2,what(m, r.plan)
 
-def agree(small, want, r, x, y, step=True):
-    for z in (x, y): assert rel(run(small.eval(), z), run(want.eval(), z))<1e-10, r
+def agree(small, want, r, x, y, *more, step=True):
+    for z in (x, y, *more): assert rel(run(small.eval(), z), run(want.eval(), z))<1e-10, r
     if not step: return
     for z in (x, y): assert rel(run(small.train(), z), run(want.train(), z))<1e-9, r
     same_step(small, want, r.plan, y, 1e-8)
@@ -205,3 +224,111 @@ def test_both_laws_with_attention(): many(150)
 
 @pytest.mark.slow
 def test_both_laws_with_attention_500(): many(500)
+
+# ---- programs: loops, branches, state, caches, numbers, dictionaries
+
+program_graphs = st.tuples(st.lists(st.tuples(st.integers(0, len(Writer.KINDS)-1), number, number, number), min_size=1, max_size=5), st.tuples(*[number]*4))
+
+@torch.no_grad()
+def living(program, ran:bool, seed=0):
+    "The network of a program in double precision, of which no part is zero or one; it may have run before"
+    torch.manual_seed(seed)
+    m = program.build().double().eval()
+    for p in m.parameters(): p.copy_(torch.rand_like(p)+.5 if p.dim()<2 else torch.randn_like(p)*1.2/p[0].numel()**.5)
+    for k,b in m.named_parameters():
+        if k.endswith('bias') or 'bias_' in k: b.copy_(torch.randn_like(b)*.3)
+    for case in (EXAMPLE, UNSEEN[0])[:2*ran]: run(m, program.input(case, 9))
+    return m
+
+STATE = 'calls', 'last', 'past', 'cache', 'kept' # What programs keep between calls; other attributes are sizes
+
+def keeps(m)->dict:
+    "What a module keeps that is neither a parameter nor a buffer: numbers as they are, of tensors what they are"
+    def one(v):
+        if isinstance(v, torch.Tensor): return type(v).__name__,str(v.dtype),tuple(v.shape)
+        if isinstance(v, dict): return {k:one(i) for k,i in v.items()}
+        return [one(i) for i in v] if isinstance(v, (list, deque)) else v
+    return {k:one(v) for k,v in vars(m).items() if k.startswith(STATE)}
+
+class Differs(AssertionError): "What was computed is not what the law demands"
+
+def same_on(small, want, program, where:str, says, tol=1e-9):
+    "Both compute the same at the example and at three inputs that the pruner has not seen, one after the other, in both modes; returns how often a report is the excuse"
+    excused = 0
+    for training in (False, True):
+        a,b = (deepcopy(m).train(training) for m in (small, want))
+        for case in (EXAMPLE, *UNSEEN):
+            x = program.input(case, 1)
+            try: e = rel(run(a, x), run(b, x))
+            except Exception as ex: e = f"{type(ex).__name__}: {str(ex)[:300]}"
+            if isinstance(e, float) and e<tol: continue
+            if says and (case is not EXAMPLE or 'value' in program.asks): excused += 1; break # what is kept between calls may differ from here on
+            raise Differs(f"{where}, {'training' if training else 'evaluation'}, {case}: {e}")
+    return excused
+
+def says_so(r, program)->bool:
+    "Does the report name what lies on a path that it has not seen, or say that values decided?"
+    words = set(re.findall(r'[\w.]+', str(r).lower()))
+    return bool(program.asks-{'past','value'} & words) or 'value' in program.asks and bool(words & {'value', 'values', 'path', 'paths'})
+
+def hold_program(graph, fraction, exact, ran, seed=0):
+    "Both laws on one program; returns both reports and excuses, or None where there is nothing to see"
+    program = Program(*graph)
+    how = dict(exact_norms=exact)
+    try:
+        m = living(program, ran, seed)
+        before,x = keeps(m),program.input(EXAMPLE)
+        if rel(run(deepcopy(m), x), run(deepcopy(m), program.input(EXAMPLE, 3)))<1e-6: return None
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            small = deepcopy(m)
+            r = Pruner(small, x, **how).prune(fraction, criterion='random')
+            if keeps(small)!=before: raise Differs(f"pruning left something in the model: {keeps(small)}, and not {before}")
+            excused = same_on(small, unseen(m, r.plan), program, "readers' law", says_so(r, program)) if not r.plan.mixed else 0
+            sparse = emptied(m, r.plan)
+            small = deepcopy(sparse)
+            r2 = Pruner(small, x, **how).prune()
+            excused += same_on(small, sparse, program, "masks' law", says_so(r2, program))
+        return r,r2,excused
+    except Exception as e: raise AssertionError(f"{type(e).__name__}: {e}\n\n{script(program, fraction, exact, ran, seed)}") from e
+
+def script(program, fraction, exact, ran, seed)->str:
+    "A small program that shows it: run it in the folder of the tests"
+    form = lambda case: f"program.input(Case{tuple(dataclasses.asdict(case).values())}, 1)"
+    return '\n'.join(['# ---- to see it again, in tests/', 'from test_random_graphs import *', f"TEXT = '''{program.text}'''",
+        f"program = as_program(TEXT, {sorted(program.uses)!r}, {program.form!r})", f"m = living(program, {ran}, {seed})", 'small = deepcopy(m)',
+        f"r = Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune({fraction}, criterion='random'); print(r)",
+        f"same_on(small, unseen(m, r.plan), program, \"readers' law\", False)", 'sparse = emptied(m, r.plan); small = deepcopy(sparse)',
+        f"r = Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune(); print(r)", "same_on(small, sparse, program, \"masks' law\", False)"])
+
+def programs(n, **kw):
+    "Both laws on `n` programs, of which a large share is cut"
+    tally = Counter()
+    @settings(**{**calm, 'max_examples':n, **kw})
+    @given(program_graphs, st.sampled_from([.25, .5, .9]), st.booleans(), st.booleans(), st.integers(0, 9))
+    def check(graph, fraction, exact, ran, seed):
+        tally['asked'] += 1
+        res = hold_program(graph, fraction, exact, ran, seed)
+        if res is None: return
+        r,r2,excused = res
+        tally.update(['all', *['removed']*bool(r.removed), *['dead']*bool(r2.removed), *['mixed']*bool(r.plan.mixed), *['excused']*bool(excused)])
+        tally.update({Writer.KINDS[k] for k,*_ in graph[0]} | {at(Writer.FORMS, graph[1][1])})
+    check()
+    assert tally['all']>=.8*tally['asked'] and tally['removed']>=.7*tally['all'] and tally['dead']>=.6*tally['all'], tally
+    assert tally['mixed']<.25*tally['all'] and tally['excused']<.3*tally['all'], tally
+    missing = {*Writer.KINDS, *Writer.FORMS}-set(tally)
+    assert len(missing)<=(0 if n>300 else 5), missing
+    return tally
+
+def test_both_laws_on_programs(): programs(60)
+
+@pytest.mark.slow
+def test_both_laws_on_programs_1000(): programs(int(os.environ.get('GRAPHS', 1000)))
+
+def test_a_failure_prints_a_program_that_runs(tmp_path):
+    program = Program([(Writer.KINDS.index('over_time'), 0, 0, 0), (Writer.KINDS.index('number'), 0, 0, 0)], (0, 2, 0, 1))
+    text = script(program, .5, True, False, 0)
+    (tmp_path/'again.py').write_text(text.split("small = deepcopy(m)")[0] + "\nprint(rel(run(m, program.input(EXAMPLE)), run(m, program.input(EXAMPLE))))")
+    here = Path(__file__).resolve().parent
+    p = subprocess.run([sys.executable, tmp_path/'again.py'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(here), str(here.parent)])})
+    assert p.stdout.split()==['0.0'], p.stderr
