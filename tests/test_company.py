@@ -635,7 +635,7 @@ def test_a_model_without_layers_is_refused_before_training():
         def forward(self, x): return x.flatten(1)@self.w
     learn = learner(None_)
     before = weights(learn.model)
-    with pytest.raises(Exception, match='no convolution and no linear layer'): fit(learn, cbs=SparsifyCallback(.5))
+    with pytest.raises(Exception, match='no channel of this model can be chosen'): fit(learn, cbs=SparsifyCallback(.5))
     assert equal(before, weights(learn.model)) and len(learn.metrics)==1
 
 def test_wrapped_for_several_devices():
