@@ -635,7 +635,7 @@ def test_a_model_without_layers_is_refused_before_training():
         def forward(self, x): return x.flatten(1)@self.w
     learn = learner(None_)
     before = weights(learn.model)
-    with pytest.raises(Exception, match='no channel of this model can be chosen'): fit(learn, cbs=SparsifyCallback(.5))
+    with pytest.raises(Exception, match='no convolution and no linear layer'): fit(learn, cbs=SparsifyCallback(.5))
     assert equal(before, weights(learn.model)) and len(learn.metrics)==1
 
 def test_wrapped_for_several_devices():
@@ -696,7 +696,7 @@ def test_tabular_learner():
     dls = TabularDataLoaders.from_df(df, y_names='y', y_block=CategoryBlock(), cat_names=['a'], cont_names=['b','c'], procs=[Categorify, Normalize], bs=50, valid_idx=list(range(50)))
     learn,cb = tabular_learner(dls, layers=[32,16], metrics=accuracy),SparsifyCallback(.5)
     with quiet(learn): learn.fit_one_cycle(3, 1e-2, cbs=[cb, Holds()])
-    assert cb.masks.units=={'layers.0.0':(16,32), 'layers.1.0':(8,16)} and pruned(learn).removed==24
+    assert cb.masks.units=={'embeds.0':(2,4), 'layers.0.0':(16,32), 'layers.1.0':(8,16)} and pruned(learn).removed==26
 
 def sentences(n=120):
     x = torch.randint(0, 20, (n,12), generator=torch.Generator().manual_seed(0))

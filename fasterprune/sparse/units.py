@@ -176,7 +176,7 @@ class CoupledUnits:
         left = lambda n, names: any(n==l or n.startswith(f"{l}.") for l in names)
         take,leave = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
         self.skipped = {n:why for n,_,_,why in self.pins if (take is None or left(n, take)) and not left(n, leave)}
-        if not self.groups: raise ValueError(_none_left(granularity, found, self.pins, heads))
+        if not self.groups: raise ValueError(_none_left(granularity, model, found, self.pins, heads))
 
     @property
     def parts(self)->dict: "Group name → the parts of which equally many have to stay"; return {g.name:g.even for g in self.groups}
@@ -208,8 +208,11 @@ def _heads_left(model, groups, only, ignore): # nn.MultiheadAttention is no laye
     of = lambda g, names: is_of(g, names) or any(n.startswith(f"{l}.") for l in g.layers for n in names)
     return [g for g in groups if (only is None or of(g, only)) and not of(g, ignore)]
 
-def _none_left(granularity, found, pins, heads):
-    if not heads: return f"no channel of this model can be chosen by {granularity.name}: "+('; '.join(f"{n}: {why}" for n,_,_,why in pins) or 'only and ignore leave none')
+def _none_left(granularity, model, found, pins, heads):
+    can = ', '.join(repr(g.name) for g in found if g.primary)
+    if not heads and can: return f"only and ignore leave no layer whose channels can be chosen by {granularity.name!r}; those that can go are written by {can}"
+    layers = '' if any(isinstance(m, layer_types) for m in model.modules()) else ', which has no convolution and no linear layer,'
+    if not heads: return f"no channel of this model{layers} can be chosen by {granularity.name}: "+'; '.join(f"{n}: {why}" for n,_,_,why in pins)
     why = 'that of this model is left out by only or ignore' if found else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs'
     return f"granularity {granularity.name!r} is for attention, and {why}; use granularity='filter' for whole channels"
 
@@ -243,7 +246,7 @@ def fractions(self:CoupledUnits,
         gs,block = groups_named(self.groups, name, self.role)
         if not gs: raise ValueError(self._unknown(name))
         return [g.name for g in gs],block
-    return fractions_by_group(sparsity, find)
+    return fractions_by_group(sparsity, find, f"{self.role}s")
 
 @patch
 def _unknown(self:CoupledUnits, name):

@@ -121,6 +121,7 @@ def _reads_what_stays(name):
 def fractions_by_group(
     sparsity:dict, # Name → fraction
     find:Callable, # Name → (names of groups, is it the name of a block?)
+    verb:str='writes', # What a layer does to the channels that its name means
 )->dict: # Name of group → fraction
     "What the names of a sparsity mean: a layer counts before its block, a block before one that is around it"
     res = {}
@@ -129,12 +130,12 @@ def fractions_by_group(
         rank = n.count('.') if block else math.inf
         for g in names:
             was,at,by = res.get(g, (v, -1, n))
-            if rank==at and v!=was: raise ValueError(_two_fractions(n, v, g, by, was))
+            if rank==at and v!=was: raise ValueError(_two_fractions(n, v, g, by, was, verb))
             if rank>at: res[g] = (v, rank, n)
     return {g:v for g,(v,_,_) in res.items()}
 
-def _two_fractions(name, v, group, other, was):
-    return f"sparsity: {name!r} and {other!r} both mean the channels of {group!r}, so these cannot have {v!r} and {was!r}; give one of them a fraction, or name {group!r} itself"
+def _two_fractions(name, v, group, other, was, verb):
+    return f"sparsity: {name!r} {verb} the same channels as {other!r}, those of {group!r}, so it cannot have {v!r} where that has {was!r}; give one of them a fraction, or name {group!r} itself"
 
 def shares_of(
     c:Coupling,
@@ -143,7 +144,7 @@ def shares_of(
     "What the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
     def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
-    return [(c.by_name[g].labels, v) for g,v in fractions_by_group(how.sparsity, find).items()]
+    return [(c.by_name[g].labels, v) for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
 
 def _by_group(c, shares): # Group → part, for those that there are by now
     return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, labels).any()}
