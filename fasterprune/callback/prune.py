@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from .frame import example_batch
 from .keep import KeepZeros, obeyed
+from .awd import reset_ # and registers what surgery has to know of fastai's language models
 from ..sparse.masks import plain_module
 from ..surgery.budget import Budget
 from ..surgery.pruner import Pruner, Report
@@ -57,6 +58,7 @@ def prune(self:Learner,
         left = m.cut(r.plan.edits)
         if left.keep: c.take(left)
         else: self.remove_cb(c)
+    if r.removed: reset_(self.model)
     return r
 
 def _data(learn, dl): return learn.dls.train if dl is True else None if dl is False else dl

@@ -207,7 +207,9 @@ def _check_same(self:ResumeCallback, found):
         v = found['kind'].get(k)
         if v!=now: raise ValueError(f"{other}its {k} were {_short(v, now)}, and are {_short(now, v)}; {again}")
     for (name,now),was in _paired(self._settings, found['settings']):
-        for k,a,b in differences(was, now): raise ValueError(f"{other}{name} was given {k}={a!r}, and has {k}={b!r}; {again}")
+        for k,a,b in differences(was, now): raise ValueError(f"{other}{name} was given {k}={_brief(a)}, and has {k}={_brief(b)}; {again}")
+
+def _brief(v): return s if len(s := repr(v))<=120 else f"{s[:117]}..."
 
 def _paired(now, then): # Each callback of now with what one of its class was told then, in order
     left = list(then)

@@ -12,10 +12,11 @@ import copy
 from dataclasses import replace
 from functools import lru_cache
 import numpy as np
-from torch import nn
+from torch import nn, Tensor
 from fastcore.basics import patch
+from ..core import modules_of
 from .apply import apply_, attributes, new_attributes, planned_shapes
-from .trace import Node, Trace, used_refs
+from .trace import Node, Trace, tensors_in, used_refs
 from .capture import Recorder, fake_trace, record, roughly, size_calls
 from .coupling import Coupling
 from .labels import Kept
@@ -148,6 +149,11 @@ def predicted(
 # %% ../../nbs/surgery/10_dryrun.ipynb #0000000d
 class _Found(BaseException): "Ends a run that need not go on"
 
+def _copied(model): # with attributes that were computed, which PyTorch does not copy, such as a weight behind dropout
+    held = [v for _,m in modules_of(model) for k,v in vars(m).items() if k not in ('_modules','_parameters','_buffers')]
+    computed = [t for t in tensors_in([v for v in held if isinstance(v, (Tensor, list, tuple, dict))]) if t.grad_fn is not None]
+    return copy.deepcopy(model, {id(t):t.detach().clone() for t in computed})
+
 def dry_run(
     model:nn.Module, # Not changed
     x, # What it is called with
@@ -168,7 +174,7 @@ def dry_run(
         if c.trace.fake:
             with attributes(new_attributes(model, plan)), installed(model, plan.sized) as rec.trace.own: fake_trace(model, x, planned_shapes(model, plan), rec)
         else:
-            small = copy.deepcopy(model)
+            small = _copied(model)
             apply_(small, replace(plan, sized=()))
             with installed(small, plan.sized) as rec.trace.own: record(small, x, rec)
     except _Found: pass
