@@ -696,7 +696,7 @@ def test_tabular_learner():
     dls = TabularDataLoaders.from_df(df, y_names='y', y_block=CategoryBlock(), cat_names=['a'], cont_names=['b','c'], procs=[Categorify, Normalize], bs=50, valid_idx=list(range(50)))
     learn,cb = tabular_learner(dls, layers=[32,16], metrics=accuracy),SparsifyCallback(.5)
     with quiet(learn): learn.fit_one_cycle(3, 1e-2, cbs=[cb, Holds()])
-    assert cb.masks.units=={'layers.0.0':(16,32), 'layers.1.0':(8,16)} and pruned(learn).removed==24
+    assert cb.masks.units=={'embeds.0':(2,4), 'layers.0.0':(16,32), 'layers.1.0':(8,16)} and pruned(learn).removed==26
 
 def sentences(n=120):
     x = torch.randint(0, 20, (n,12), generator=torch.Generator().manual_seed(0))

@@ -68,10 +68,10 @@ def test_units_of_a_residual_network_are_all_layers_together():
     m = shaken(partial(small_resnet, width=4))
     u = Units(m, X.double())
     s = Sparsifier(m, X.double())
-    assert u.n=={g.name:g.n for g in s.groups}
-    for g in s.groups:
+    assert u.n==s.totals
+    for g in s.units.groups:
         for i in range(g.n):
-            keep = s._spread({h.name:torch.ones(h.n, dtype=torch.bool) if h.name!=g.name else torch.arange(g.n)!=i for h in s.groups})
+            keep = s.units.spread({h.name:torch.ones(h.n, dtype=torch.bool) if h.name!=g.name else torch.arange(g.n)!=i for h in s.units.groups})
             got = sum(float(m.get_parameter(n)[~k.expand(m.get_parameter(n).shape)].square().sum()) for n,k in keep.items())
             assert float(u.squares()[g.name][i])==pytest.approx(got) # what the masks of this unit would set to zero
 

@@ -12,6 +12,7 @@ from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.sparse import masks, sparsifier
 from fasterprune.sparse.sparsifier import Sparsifier
+from fasterprune.sparse.units import LayerUnits
 from fasterprune.surgery import apply, capture
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -62,7 +63,7 @@ def several_inputs(p):
     for m in (company, prune, sparsify): p.setattr(m, 'example_batch', lambda learn: frame.example_batch(learn)[:1])
 def tied(p):
     whole = nn.Module.named_parameters
-    p.setattr(Sparsifier, '_weights', lambda self: {n:f'{n}.weight' for n in self.layers})
+    p.setattr(LayerUnits, 'weights', property(lambda self: {n:f'{n}.weight' for n in self.layers}))
     p.setattr(nn.Module, 'named_parameters', lambda self, prefix='', recurse=True, remove_duplicate=True: whole(self, prefix, recurse))
 def averages(p): p.setattr(prune, 'copies_of', lambda also: [])
 def loss_before_mixup(p): p.setattr(SparsifyCallback, '_loss', property(lambda self: self.learn.loss_func, nothing), raising=False)

@@ -112,7 +112,7 @@ def start(self:PruneCallback):
     if not (self._given or self._of is model): self._begin(c, costs)
     self._units = self._count(c, self._units if self._of is model else {})
     self._of,self._given,self._macs = model,False,costs['macs']
-    if isinstance(self.how.sparsity, dict): self._shares = {g.name:v for labels,v in shares_of(c, self.how.sparsity) for g in c.groups if np.array_equal(g.labels, labels)}
+    if isinstance(self.how.sparsity, dict): self._shares = {g.name:v for labels,v in shares_of(c, self.how) for g in c.groups if np.array_equal(g.labels, labels)}
     if self.how.budget is not None: self._check_met(pruner)
 
 @patch

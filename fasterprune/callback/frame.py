@@ -8,7 +8,9 @@ Docs: https://fasterprune.github.io/fasterprune/callback/frame.html.md"""
 __all__ = ['is_training', 'TrainingCallback', 'forget_best', 'loaders_of', 'undisturbed', 'example_batch', 'check_every']
 
 # %% ../../nbs/callback/00_frame.ipynb #00000003
+import inspect
 from contextlib import contextmanager
+from functools import wraps
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -24,14 +26,32 @@ def is_training(
     return not (hasattr(learn, 'lr_finder') or learn.lock.locked())
 
 # %% ../../nbs/callback/00_frame.ipynb #00000008
+def _noted(init): # the same, which notes what it is told; the outermost, where a class calls that of another
+    @wraps(init)
+    def f(self, *args, **kwargs):
+        vars(self).setdefault('_told', (args, kwargs))
+        init(self, *args, **kwargs)
+    return f
+
 class TrainingCallback(Callback):
     "A callback that is on during `fit` only, with columns of its own, and takes everything down on every way out"
     order = Recorder.order-5 # its columns must be known when the recorder writes its header
     _on,_columns = False,()
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if '__init__' in vars(cls): cls.__init__ = _noted(cls.__init__)
     def start(self): "What is set up when training begins"
     def stop(self): "What is taken down when it has ended, however; safe to call twice"
     def interrupted(self): "What is done before, if it ended by an error or an interrupt"
     def columns(self)->dict: "Name → function: what the progress table shows"; return {}
+
+    @property
+    def given(self)->dict:
+        "Parameter → what this callback was told when it was made"
+        args,kwargs = vars(self).get('_told', ((), {}))
+        told = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
+        told.apply_defaults()
+        return dict(list(told.arguments.items())[1:])
 
     def before_fit(self):
         "Set up, if this is a training"

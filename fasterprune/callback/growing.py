@@ -81,7 +81,7 @@ class GrowingCallback(TrainingCallback):
 def start(self:GrowingCallback):
     "Find the units; GReg-1 chooses them"
     x = self.x if self.x is not None or self.granularity.like not in sides else example_batch(self.learn)
-    self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore)
+    self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
     self._keeper,self._step,self._held,self.masks,self.strength = keeper_of(self.learn),0,False,None,0.
     self._all = Masks({n:torch.zeros_like(k) for n,k in self._sparsifier.masks(0.).keep.items()})

@@ -12,7 +12,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 from .frame import example_batch
-from .keep import KeepZeros
+from .keep import KeepZeros, obeyed
+from .awd import reset_ # and registers what surgery has to know of fastai's language models
 from ..sparse.masks import plain_module
 from ..surgery.budget import Budget
 from ..surgery.pruner import Pruner, Report
@@ -48,14 +49,16 @@ def prune(self:Learner,
     keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
+    masks = [obeyed(c.masks, self.model) for c in keepers]
     r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
         granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
         data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
         optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
-    for c in keepers:
-        left = c.masks.cut(r.plan.edits)
-        if left.keep: c.hold(left)
+    for c,m in zip(keepers, masks):
+        left = m.cut(r.plan.edits)
+        if left.keep: c.take(left)
         else: self.remove_cb(c)
+    if r.removed: reset_(self.model)
     return r
 
 def _data(learn, dl): return learn.dls.train if dl is True else None if dl is False else dl

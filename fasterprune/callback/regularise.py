@@ -16,8 +16,8 @@ from torch import nn, Tensor
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from .frame import TrainingCallback, example_batch
-from ..core import select_layers
 from ..sparse.masks import plain_module
+from ..surgery.choice import groups_left
 from ..surgery.coupling import couple
 
 # %% ../../nbs/callback/05_regularise.ipynb #00000006
@@ -80,8 +80,7 @@ class Units:
         reads:bool=False, # Do the weights that read a unit belong to it, too?
         empty:bool=False, # May there be none?
     ):
-        layers,left = select_layers(model, only, ignore),set(select_layers(model))-set(select_layers(model, None, ignore))
-        groups = [g for g in couple(model, x).groups if g.primary and any(l in layers for l in g.layers) and not left&set(g.layers)]
+        groups = groups_left(model, couple(model, x).groups, only, ignore)
         if not groups and not empty: raise ValueError(f"no channel of this {type(model).__name__} can be removed, so there is no unit to make small")
         params,roles = dict(model.named_parameters()),('write','bias','scale','shift')+('read',)*reads
         self.n,self.members = {g.name:g.n for g in groups},{}

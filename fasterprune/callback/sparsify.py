@@ -35,7 +35,7 @@ from ..surgery.choose import check_where, evidence_for, sides
 class SparsifyCallback(TrainingCallback):
     "Set units of the model to zero while it trains, more and more, by a schedule"
     def __init__(self,
-        sparsity:float|dict, # Part of the units that is zero in the end; or a dict of layer → part
+        sparsity:float|dict, # Part of the units that is zero in the end; or a dict of the name of a layer or block → part
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
@@ -61,7 +61,7 @@ class SparsifyCallback(TrainingCallback):
         if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
         self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
         self._log,self._by_layer,self._last,self.masks,self._firm,self._loss,self._wait = [],[],None,None,False,None,None
-        self._ear,self._whole,self._ears,self._batches,self._now = None,None,[],[],None
+        self._ear,self._whole,self._ears,self._batches,self._now,self._warned = None,None,[],[],None,False
 
 def _check_when(every, regrow):
     check_every(every, Patience)
@@ -76,12 +76,19 @@ def start(self:SparsifyCallback):
     flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
     self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
     self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
-        normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence)
+        normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
+    self._warn()
     self._keeper = keeper_of(self.learn)
     self._log,self._by_layer,self._last,self.masks,self._firm,self._wait = [],[],None,None,False,self.every.watch() if isinstance(self.every, Patience) else None
     self._found,self._loss = self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
     if self.criterion.stats: self._prick_up()
+
+@patch
+def _warn(self:SparsifyCallback): # once, and not in each fit
+    if self._warned or rank_distrib(): return
+    self._warned = True
+    self._sparsifier.warn_of_staying(self.sparsity, stacklevel=3)
 
 @patch
 def columns(self:SparsifyCallback)->dict: "What is zero, measured"; return dict(sparsity=self.measured_sparsity, compression=self.measured_compression)

@@ -8,24 +8,23 @@ Docs: https://fasterprune.github.io/fasterprune/sparse/sparsifier.html.md"""
 __all__ = ['Sparsifier']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000002
-import math, warnings
+import warnings
+from copy import copy
 from dataclasses import replace
 from functools import partial
-import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
 from ..allocation import allocate, allocate_rising, check_allocation
-from ..core import NoEffectWarning, as_call, no_such, select_layers
+from ..core import NoEffectWarning, as_call, no_such
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
-from ..criteria.base import as_criterion, check_compared, element_scores, layer_scores, ranking, reductions, unit_scores
+from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
-from ..granularity import as_granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not
-from .heads import head_dim_groups, head_groups
+from ..granularity import as_granularity
 from .masks import Masks, plain_module
-from ..surgery.guard import state_of
-from ..surgery.choose import check_where, evidence_for, group_scores, sides, wanted_of, wanted_of_weights, weight_stats
-from ..surgery.coupling import couple
+from .units import CoupledUnits, LayerUnits
+from ..surgery.choice import PruningWarning
+from ..surgery.choose import check_where, evidence_for, sides
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000005
 class Sparsifier:
@@ -57,80 +56,24 @@ class Sparsifier:
         if context=='global': ranking(self.criterion, normalizer)
         if self.criterion.stats and evidence is None: evidence_for(self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
         self.reduce,self.evidence = reduce,evidence or partial(evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
-        layers = _chosen(self.model, only, ignore)
-        self.coupled,self.rule,self.skipped = self.granularity.like in sides,self.granularity.rule,{} # skipped: layer name → why it has no such units
-        if self.coupled: self._couple(x, layers, ignore)
-        else: self._layers(layers, only); self._check_compared()
+        g = self.granularity
+        self.units = CoupledUnits(self.model, x, g, only, ignore) if g.like in sides else LayerUnits(self.model, g, only, ignore)
+        self.rule = g.rule
+        self.units.check(self.criterion)
         if not self.criterion.stats: self._scores(self._plain or self.criterion) # a criterion that cannot score this model says so now
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
-    def totals(self)->dict:
-        "Layer or group name → number of units"
-        if self.coupled: return {g.name:g.n for g in self.groups}
-        return {n: m.weight.numel()//unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
-
-def _chosen(model, only, ignore): # Layers, and the embeddings that `only` names
-    asked = [] if only is None else [only] if isinstance(only, (str, type)) else list(only)
-    found = {n:m for n,m in model.named_modules() if isinstance(m, nn.Embedding) and any(n==a or isinstance(a, type) and isinstance(m, a) for a in asked)}
-    rest = [a for a in asked if a not in found and not (isinstance(a, type) and issubclass(a, nn.Embedding) and found)]
-    return {**(select_layers(model, rest if found else only, ignore) if rest or not found else {}), **found}
-
-# %% ../../nbs/sparse/01_sparsifier.ipynb #00000006
-@patch
-def _couple(self:Sparsifier, x, layers, ignore):
-    if x is None: raise ValueError(f"granularity {self.granularity.name!r} is for whole channels, which run through several layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
-    c = couple(self.model, x)
-    left_out = set(select_layers(self.model))-set(select_layers(self.model, None, ignore))
-    heads = dict(head=head_groups, head_dim=head_dim_groups).get(self.granularity.name)
-    named = lambda l, ns: l in ns or heads and any(n.startswith(f'{l}.') for n in ns) # nn.MultiheadAttention is no layer, and has one
-    ok = lambda g: any(named(l, layers) for l in g.layers) and not any(named(l, left_out) for l in g.layers)
-    find = heads or (lambda c: [g for g in c.groups if g.primary])
-    self.groups = [g for g in find(c) if ok(g)]
-    self.pins = c.pins()
-    self.skipped = {n:why for n,_,_,why in self.pins if n in layers}
-    if not self.groups and heads: raise ValueError(f"granularity {self.granularity.name!r} is for attention, and {'that of this model is left out by only or ignore' if find(c) else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs'}; use granularity='filter' for whole channels")
-    if not self.groups: raise ValueError(f"no channel of this model can be chosen by {self.granularity.name}: "+('; '.join(f"{n}: {why}" for n,_,_,why in self.pins) or 'only and ignore leave none'))
-
-@patch
-def _layers(self:Sparsifier, layers, only):
-    g,first = self.granularity,{}
-    if only is not None: [unit_dims(m, g) for m in layers.values()] # refuses a layer that was asked for and cannot
-    self.skipped = {n:why for n,m in layers.items() if (why := why_not(m, g))}
-    if self.skipped and only is not None: raise ValueError(f"layer {next(iter(self.skipped))!r} has no units of granularity {g.name!r}: {next(iter(self.skipped.values()))}; leave it out of only, or use another granularity")
-    for n,m in layers.items():
-        if (o := first.setdefault(id(m.weight), n))!=n: self.skipped[n] = f"its weight is that of {o!r}"
-    self.layers = {n:(m, unit_dims(m, g)) for n,m in layers.items() if n not in self.skipped}
-    self.tiles = {n:unit_tiles(m, g) for n,(m,_) in self.layers.items()}
-    if not self.layers: raise ValueError(f"no layer of this model has units of granularity {g.name!r} ({g.meaning}); it is defined for {', '.join(g.layers)}"+''.join(f"; {n!r}: {why}" for n,why in list(self.skipped.items())[:3]))
-    made = [n for n,(m,_) in self.layers.items() if 'weight' not in m._parameters]
-    if made: raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
+    def skipped(self)->dict: "Layer name → why it has no such units"; return self.units.skipped
+    @property
+    def totals(self)->dict: "Layer or group name → number of units"; return self.units.totals
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000008
-def _shape_of_units(w, dims, tiles): return [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
-
-@patch
-def _check_compared(self:Sparsifier): # Of units at one tap, or of taps where these are the units
-    for n,(m,d) in self.layers.items():
-        units = _shape_of_units(m.weight, d, self.tiles[n])
-        try: check_compared(self.criterion, math.prod(units if {0,1}<=set(d) else units[:2]))
-        except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
-
 @patch
 @torch.no_grad()
 def zeros(self:Sparsifier)->dict: # Layer or group name → bool, True = all its weights are zero
     "Which units are zero now, measured on the model"
-    if not self.coupled:
-        return {n: reduce_units(m.weight!=0, dims, 'max', self.tiles[n])==0 if dims or self.tiles[n] else m.weight==0 for n,(m,dims) in self.layers.items()}
-    state,res,role = state_of(self.model),{},sides[self.granularity.like]
-    for g in self.groups:
-        z = np.ones(g.n, bool)
-        for m in g.role(role):
-            w = (state[m.param]!=0).movedim(m.dim, 0)
-            live = w.reshape(len(w), -1).any(1).cpu().numpy()
-            z[m.unit[(m.unit>=0)&live]] = False
-        res[g.name] = torch.as_tensor(z)
-    return res
+    return self.units.zeros()
 
 @patch
 def measured(self:Sparsifier)->dict: # Layer or group name → (zero units, units)
@@ -147,11 +90,13 @@ def part(self:Sparsifier,
     sparsity:float|dict, # As for `masks`
 )->float:
     "What a sparsity is a part of all, where it is different for each layer"
+    self = self.naming(sparsity)
     return self._part(s) if isinstance(s := self.check(sparsity), dict) else s
 
 @patch
 def _part(self:Sparsifier, share):
-    size = {n:k*(self.costs()[n] if self.count=='params' else 1) for n,k in self.totals.items()}
+    costs = self.costs() if self.count=='params' else {}
+    size = {n:k*costs.get(n, 1) for n,k in self.totals.items()}
     return float(sum(share.get(n, 0.)*k for n,k in size.items())/sum(size.values()))
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #00000009
@@ -165,14 +110,12 @@ def scores(self:Sparsifier,
 @patch(as_prop=True)
 def _plain(self:Sparsifier): # The criterion without its function of a layer, where masks can do without; else None
     c = self.criterion
-    if c.rising is None or self.coupled or self.rule is not None or self.count!='units' or self.normalizer is not None: return None
+    if c.rising is None or self.units.parts is not None or self.rule is not None or self.count!='units' or self.normalizer is not None: return None
     return replace(c, layer=None, rising=None)
 
 @patch
 def _scores(self:Sparsifier, c, keep=None):
-    evidence = self.evidence() if c.stats else None
-    if self.coupled: s = group_scores(self.model, self.groups, c, granularity=self.granularity.like, evidence=evidence, reduce=self.reduce, keep=keep)
-    else: s = self._layer_scores(c, evidence, keep or {})
+    s = self.units.scores(c, self.evidence() if c.stats else None, reduce=self.reduce, keep=keep)
     if self.context=='local': return s
     raw = self.granularity.like=='weight' or max(self.totals.values())==1 # one unit is its own mean
     f = ranking(c, self.normalizer, alike=raw)
@@ -181,74 +124,46 @@ def _scores(self:Sparsifier, c, keep=None):
 @patch
 def wanted(self:Sparsifier)->list: # (`Statistic`, `Place`)
     "What has to be known before units can be scored"
-    if self.coupled: return wanted_of(self.criterion, self.model, self.groups, granularity=self.granularity.like)
-    return wanted_of_weights(self.criterion, self.model, list(self._weights().values()))
-
-@patch
-def _weights(self:Sparsifier): # Layer name → name of its weight; of a weight that several layers share, the first name
-    names = {id(t):n for n,t in state_of(self.model).items()}
-    return {n:names[id(m.weight)] for n,(m,_) in self.layers.items()}
-
-@patch
-def _layer_scores(self:Sparsifier, c, evidence, keep):
-    names = self._weights()
-    stats,res = weight_stats(c, self.model, list(names.values()), evidence),{}
-    for n,(m,d) in self.layers.items():
-        if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {c.name!r} knows nothing about it; leave it out with ignore={n!r}")
-        try: res[n] = _scores_of(c, m.weight, d, self.tiles[n], n, stats[names[n]], keep.get(n))
-        except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
-    return res
-
-def _scores_of(c, w, dims, tiles, key, s, k): # As `unit_scores`, also for units that are several entries wide
-    if not tiles: return unit_scores(c, w, dims, key, s=s, k=k)
-    shape = _shape_of_units(w, dims, tiles)
-    if c.vectors is not None:
-        v,at,inside = in_tiles(w, dims, tiles)
-        return unit_scores(c, v, tuple(sorted(at+inside)), key, s=s and {n:in_tiles(t.expand(w.shape), dims, tiles)[0] for n,t in s.items()}, k=k, taps=range(2+len(tiles), v.dim())).view(shape)
-    t = reduce_units(element_scores(c, w, s), dims, c.pool, tiles)
-    return layer_scores(c, t if c.finish is None else c.finish(t), key)
+    return self.units.wanted(self.criterion)
 
 @patch
 def costs(self:Sparsifier)->dict: # Layer or group name → parameters of one unit
     "What one unit is worth in parameters"
-    if not self.coupled: return {n: unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
-    state,role = state_of(self.model),sides[self.granularity.like]
-    return {g.name: sum(state[m.param].numel()/state[m.param].shape[m.dim]*(m.unit>=0).sum()/g.n for m in g.role(role)) for g in self.groups}
+    return self.units.costs
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000b
 @patch
 def masks(self:Sparsifier,
-    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of layer or group name → part; None: that of the granularity, such as half for '2:4'
+    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that of the granularity, such as half for '2:4'
     *, regrow:bool=False, # May units that are zero now be chosen to stay?
 )->Masks:
     "Choose what becomes zero; the model is not changed"
-    sparsity,costs = self.check(sparsity),self.costs() if self.count=='params' else None
-    parts = {g.name:g.even for g in self.groups} if self.coupled else None
-    plain,idle = self._plain,bool(self.criterion.stats) and self.part(sparsity)==0 # nothing to choose: nothing to gather
-    zeros = self.zeros()
-    none = {n:torch.zeros(z.shape) for n,z in zeros.items()} if idle or self.criterion.selector else {}
-    keep = {n:int(k.sum()) for n,k in allocate(none, sparsity, context=self.context, count=self.count, costs=costs, parts=parts).items()} if self.criterion.selector else None
-    s = none if idle else self._scores(plain or self.criterion, keep)
+    self = self.naming(sparsity)
+    sparsity,zeros,plain = self.check(sparsity),self.zeros(),self._plain
+    how = dict(context=self.context, count=self.count, costs=self.costs() if self.count=='params' else None, parts=self.units.parts)
+    none = {n:torch.zeros(z.shape) for n,z in zeros.items()}
+    if self.criterion.stats and self.part(sparsity)==0: s = none # nothing to choose: nothing to gather
+    else: s = self._scores(plain or self.criterion, _counts(allocate(none, sparsity, **how)) if self.criterion.selector else None)
     gone = {} if regrow else {n:z for n,z in zeros.items() if not (n in self.born_zero and z.all())}
-    for n,z in gone.items():
-        if z.any(): s[n] = s[n].masked_fill(z.to(s[n].device), -torch.inf)
+    s = {n:v.masked_fill(gone[n].to(v.device), -torch.inf) if n in gone and gone[n].any() else v for n,v in s.items()}
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
-    if plain is not None and self.context=='global': keep = allocate_rising(s, sparsity, self.criterion.rising)
-    else: keep = allocate(s, sparsity, context=self.context, count=self.count, costs=costs, parts=parts)
-    if self.coupled: keep.update({g.name:torch.as_tensor(g.arranged(keep[g.name].cpu().numpy(), s[g.name].cpu())) for g in self.groups if g.flow is not None})
+    keep = allocate_rising(s, sparsity, self.criterion.rising) if plain is not None and self.context=='global' else allocate(s, sparsity, **how)
+    keep = self.units.arranged(keep, s)
     if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()}) # more than the rule takes had gone already
-    return Masks(self._spread(keep), {n:(k.numel()-int(k.count_nonzero()), k.numel()) for n,k in keep.items()})
+    return Masks(self.units.spread(keep), {n:(k.numel()-int(k.count_nonzero()), k.numel()) for n,k in keep.items()})
+
+def _counts(keep): return {n:int(k.sum()) for n,k in keep.items()} # of units that stay
 
 @patch
 def _ruled(self:Sparsifier, s, part):
     "Weights that a rule does not let go are never among the lowest"
     if part>0: self.rule = self.rule.settled(list(s.values())) # what it finds out about the network it finds out once
-    may = {n:self.rule.may_go(v, layer_axes[kind_of(self.layers[n][0])]) for n,v in s.items()}
+    may = self.units.may_go(self.rule, s)
     return {n:v.masked_fill(~may[n], torch.inf) for n,v in s.items()}
 
 @patch
 def sparsify(self:Sparsifier,
-    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of layer or group name → part; None: that of the granularity, such as half for '2:4'
+    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that of the granularity, such as half for '2:4'
 )->Masks:
     "Choose what becomes zero and make it so"
     m = self.masks(sparsity)
@@ -270,12 +185,25 @@ def warn_of_none(self:Sparsifier,
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
+def naming(self:Sparsifier,
+    sparsity, # As for `masks`
+)->Sparsifier: # The same where that is all it names
+    "This sparsifier, which also counts the units that only a dict of fractions can name"
+    units = self.units.with_named(sparsity)
+    if units is self.units: return self
+    res = copy(self)
+    res.units = units
+    res.born_zero = self.born_zero|{n for n,z in res.zeros().items() if n not in self.totals and z.all()}
+    return res
+
+@patch
 def check(self:Sparsifier,
     sparsity:float|dict|None, # As for `masks`
 )->float|dict:
-    "Refuse a sparsity that this model cannot have; layer names become names of groups"
+    "Refuse a sparsity that this model cannot have; names of layers and blocks become names of units"
+    self = self.naming(sparsity)
     if sparsity is None: sparsity = self._own()
-    if isinstance(sparsity, dict) and self.coupled: sparsity = self._by_group(sparsity)
+    if isinstance(sparsity, dict): sparsity = self.units.fractions(sparsity)
     res = check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
     over = max(res.values()) if isinstance(res, dict) else res
     if over>self.granularity.most+1e-9: raise ValueError(f"sparsity={over!r} is more than {self.granularity.name!r} takes, which is {self.granularity.most:.4g} ({self.granularity.meaning}); ask for that or less, or use granularity='weight'")
@@ -286,38 +214,18 @@ def _own(self:Sparsifier):
     if self.rule is None: raise ValueError(f"sparsity is None, and granularity {self.granularity.name!r} has none of its own, as '2:4' or 'pattern' have; pass a fraction such as 0.5")
     return self.granularity.most
 
+# %% ../../nbs/sparse/01_sparsifier.ipynb #000000a1
 @patch
-def _by_group(self:Sparsifier, sparsity):
-    res = {}
-    for n,v in sparsity.items():
-        g = self._group(n)
-        if res.setdefault(g, v)!=v: raise ValueError(f"sparsity: {n!r} writes the same channels as the other layers of {g!r} do, so it cannot have {v!r} where they have {res[g]!r}; give one of them a fraction")
-    return res
-
-@patch
-def _group(self:Sparsifier, name):
-    for g in self.groups:
-        if name==g.name or name in g.layers: return g.name
-    why = next((f": {w}" for n,_,_,w in self.pins if n==name), '')
-    raise ValueError(no_such('group of channels', name, [l for g in self.groups for l in g.layers])+why)
-
-@patch
-def _spread(self:Sparsifier, keep):
-    "Masks of parameters from the units that stay"
-    if not self.coupled: return {w:self._untiled(n, keep[n]) for n,w in self._weights().items()}
-    state,params = state_of(self.model),dict(self.model.named_parameters())
-    filters = self.granularity.like=='filter'
-    res = {}
-    for g in self.groups:
-        k = keep[g.name].cpu().numpy()
-        for m in g.members:
-            if m.param not in params or (m.role=='read')==filters: continue
-            v = torch.as_tensor(np.where(m.unit<0, True, k[m.unit]), device=state[m.param].device)
-            v = v.view([-1 if i==m.dim else 1 for i in range(state[m.param].dim())])
-            res[m.param] = res[m.param]&v if m.param in res else v
-    return res
-
-@patch
-def _untiled(self:Sparsifier, n, k):
-    m,dims = self.layers[n]
-    return expand_units(k, [1 if d in dims else a for d,a in enumerate(m.weight.shape)], self.tiles[n]) if self.tiles[n] else k
+def warn_of_staying(self:Sparsifier,
+    sparsity:float|dict, # As for `masks`
+    *, stacklevel:int=2, # As in `warnings.warn`
+):
+    "Say so where units will be zero that a pruner leaves in the model by default"
+    self = self.naming(sparsity)
+    asked = self.check(sparsity)
+    some = lambda n: asked.get(n, 0.)>0 if isinstance(asked, dict) else asked>0
+    found = {n:v for n,v in self.units.staying().items() if some(n)}
+    if not found: return
+    said = '; '.join(f"{n!r} ({self.totals[n]} units): {why}" for n,(why,_) in list(found.items())[:5])+(f"; and {len(found)-5} more" if len(found)>5 else '')
+    out = 'prune with exact_norms=True, which keeps the divisor, or ' if any(helps for _,helps in found.values()) else ''
+    warnings.warn(f"these units become zero, and pruning will leave them in the model: {said}; {out}leave them alone with ignore={list(found)[0]!r}", PruningWarning, stacklevel=stacklevel+1)

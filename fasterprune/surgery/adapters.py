@@ -20,11 +20,12 @@ ADAPTERS:dict[type,Callable] = {}
 def adapter(
     *kinds:type, # Module classes; subclasses are not meant
     watch_only:bool=False, # Does the module's own forward work when it is smaller? Then the adapter is for watching only
+    sizes:Callable|None=None, # `(module, function of a parameter's name in it → its new shape)` → attributes that say sizes, for code that no run shows
     **attrs, # Attributes that a module gets when it has been pruned
 ):
     "Register a forward in plain operators for a class of modules; it gets the module and the arguments of `forward`"
     def _(f):
-        f.attrs,f.watch_only = attrs,watch_only
+        f.attrs,f.watch_only,f.sizes = attrs,watch_only,sizes
         for k in kinds: ADAPTERS[k] = f
         adapted_class.cache_clear()
         return f

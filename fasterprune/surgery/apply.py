@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import module_of
+from .adapters import ADAPTERS
 from .guard import state_of
 from .branch import Removed
 from .optimizer import OptimizerSnapshot, adopt_, carry_, carry_flat_, check_optimizer, drop_, sliced
@@ -50,7 +51,10 @@ def _sizes(m, shape, counts):
     if isinstance(m, nn.RNNBase): return _recurrent(m, shape, '_l0')
     if isinstance(m, nn.RNNCellBase): return _recurrent(m, shape, '')
     if isinstance(m, nn.PReLU): return dict(num_parameters=w[0])
-    return {}
+    follow = _follow(m)
+    return follow(m, shape) if follow else {}
+
+def _follow(m): return getattr(ADAPTERS.get(type(m)), 'sizes', None) # what its adapter says of its attributes
 
 def _recurrent(m, shape, first): # Rows of the input matrix are gates × units
     rows,cols = shape(f'weight_ih{first}')
@@ -66,12 +70,16 @@ def new_attributes(
     by_tensor = {id(t):shapes[n] for n,t in state_of(model).items() if n in shapes}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
     for n,m in model.named_modules():
-        def shape(k): t = getattr(m, k, None); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
-        if n not in counts and not any(id(t) in by_tensor for t in [*m._parameters.values(), *m._buffers.values()]): continue
+        def shape(k): t = _inside(m, k); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
+        if n not in counts and not _follow(m) and not any(id(t) in by_tensor for t in [*m._parameters.values(), *m._buffers.values()]): continue
         values = {**counts.get(n, {}), **_sizes(m, shape, counts.get(n, {}))}
         values = {k:(v,) if isinstance(v, int) and isinstance(getattr(m, k), tuple) else v for k,v in values.items()}
         res += [(n, k, v) for k,v in values.items() if getattr(m, k)!=v]
     return res
+
+def _inside(m, path): # A parameter or buffer by its name in a module; None where there is none
+    for k in path.split('.'): m = getattr(m, k, None)
+    return m
 
 def recode_(
     model:nn.Module, # A model, or a copy of its structure

@@ -65,7 +65,7 @@ def race(
 
 # %% ../../nbs/surgery/18_chosen.ipynb #00000006
 def _settled(model, x, c, how, costs=None):
-    shares,pooled = shares_of(c, how.sparsity),{} # before anything is pinned
+    shares,pooled = shares_of(c, how),{} # before anything is pinned
     return settle(c, lambda: (labels_of(c, choose(model, c, how, costs=costs, shares=shares, pooled=pooled)), lambda gone: ()))
 
 class Clock:

@@ -6,7 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/plan.html.md"""
 
 # %% auto #0
 __all__ = ['Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'size_text', 'with_branches', 'fold_targets', 'uses_of', 'folds_of', 'taker',
-           'total', 'signed', 'spare', 'cuts_of', 'with_code', 'labels_of']
+           'total', 'signed', 'spare', 'cuts_of', 'with_code', 'make_plan', 'labels_of']
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000002
 import json
