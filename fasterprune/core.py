@@ -133,8 +133,9 @@ def module_of(
 )->tuple: # The module, and the attribute's name in it
     "Find the module that holds a parameter"
     path, _, attr = param_name.rpartition('.')
-    mods = dict(model.named_modules(remove_duplicate=False))
-    if path in mods and attr in (*mods[path]._parameters, *mods[path]._buffers): return mods[path], attr
+    m = model
+    for k in path.split('.') if path else (): m = None if m is None else m._modules.get(k)
+    if m is not None and (attr in m._parameters or attr in m._buffers): return m, attr
     raise ValueError(no_such('parameter', param_name, [n for n,_ in model.named_parameters()]))
 
 # %% ../nbs/00_core.ipynb #00000023

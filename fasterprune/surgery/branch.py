@@ -6,21 +6,26 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/branch.html.md"""
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000002
 from __future__ import annotations
+from bisect import bisect_left, insort
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial, lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import takewhile
 import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves
 from ..core import modules_of
 from .guard import state_of
-from .trace import Trace
+from .trace import Ref, Trace
 from .capture import fake_trace
 from .coupling import Coupling
 from .liveness import Term
 from .rules import Site, tensors_of
 
 # %% auto #0
-__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'idle_nodes', 'idle_modules', 'branch_at', 'Removed', 'silent_branches']
+__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'Idle', 'Owners', 'branch_at', 'Removed', 'silent_branches']
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000005
 class Silent:
@@ -88,77 +93,138 @@ class Branch:
     copy:bool=False # Does the code write into the sum?
 
 # %% ../../nbs/surgery/08_branch.ipynb #0000000b
-def idle_nodes(
-    t:Trace,
-    dropped:dict, # Index of a node that adds → the `Ref` of the term that stays
-)->set: # Indices
-    "Nodes that nobody needs when these sums only pass on one of their terms"
-    need,memory,idle = {r.id for r in t.outputs},{t.storage.get(r.id) for r in t.outputs},set()
-    for n in reversed(t.nodes):
-        if not any(r.id in need for r in n.outs) and not any(t.storage.get(r.id) in memory for r in n.mutates) and (n.outs or n.mutates): idle.add(n.index); continue
-        if n.index in dropped and n.mutates and n.mutates[0]!=dropped[n.index]: need -= {r.id for r in n.outs}; memory -= {t.storage.get(r.id) for r in n.outs}
-        refs = [dropped[n.index]] if n.index in dropped else tensors_of(n)
-        need |= {r.id for r in refs}
-        memory |= {t.storage.get(r.id) for r in refs}
-    return idle
+class Idle:
+    "The nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
+    def __init__(self, t:Trace):
+        self.t,self.nodes,self.seals = t,set(),{} # nodes by index; seals: sums from which on a tensor or its memory is the other term's
+        self.users,self.makers = {},{} # tensor, and memory → the nodes that use it, that make it or write there
+        self.busy,self.first = Counter(),{} # path of a module → how many of its nodes are needed; and the first of them all
+        for n in t.nodes:
+            for k in self._takes(tensors_of(n)): self.users.setdefault(k, []).append(n.index)
+            for k in self._makes(n): self.makers.setdefault(k, []).append(n.index)
+            for p in _around(n.module): self.first.setdefault(p, n.index)
+            self.busy.update(_around(n.module))
+        for k in self._takes(t.outputs): self.users.setdefault(k, []).append(len(t.nodes))
+        self._spread(range(len(t.nodes)))
 
-def idle_modules(
-    t:Trace,
-    idle:set, # From `idle_nodes`
-)->list: # Paths, in the order in which they first run
-    "The outermost modules of which no node is needed"
-    busy,res = {''},{}
-    inside = lambda m: ['.'.join(m.split('.')[:i+1]) for i in range(m.count('.')+1)]
-    for n in t.nodes:
-        if n.index not in idle: busy.update(inside(n.module))
-    for n in t.nodes:
-        if n.index in idle and (free := [p for p in inside(n.module) if p not in busy]): res.setdefault(free[0])
-    return list(res)
+    def _memory(self, r): return 'memory',self.t.storage.get(r.id)
+    def _takes(self, refs): return {k for r in refs for k in (r, self._memory(r))}
+    def _makes(self, n): return {*n.outs, *map(self._memory, n.mutates)}
+    def _before(self, k, i): makers = self.makers.get(k, []); return makers[:bisect_left(makers, i)]
+
+    def _used(self, k, i): # Does a node behind `i` need what is there by then?
+        until = min((s for s in self.seals.get(k, ()) if s>i), default=len(self.t.nodes))
+        return any(u<=until and u not in self.nodes for u in takewhile(lambda u: u>i, reversed(self.users.get(k, ()))))
+
+    def _spread(self, todo): # Look at these nodes and those before them, the last first: which are not needed any more?
+        todo,found = [-i for i in todo],[]
+        heapify(todo)
+        while todo:
+            n = self.t.nodes[-heappop(todo)]
+            if n.index in self.nodes or not (makes := self._makes(n)) or any(self._used(k, n.index) for k in makes): continue
+            self.nodes.add(n.index)
+            found.append(n.index)
+            self.busy.subtract(_around(n.module))
+            for k in self._takes(tensors_of(n)):
+                if not self._used(k, n.index):
+                    for i in self._before(k, n.index): heappush(todo, -i)
+        return found[::-1]
+
+    def drop(self,
+        index:int, # Of a node that adds
+        stays:Ref, # The term that it passes on
+    )->list: # Indices
+        "The nodes that nobody needs any more when nothing is added there"
+        n = self.t.nodes[index]
+        lost = self._takes(tensors_of(n))-self._takes([stays])
+        sealed = self._takes(n.outs) if n.mutates and n.mutates[0]!=stays else set()
+        for k in lost: self.users[k].remove(index)
+        for k in sealed: self.seals.setdefault(k, []).append(index)
+        self.last = index,lost,sealed,self._spread({i for k in lost|sealed for i in self._before(k, index)})
+        return self.last[-1]
+
+    def undo(self):
+        "As it was before the last `drop`"
+        index,lost,sealed,found = self.last
+        for k in lost: insort(self.users[k], index)
+        for k in sealed: self.seals[k].remove(index)
+        self.nodes -= set(found)
+        for i in found: self.busy.update(_around(self.t.nodes[i].module))
+
+    def modules(self,
+        nodes, # Indices of some that nobody needs
+    )->list: # Paths, in the order in which they first run
+        "The outermost modules of these nodes of which no node is needed"
+        free = (next((p for p in _around(self.t.nodes[i].module) if not self.busy[p]), None) for i in nodes)
+        return sorted(set(free)-{None}, key=self.first.get)
+
+@lru_cache(maxsize=None)
+def _around(path): # The modules that a module is in, from the outside in, and itself
+    return tuple(path[:i] for i in [*(i for i,k in enumerate(path) if k=='.'), len(path)] if i)
 
 # %% ../../nbs/surgery/08_branch.ipynb #0000000f
 def _banks(model, paths): # Layers inside that are wholly zero
     return tuple(f"{p}.{n}".rstrip('.') for p in paths for n,m in model.get_submodule(p).named_modules() if isinstance(m._parameters.get('weight'), Tensor) and not m.weight.any())
 
-def _params(model, paths): # (name, length) of what is in these modules only
-    inside = {id(m) for p in paths for m in model.get_submodule(p).modules()}
-    shared = {id(t) for _,m in modules_of(model) if id(m) not in inside for t in (*m._parameters.values(), *m._buffers.values())}
-    return tuple((n, len(t)) for n,t in state_of(model).items() if id(t) not in shared and t.dim() and any(n.startswith(f"{p}.") for p in paths))
+class Owners:
+    "Which modules hold which tensor of a model"
+    def __init__(self, model:nn.Module):
+        self.model,self.of,self.names = model,{},{id(t):(i,n) for i,(n,t) in enumerate(state_of(model).items())}
+        for _,m in modules_of(model):
+            for t in (*m._parameters.values(), *m._buffers.values()): self.of.setdefault(id(t), set()).add(id(m))
 
-def _mixes(t, idle, modules, node): # A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
-    made,own = {},lambda n: any(n.module==m or n.module.startswith(f"{m}.") for m in modules)
-    for n in t.nodes:
-        if n.op in ('add','add_') and n.index in idle and not own(n) and len({made.get(r.id, False) for r in tensors_of(n)[:2]})>1: return True
-        for r in n.outs: made[r.id] = n.index in idle
-    return False
+    def only(self,
+        paths:list, # Of modules
+    )->tuple: # (name, length)
+        "Parameters and buffers that are in these modules only"
+        inside = {id(m):m for p in paths for m in self.model.get_submodule(p).modules()}
+        held = {id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        own = sorted((*self.names[i], len(t)) for i,t in held.items() if t.dim() and self.of[i]<=inside.keys())
+        return tuple((n, k) for _,n,k in own if any(n.startswith(f"{p}.") for p in paths))
+
+def _mixes(idle, nodes, modules): # A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
+    own = lambda n: any(n.module==m or n.module.startswith(f"{m}.") for m in modules)
+    goes = lambda r,i: bool(made := idle._before(r, i)) and made[-1] in idle.nodes
+    sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
+    return any(len({goes(r, n.index) for r in tensors_of(n)[:2]})>1 for n in sums)
 
 def branch_at(
     c:Coupling, # Of the model
     index:int, # Of the node that adds
     term:Term, # The one that is constant
-    gone:dict=None, # Index of a node → `Ref` of the term that stays, of branches that go anyhow
+    idle:Idle|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
+    owners:Owners|None=None, # Of the model
 )->Branch|str|None: # Or why not; None where no module would go
     "What goes when one term of a sum does"
-    t,node = c.trace,c.trace.nodes[index]
-    s,before = Site(node, t, {}),idle_modules(t, idle_nodes(t, gone or {}))
+    idle = idle or Idle(c.trace)
+    s = Site(c.trace.nodes[index], c.trace, {})
     stays = s['other' if term.name=='self' else 'self']
-    idle = idle_nodes(t, {**(gone or {}), index:stays})
-    modules = [m for m in idle_modules(t, idle) if m not in before]
+    nodes = idle.drop(index, stays)
+    b = _branch(c, s, term, stays, idle, nodes, owners)
+    if not isinstance(b, Branch): idle.undo()
+    return b
+
+def _branch(c, s, term, stays, idle, nodes, owners):
+    t,node,modules = c.trace,s.node,idle.modules(nodes)
     if not modules: return None
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
     if isinstance(c.model.get_submodule(node.module), nn.TransformerEncoderLayer): return "PyTorch's fused path reads the weights of all its layers"
-    if _mixes(t, idle, modules, node): return 'its own code adds something to it'
+    if _mixes(idle, nodes, modules): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
     last = Gone(modules[-1], None, tuple(term.value.tolist()) if term.value.any() else None, view)
-    later = any(t.storage.get(r.id)==t.storage.get(node.outs[0].id) for n in t.nodes[index+1:] for r in n.mutates)
-    params = tuple(p for p in _params(c.model, modules) if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
+    later = idle.makers.get(idle._memory(node.outs[0]), [0])[-1]>node.index
+    params = tuple(p for p in (owners or Owners(c.model)).only(modules) if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
     return Branch(node.module, (*(Gone(m) for m in modules[:-1]), last), banks, node.key, params, later)
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000012
-def _places(model, m): # Every (parent, name) under which a module is registered
-    return [(p, k) for _,p in modules_of(model) for k,child in p._modules.items() if child is m]
+def _places(model): # Identity of a module → every (parent, name) under which it is registered
+    res = {}
+    for _,p in modules_of(model):
+        for k,child in p._modules.items(): res.setdefault(id(child), []).append((p, k))
+    return res
 
 class Removed:
     "Branches of a model that have been taken out; `restore_` puts them back"
@@ -166,13 +232,13 @@ class Removed:
         model:nn.Module, # Changed in place
         branches, # `Branch`es
     ):
-        self.places,self.data,self.new,old = [],[],[],[] # new: (parameter, one that went)
+        self.places,self.data,self.new,old,places = [],[],[],[],_places(model) # new: (parameter, one that went)
         for b in branches:
-            for g in b.modules: old += self._replace(model, b, g)
+            for g in b.modules: old += self._replace(model, b, g, places)
         live = {id(p) for p in model.parameters()}
         self.old = [p for p in old if id(p) not in live]
 
-    def _replace(self, model, b, g):
+    def _replace(self, model, b, g, places):
         m = model.get_submodule(g.module)
         bias = None
         if g.value is not None:
@@ -183,7 +249,7 @@ class Removed:
             if bias is None or bias.shape!=value.shape: bias = nn.Parameter(value, requires_grad=like.requires_grad); self.new.append((bias, like))
             else: self.data.append((bias, bias.detach())); bias.data = value
         stub = Silence(bias, g.view, g.items, b.copy).train(m.training)
-        for parent,k in _places(model, m):
+        for parent,k in places[id(m)]:
             self.places.append((parent, k, m))
             parent._modules[k] = stub
         return list(m.parameters())
@@ -194,20 +260,16 @@ class Removed:
         for p,data in self.data: p.data = data
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000015
-def _items(c, x, branches): # What the modules of branches give: (path → as for `Silence`), and the paths of those of which that cannot be said
-    names,paths,res,bad = [g.module for b in branches for g in b.modules],{},{},set()
-    def see(m, i, o):
-        n = paths.get(id(m))
-        if n is None or isinstance(o, Tensor): return
-        if type(o) in (tuple,list) and all(v is None or isinstance(v, Tensor) for v in o): res[n] = tuple(v is not None for v in o)
-        else: bad.add(n)
+def _given(c, x): # What modules give that is no tensor: identity → as `items` of a `Silence`, or False where that cannot be said
+    res,own = {},{n:id(m) for n,m in modules_of(c.model)}
+    def see(key, m, i, o):
+        if isinstance(o, Tensor) or res.get(key) is False: return
+        plain = type(o) in (tuple,list) and all(v is None or isinstance(v, Tensor) for v in o)
+        res[key] = plain and tuple(v is not None for v in o)
     def watch(copy):
-        inside = dict(copy.named_modules(remove_duplicate=False))
-        for n in names:
-            paths[id(inside[n])] = n
-            inside[n].register_forward_hook(see)
+        for n,m in modules_of(copy): m.register_forward_hook(partial(see, own[n]))
     fake_trace(c.model, x, change=watch)
-    return res,bad
+    return res
 
 def _tried(c, x, branches): # Does the model run without them? If not, why
     out = Removed(c.model, branches)
@@ -216,6 +278,15 @@ def _tried(c, x, branches): # Does the model run without them? If not, why
     finally: out.restore_()
     if [t.shapes[r.id] for r in t.outputs]!=[c.trace.shapes[r.id] for r in c.trace.outputs]: return 'without it the outputs would have other shapes'
 
+def _refused(c, x, branches, n): # The first of them does not work with those before it: (its place, why); None if all do; of `n` it is known
+    if len(branches)==n or not (why := _tried(c, x, branches)): return None
+    lo,hi,more = n,len(branches),1 # `lo` of them work, `hi` do not
+    while hi-lo>1:
+        k = lo+min(more, (hi-lo)//2)
+        if found := _tried(c, x, branches[:k]): hi,why = k,found
+        else: lo,more = k,2*more
+    return lo,why
+
 def silent_branches(
     c:Coupling, # Of the model
     x, # What it is called with
@@ -223,18 +294,31 @@ def silent_branches(
     may=None, # `(path of a module)` → bool: may it be touched? None: all may
 )->tuple: # `Branch`es, and (where, modules, why) of what stays
     "The branches of a model that add the same to everything, and can be taken out"
-    res,held,gone = [],[],{}
+    if not terms: return (),()
+    given,no,n = {},{},0 # no: key of the node that adds → why it did not work; of so many it is known that they do
+    look = lambda: _candidates(c, terms, may, given, no)
+    branches,held = look()
+    if not c.trace.fake or not branches: return branches,held
+    given.update(_given(c, x))
+    branches,held = look()
+    while bad := _refused(c, x, branches, n):
+        n,no[branches[bad[0]].key] = bad
+        branches,held = look()
+    return branches,held
+
+def _candidates(c, terms, may, given, no): # What would go and what would stay if all worked that has not been seen to fail
+    idle,owners,res,held = Idle(c.trace),Owners(c.model),[],[]
     for n in c.trace.nodes:
         if n.key not in terms: continue
-        term = terms[n.key]
-        b = branch_at(c, n.index, term, gone)
-        if isinstance(b, Branch) and may and not all(may(m) for g in b.modules for m in [g.module, *(f"{g.module}.{k}" for k,_ in c.model.get_submodule(g.module).named_modules() if k)]): continue
-        if isinstance(b, Branch) and c.trace.fake:
-            items,bad = _items(c, x, [b])
-            b = replace(b, modules=tuple(replace(g, items=items.get(g.module)) for g in b.modules))
-            if why := f"{min(bad)} gives something else than tensors" if bad else _tried(c, x, [*res, b]): b = why
-        if isinstance(b, str): held.append((n.module, 1, f"it is a branch of it, and {b}"))
-        elif b is not None:
-            res.append(b)
-            gone[n.index] = Site(n, c.trace, {})['other' if term.name=='self' else 'self']
+        b = no.get(n.key) or branch_at(c, n.index, terms[n.key], idle, owners)
+        if isinstance(b, Branch):
+            if may and not all(may(m) for m in _inside(c.model, b)): idle.undo(); continue
+            items = {g.module:given.get(id(c.model.get_submodule(g.module))) for g in b.modules}
+            if bad := [m for m,i in items.items() if i is False]: idle.undo()
+            b = f"{min(bad)} gives something else than tensors" if bad else replace(b, modules=tuple(replace(g, items=items[g.module]) for g in b.modules))
+        if isinstance(b, Branch): res.append(b)
+        elif b: held.append((n.module, 1, f"it is a branch of it, and {b}"))
     return tuple(res),tuple(held)
+
+def _inside(model, b): # Paths of all modules of a branch
+    return [f"{g.module}.{k}".rstrip('.') for g in b.modules for k,_ in model.get_submodule(g.module).named_modules()]

@@ -8,7 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/coupling.html.md"""
 __all__ = ['norm_types', 'Coupling', 'couple']
 
 # %% ../../nbs/surgery/05_coupling.ipynb #00000002
-from dataclasses import dataclass, replace
+from bisect import bisect_right
 import numpy as np
 from torch import nn
 from fastcore.basics import patch
@@ -72,11 +72,13 @@ class Coupling:
         others:tuple=(), # ((what it was called with, its trace), ...) of further runs, whose relations count as well
     ):
         self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
+        self._begins = [0]
         self.varying = vary = varying((trace, *(t for _,t in others)))
         d = self.labels = _walked(model, trace, vary)
         self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others))
         if not all(w.alike for w in self.witnesses):
             trace,self.witnesses = joined(self.witnesses)
+            self._begins = [w.first_node for w in self.walked]
             d = self.labels = _walked(model, trace, vary)
         flows,straight = _flows(d)
         if not straight: d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
@@ -138,12 +140,12 @@ class Coupling:
 
     def run_of(self, node:int)->int:
         "Which of the runs that were walked through an operator belongs to"
-        return max(i for i,w in enumerate(self.walked) if w.first_node<=node)
+        return bisect_right(self._begins, node)-1
 
-    def axes_in(self, trace:Trace, ref)->list|None:
-        "The axes of a tensor in the trace of one of the runs"
-        w = next(w for w in self.witnesses if w.trace is trace)
-        return self.labels.env.get(ref.id-trace.base if w.alike and ref.id>=trace.base else ref.id)
+    def axes_in(self, w:Witness): # Function `(Ref)` → axes, or None
+        "Find the axes of tensors in one of the runs"
+        env,base = self.labels.env,w.trace.base if w.alike else float('inf')
+        return lambda ref: env.get(ref.id-base if ref.id>=base else ref.id)
 
     def axes_of(self, name:str)->list:
         "The axes of a parameter or buffer"

@@ -28,7 +28,8 @@ class Comparison:
     "A run of the smaller network beside what the labels predict, node by node"
     def __init__(self, c:Coupling, gone:np.ndarray, w:Witness): # By label: True goes; the run to compare with
         self.l,self.t,self.kept = c.labels,w.trace,Kept(c.labels, gone)
-        self.axes,self.first = (lambda r: c.axes_in(w.trace, r) or ()),w.first_node
+        of,self.first = c.axes_in(w),w.first_node
+        self.axes = lambda r: of(r) or ()
         self.starts,self.used,self.said = {i:(a,start) for i,a,start in self.l.starts},used_refs(self.t),{}
         for i,k,a in self.l.numbers: self.said.setdefault(i, []).append((k, a))
         self.other = set() # tensors that are numbers, and other ones now
@@ -140,7 +141,8 @@ def notices(
 
 def _notices(c, kept, plan, w):
     t = w.trace
-    axes = lambda r: c.axes_in(t, r) or ()
+    of = c.axes_in(w)
+    axes = lambda r: of(r) or ()
     cut = lambda r: any(kept.count(a)<a.n for a in axes(r))
     if not t.fake or plan.recoded or c.exact or any(cut(Ref(i)) for i in t.asked): return True
     layers = dict(c.model.named_modules())
@@ -196,5 +198,5 @@ def dry_run(
         if not found:
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
             why = f"{Site(node, w.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})"
-            return Outcome(rec.trace, _met(lambda r: c.axes_in(w.trace, r) or (), node), why, node.module if where is None else where, True)
+            return Outcome(rec.trace, _met(look.axes, node), why, node.module if where is None else where, True)
     return Outcome(rec.trace, *found[0]) if found else Outcome(rec.trace)

@@ -106,8 +106,10 @@ def _readers(d): # A number for each label, the same for those that are read in 
         res[np.unique(d.rows(r.axis))] ^= random.integers(1<<62)
     return res
 
-def _up(comp, a):
-    while not np.array_equal(comp[a], a): a = comp[a]
+def _up(comp, a): # The number of the component of each; the way there is one step afterwards
+    start = a
+    while not np.array_equal(up := comp[a], a): a = up
+    comp[start] = a
     return a
 
 def make_groups(

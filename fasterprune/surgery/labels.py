@@ -54,7 +54,7 @@ def fixed(
 class Labels:
     "A union-find over labels, with pins, their reasons, and products of labels"
     def __init__(self):
-        self.size,self.reasons = 1,['']
+        self.size,self.reasons,self.number = 1,[''],{'':0} # of pins; and where each stands
         self.parent,self.pinned,self.why = np.zeros(64, np.int64),np.zeros(64, bool),np.zeros(64, np.int32)
         self.bound,self.factors = np.zeros(64, bool),np.zeros((64,8), np.int64)
         self.here = 'something' # What is happening now; part of the reason of pins that follow from it
@@ -115,8 +115,8 @@ def pin(self:Labels,
     roots = np.unique(self.expand(np.asarray(labels, np.int64).reshape(-1,1)))
     roots = roots[(roots>0) & ~self.pinned[roots]]
     if not len(roots): return
-    if reason not in self.reasons: self.reasons.append(reason)
-    self.pinned[roots],self.why[roots] = True,self.reasons.index(reason)
+    if reason not in self.number: self.number[reason] = len(self.reasons); self.reasons.append(reason)
+    self.pinned[roots],self.why[roots] = True,self.number[reason]
 
 @patch
 def pin_axis(self:Labels, a:Axis, reason:str):

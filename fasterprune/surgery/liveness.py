@@ -18,14 +18,16 @@ from .trace import Ref, tensors_in
 from .capture import Recorder, record_in
 from .coupler import Read
 from .coupling import Coupling, couple
-from .labels import Axis, fixed
+from .labels import Axis, Share, fixed
 from .rules import Site, aligned, step
 from .witness import FRESH
 
 # %% ../../nbs/surgery/05_liveness.ipynb #00000005
 class Constants:
     "The domain of constants: which positions do not depend on the input"
-    def __init__(self): self.env,self.dep,self.fresh,self.before,self.roots = {},set(),set(),None,{}
+    def __init__(self):
+        self.env,self.dep,self.fresh,self.before,self.roots = {},set(),set(),None,{}
+        self.writes,self.knows = {},{} # memory → what was written there, in order; tensor → how many of these it knows of
     def take(self, a, index): return self._rooted(Axis(len(index), a.rows[index]), a, index)
     def cat(self, axes): return Axis(sum(a.n for a in axes), np.concatenate([a.rows[:,:1] for a in axes]))
     def same(self, *axes): return Axis(axes[0].n, np.min([a.rows[:,:1] for a in axes], axis=0))
@@ -167,13 +169,25 @@ def wrote(self:Constants,
     before:list, # Its axes until then
     trace, # To know who shares its memory
 ):
-    "Let all tensors that share the memory of `ref` forget what is no longer constant"
+    "Let all tensors that share the memory of `ref` forget what is no longer constant, each when it is read again"
+    self.learn(ref, trace)
     now = self.env[ref.id] = [self._rooted(Axis(b.n, b.rows), a, slice(None)) if a.n==b.n else b for a,b in zip(before, self.env[ref.id])]
-    for i,where in trace.storage.items():
-        if where!=trace.storage.get(ref.id) or i==ref.id or i not in self.env: continue
+    if (where := trace.storage.get(ref.id)) is None: return
+    self.writes.setdefault(where, []).append(now)
+    self.knows[ref.id] = len(self.writes[where])
+
+@patch
+def learn(self:Constants,
+    ref:Ref, # A tensor that will be read
+    trace,
+):
+    "Forget what others have written to the memory of a tensor since it was read or made"
+    i,writes = ref.id,self.writes.get(trace.storage.get(ref.id), ())
+    for now in writes[self.knows.get(i, 0):] if i in self.env else ():
         self.dep.add(i)
         same_rank = len(self.env[i])==len(now)
         self.env[i] = [self._after(a, now[k] if same_rank else None) for k,a in enumerate(self.env[i])]
+    if writes: self.knows[i] = len(writes)
 
 @patch
 def _after(self:Constants, a, written):
@@ -296,6 +310,7 @@ def _site(d, trace, node, args):
     s = Site(node, trace, d.env, dict(zip(names, args)))
     if d.before is not None: s.values['self'] = d.before
     for r in s.tensors:
+        d.learn(r, trace)
         if r.id in d.dep or r.id in d.env: continue
         d.env[r.id] = [_axis(np.ones(n, bool)) for n in trace.shapes[r.id]]
         if r.id in trace.names or node.op=='lift_fresh': continue
@@ -318,6 +333,7 @@ def _walk(d, s):
     for r in s.node.outs:
         if dep: d.dep.add(r.id)
         elif r.id not in d.dep and not part: d.env[r.id] = [_axis(np.ones(n, bool)) for n in s.trace.shapes[r.id]]
+        if (where := at(r.id)) in d.writes: d.knows[r.id] = len(d.writes[where])
     for m in s.node.mutates:
         if dep: d.wrote(m, before[m.id] or d.env[m.id], s.trace)
 
@@ -352,16 +368,35 @@ def dead_labels(
     for g in c.groups: may[g.labels] = True
     for a,*_ in l.mixed:
         if not a.open and not all_constants: may[l.expand(a.rows)] = False
-    gone = np.zeros(l.size, bool)
-    while True:
-        ok = may & ~gone
-        for i,r in enumerate(l.reads):
-            if i not in facts: continue
-            need = needed(c, r, facts[i], gone, foldable[i], all_constants)
-            if r.tested is not r.axis: need = need.reshape(r.groups, -1).any(0)
-            ok[l.rows(r.tested)[need]] = False
-        if not ok.any(): return gone
-        gone |= ok
+    gone,by,reads,let = np.zeros(l.size, bool),np.zeros(l.size, np.int64),[i for i in range(len(l.reads)) if i in facts],[np.flatnonzero(may)]
+    holds,woken = dict.fromkeys(reads, let[0][:0]),_woken(l, reads) # read → labels that it holds; `by` how many reads each label is held
+    while True: # a read lets go of more only where something has gone that it asks for
+        for i in reads:
+            now = _holds(c, l.reads[i], needed(c, l.reads[i], facts[i], gone, foldable[i], all_constants))
+            by[holds[i]] -= 1
+            by[now] += 1
+            let.append(holds[i])
+            holds[i] = now
+        free = np.unique(np.concatenate(let))
+        free = free[may[free]&~gone[free]&(by[free]==0)]
+        if not len(free): return gone
+        gone[free] = True
+        reads,let = woken(free),[free[:0]]
+
+def _holds(c, r, need): # The labels that must stay because of a reader that needs these positions
+    if r.tested is not r.axis: need = need.reshape(r.groups, -1).any(0)
+    return np.unique(c.labels.rows(r.tested)[need])
+
+def _woken(l, reads): # A function of labels that go: the reads that ask for one of them
+    asked = [(i, a.whole if isinstance(a, Share) else a) for i in reads for a in (l.reads[i].axis, l.reads[i].out) if a is not None and not a.open]
+    labels = [np.unique(l.expand(a.rows)) for _,a in asked] or [np.zeros(0, np.int64)]
+    who = np.repeat([i for i,_ in asked], [len(k) for k in labels]) if asked else labels[0]
+    order = np.argsort(labels := np.concatenate(labels), kind='stable')
+    labels,who = labels[order],who[order]
+    def woken(gone):
+        a,b = np.searchsorted(labels, gone),np.searchsorted(labels, gone, 'right')
+        return np.unique(who[np.repeat(b-(b-a).cumsum(), b-a)+np.arange((b-a).sum())]).tolist()
+    return woken
 
 # %% ../../nbs/surgery/05_liveness.ipynb #0000001e
 AVERAGES = ('native_layer_norm', 'native_group_norm', 'mean', 'var', 'std', 'var_mean') # in these a zero is worth nothing, but for the divisor
@@ -381,14 +416,16 @@ def held(
     silent = dead_labels(c, facts, foldable) & ~gone if any(g.parts for g in c.groups) else stay
     for g in c.groups:
         if g.parts and silent[g.labels].any(): res.setdefault(g.name, (g.name, int(silent[g.labels].sum()), f"{g.parts[0].where} cuts it into equal parts, and in another of them fewer are silent"))
+    group = np.full(c.labels.size, -1)
+    for k,g in enumerate(c.groups): group[g.labels] = k
     for i,r in enumerate(c.labels.reads):
         if i not in facts: continue
         need = needed(c, r, facts[i], gone, foldable[i]) & ~needed(c, r, facts[i], gone, foldable[i], True)
         labels = np.unique(c.labels.rows(r.axis)[need])
-        why = _why(facts[i], need, Site(c.labels.trace.nodes[r.node], c.labels.trace, {}))
-        for g in c.groups:
-            n = int((stay[g.labels] & np.isin(g.labels, labels)).sum())
-            if n: res.setdefault(g.name, (g.name, n, why))
+        ks = group[labels[stay[labels]]]
+        for k,n in zip(*np.unique(ks[ks>=0], return_counts=True)):
+            name = c.groups[k].name
+            if name not in res: res[name] = (name, int(n), _why(facts[i], need, Site(c.labels.trace.nodes[r.node], c.labels.trace, {})))
     return list(res.values())
 
 def _why(f, need, s):

@@ -10,6 +10,7 @@ __all__ = ['Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'size_text', 'with_branches', 
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000002
 import json
+from collections import Counter
 from dataclasses import dataclass, field, asdict, replace
 import numpy as np
 import torch
@@ -135,8 +136,8 @@ def fold_targets(
     c:Coupling,
 )->list: # For each read (kind, name), or None where only zeros can be folded
     "Where the constants that are read at each place can go"
-    uses = uses_of(c)
-    return [_target(c, r, uses) for r in c.labels.reads]
+    uses,runs = uses_of(c),Counter((c.run_of(n.index), n.module, n.op) for n in c.labels.trace.nodes)
+    return [_target(c, r, uses, runs) for r in c.labels.reads]
 
 def uses_of(
     c:Coupling,
@@ -147,7 +148,7 @@ def uses_of(
         for r in set(Site(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
     return res
 
-def _target(c, r, uses):
+def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     t,node = c.labels.trace,c.labels.trace.nodes[r.node]
     s = Site(node, t, c.labels.env)
     once = lambda ref: ref is not None and t.name_of(ref) and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]}) # once in each run
@@ -160,8 +161,7 @@ def _target(c, r, uses):
         mean = Site(behind[0], t, c.labels.env)['running_mean']
         if once(mean): return ('mean', t.name_of(mean))
     m = c.model.get_submodule(node.module)
-    runs = sum(n.module==node.module and n.op==node.op for n in c.walked[c.run_of(node.index)].trace.nodes)
-    if runs==1 and isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.bias is None: return ('new', node.module)
+    if runs[c.run_of(node.index),node.module,node.op]==1 and isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.bias is None: return ('new', node.module)
 
 # %% ../../nbs/surgery/08_plan.ipynb #0000000b
 def folds_of(

@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import nn, Tensor
-from .trace import Call, Ref, Trace
+from .trace import Call, Ref
 from .coupler import Read
 from .coupling import Coupling
 from .labels import Axis, Kept
@@ -24,6 +24,7 @@ from .rules import tensors_of
 from .liveness import AVERAGES
 from .norms import EXACT
 from .source import NoSource, Recoded, Site, edited, site_of
+from .witness import Witness
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000005
 @dataclass(frozen=True)
@@ -38,12 +39,11 @@ class Said:
 
 def planned(
     c:Coupling,
-    trace:Trace, # Of one of its witnesses
+    w:Witness, # One of its runs
     gone, # Bool by label
 )->dict: # (module, order) → `Said`, for the calls that are about sizes that change
     "Find what the calls of a run have to say when these labels go"
-    kept = _Sizes(c, trace, Kept(c.labels, gone))
-    res = {}
+    kept,trace,res = _Sizes(c, w, Kept(c.labels, gone)),w.trace,{}
     for call in trace.calls:
         said = _taken(c, call, kept) if call.name=='__getitem__' else _said(c, call, kept)
         if said is not None: res.setdefault((call.module, call.order), said)
@@ -56,8 +56,7 @@ def planned(
 
 class _Sizes:
     "How large things will be in one run"
-    def __init__(self, c, trace, kept): self.c,self.trace,self.kept = c,trace,kept
-    def axes(self, ref): return self.c.axes_in(self.trace, ref)
+    def __init__(self, c, w, kept): self.c,self.trace,self.kept,self.axes = c,w.trace,kept,c.axes_in(w)
     def of(self, ref): "The size of each dimension that channels go from; None for the others"; return tuple(self.one(a, n) if _labelled(self.c.labels, a) and (i or _loose(self.c.labels, a)) else None for i,(a,n) in enumerate(zip(self.axes(ref), self.trace.shapes[ref.id])))
     def one(self, a, n): return self.kept.count(a)*n//a.n # of an axis that the batch is merged into, there are more in a larger batch
 
@@ -243,9 +242,9 @@ def differs(w:Want)->bool:
 
 class Director:
     "Correct the numbers in the calls of a run of the smaller network, and note where"
-    def __init__(self, c:Coupling, trace:Trace, gone):
-        self.said = planned(c, trace, gone)
-        self.before = {(k.module, k.order):k for k in reversed(trace.calls)}
+    def __init__(self, c:Coupling, w:Witness, gone):
+        self.said = planned(c, w, gone)
+        self.before = {(k.module, k.order):k for k in reversed(w.trace.calls)}
         self.places,self.paths = {},{} # paths: id of a module of the running copy → its path
 
     def __call__(self, frame, module, order, func, args, kwargs):
