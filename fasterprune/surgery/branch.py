@@ -25,27 +25,32 @@ __all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'idle_nodes', 'idle_modules', 
 # %% ../../nbs/surgery/08_branch.ipynb #00000005
 class Silent:
     "What a branch says that says nothing: whatever is done with it gives the same, and what it is added to stays"
-    __slots__ = ('value','copy')
-    def __init__(self, value:Tensor|None=None, copy:bool=False): self.value,self.copy = value,copy # copy: what it is added to is written to later
+    __slots__ = ('value','copy','level')
+    def __init__(self, value:Tensor|None=None, copy:bool=False, level:int=0):
+        self.value,self.copy,self.level = value,copy,level # copy: what it is added to is written to later; level: of the branch, higher than those of branches inside it
+
+    @staticmethod
+    def outermost(o)->'Silent|None':
+        "What the outermost branch says, of all that is said in a nest of arguments"
+        return max((a for a in tree_leaves(o) if isinstance(a, Silent)), key=lambda a: a.level, default=None)
 
     def _added(self, x, inplace=False):
-        if isinstance(x, Silent): return self if x.value is None else x
+        if isinstance(x, Silent): return Silent.outermost((self, x))
         if self.value is None: return x.clone() if self.copy and not inplace else x
         v = self.value.to(x.dtype)
         return x.add_(v) if inplace else x+v
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        every = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, Silent)]
         name = getattr(func, '__name__', '').strip('_')
-        if name not in ('add','radd','iadd'): return next((s for s in every if s.value is not None), every[0])
+        if name not in ('add','radd','iadd'): return Silent.outermost((args, kwargs or {}))
         a,b = (*args, *(kwargs or {}).values())[:2]
         if isinstance(a, Silent): return a._added(b)
         return b._added(a, inplace=func.__name__ in ('add_','__iadd__'))
 
     def __add__(self, x): return self._added(x)
     __radd__ = __iadd__ = add = add_ = __add__
-    def _same(self, *args, **kwargs): return self
+    def _same(self, *args, **kwargs): return Silent.outermost((self, args, kwargs))
     __mul__ = __rmul__ = __imul__ = __truediv__ = __neg__ = __getitem__ = __matmul__ = _same
     def __getattr__(self, name):
         if name.startswith('__') or not callable(getattr(Tensor, name, None)): raise AttributeError(f"a branch that was removed has no {name!r}")
@@ -59,12 +64,14 @@ class Silence(nn.Module):
         view:tuple|None=None, # The shape in which it is added
         items:tuple|None=None, # For a module that gave several things, whether each was a tensor; None for one
         copy:bool=False, # Does the code write into the sum?
+        level:int=0, # As for `Silent`; 0 passes on what is said already, for it may stand behind the module that says it, too
     ):
         super().__init__()
-        self.view,self.items,self.copy = view,items,copy
+        self.view,self.items,self.copy,self.level = view,items,copy,level
         self.register_parameter('bias', bias)
     def forward(self, *args, **kwargs):
-        s = Silent(None if self.bias is None else self.bias.view(self.view), self.copy)
+        s = Silent(None if self.bias is None else self.bias.view(self.view), self.copy, self.level)
+        s = Silent.outermost((s, args, kwargs)) if not self.level else s
         return s if self.items is None else tuple(s if t else None for t in self.items)
     def extra_repr(self): return '' if self.bias is None else f"{len(self.bias)} channels"
 
@@ -81,7 +88,7 @@ class Gone:
 class Branch:
     "A branch that adds the same to everything, and goes"
     where:str # Path of the module whose code adds it
-    modules:tuple # `Gone`s, in the order in which they ran
+    modules:tuple # `Gone`s, in the order in which they ran; but the last is the one that says what the branch adds
     banks:tuple # Paths of the layers that are zero
     key:tuple # The node that added it, as in a `Node`
     params:tuple # (name, length) of parameters and buffers that go
@@ -131,6 +138,10 @@ def _mixes(t, idle, modules, node): # A sum inside the branch, of something that
         for r in n.outs: made[r.id] = n.index in idle
     return False
 
+def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds, and those behind it pass that on
+    busy = {t.nodes[i].module for i in others}
+    return next((m for m in reversed(modules) if not any(b==m or b.startswith(f"{m}.") for b in busy)), None)
+
 def branch_at(
     c:Coupling, # Of the model
     index:int, # Of the node that adds
@@ -139,11 +150,13 @@ def branch_at(
 )->Branch|str|None: # Or why not; None where no module would go
     "What goes when one term of a sum does"
     t,node = c.trace,c.trace.nodes[index]
-    s,before = Site(node, t, {}),idle_modules(t, idle_nodes(t, gone or {}))
+    s,was = Site(node, t, {}),idle_nodes(t, gone or {})
+    before = idle_modules(t, was)
     stays = s['other' if term.name=='self' else 'self']
     idle = idle_nodes(t, {**(gone or {}), index:stays})
     modules = [m for m in idle_modules(t, idle) if m not in before]
     if not modules: return None
+    if (teller := _teller(t, modules, was-idle_nodes(t, {}))) is None: return 'each of its modules runs elsewhere, too'
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
@@ -151,10 +164,10 @@ def branch_at(
     if _mixes(t, idle, modules, node): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
-    last = Gone(modules[-1], None, tuple(term.value.tolist()) if term.value.any() else None, view)
+    last = Gone(teller, None, tuple(term.value.tolist()) if term.value.any() else None, view)
     later = any(t.storage.get(r.id)==t.storage.get(node.outs[0].id) for n in t.nodes[index+1:] for r in n.mutates)
     params = tuple(p for p in _params(c.model, modules) if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
-    return Branch(node.module, (*(Gone(m) for m in modules[:-1]), last), banks, node.key, params, later)
+    return Branch(node.module, (*(Gone(m) for m in modules if m!=teller), last), banks, node.key, params, later)
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000012
 def _places(model, m): # Every (parent, name) under which a module is registered
@@ -167,12 +180,13 @@ class Removed:
         branches, # `Branch`es
     ):
         self.places,self.data,self.new,old = [],[],[],[] # new: (parameter, one that went)
-        for b in branches:
-            for g in b.modules: old += self._replace(model, b, g)
+        inside = max([m.level for m in model.modules() if isinstance(m, Silence)], default=0)
+        for level,b in enumerate(branches, inside+1):
+            for g in b.modules: old += self._replace(model, b, g, level if g is b.modules[-1] else 0)
         live = {id(p) for p in model.parameters()}
         self.old = [p for p in old if id(p) not in live]
 
-    def _replace(self, model, b, g):
+    def _replace(self, model, b, g, level):
         m = model.get_submodule(g.module)
         bias = None
         if g.value is not None:
@@ -182,7 +196,7 @@ class Removed:
             value = torch.tensor(g.value, dtype=torch.float64).to(like.dtype).to(like.device)
             if bias is None or bias.shape!=value.shape: bias = nn.Parameter(value, requires_grad=like.requires_grad); self.new.append((bias, like))
             else: self.data.append((bias, bias.detach())); bias.data = value
-        stub = Silence(bias, g.view, g.items, b.copy).train(m.training)
+        stub = Silence(bias, g.view, g.items, b.copy, level).train(m.training)
         for parent,k in _places(model, m):
             self.places.append((parent, k, m))
             parent._modules[k] = stub
