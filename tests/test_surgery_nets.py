@@ -120,7 +120,7 @@ case('depthwise', lambda s,x: s.c(s.g(s.a(x).relu()).relu()), 4, a=C(3,8), g=C(8
 case('depthwise_multiplier', lambda s,x: s.c(s.g(s.a(x).relu()).relu()), 4, a=C(3,8), g=C(8,16,groups=8), c=C(16,4))
 case('depthwise_on_input', lambda s,x: s.c(s.g(x).relu()), 1, g=C(3,6,groups=3), c=C(6,4))
 case('grouped_twice', lambda s,x: s.c(s.h(s.g(s.a(x).relu()).relu())), 2, a=C(3,8), g=C(8,16,groups=4), h=C(16,8,groups=4), c=C(8,4))
-case('grouped_unequal', lambda s,x: s.c(s.h(s.g(s.a(x).relu()).relu())), 4, a=C(3,8), g=C(8,16,groups=4), h=C(16,8,groups=2), c=C(8,4))
+case('grouped_unequal', lambda s,x: s.c(s.h(s.g(s.a(x).relu()).relu())), 1+2+2, a=C(3,8), g=C(8,16,groups=4), h=C(16,8,groups=2), c=C(8,4))
 case('transposed', lambda s,x: s.c(s.t(s.a(x).relu()).relu()), 4+3, a=C(3,8), t=nn.ConvTranspose2d(8,6,2,stride=2), c=C(6,4))
 case('transposed_grouped', lambda s,x: s.c(s.t(s.a(x).relu()).relu()), 2, a=C(3,8), t=nn.ConvTranspose2d(8,12,2,stride=2,groups=4), c=C(12,4))
 case('transposed_depthwise', lambda s,x: s.c(s.t(s.a(x).relu()).relu()), 4, a=C(3,8), t=nn.ConvTranspose2d(8,8,2,stride=2,groups=8), c=C(8,4))

@@ -14,6 +14,7 @@ from ..surgery.guard import state_of
 from ..surgery.trace import Node, Ref
 from ..surgery.capture import clones, Recorder, record
 from ..surgery.cost import macs_of
+from ..surgery.optimizer import sliced
 from ..surgery.plan import labels_of
 from ..surgery.pruner import Pruner
 from ..surgery.rules import Site, rule_for
@@ -164,6 +165,7 @@ def effective_entries(
     f = left.folds.get(name)
     if name in left.constants: return int(left.constants[name].count_nonzero())
     if f is not None and f.kind=='bias': p = (p.detach().double()+torch.tensor(f.value, dtype=torch.float64, device=p.device)).to(p.dtype)
+    if any(e.others for e in left.edits.get(name, ())): return int(sliced(p.detach(), left.edits[name]).count_nonzero())
     keeps = [torch.ones(n, dtype=torch.bool) for n in p.shape]
     for e in left.edits.get(name, ()): keeps[e.dim][:] = False; keeps[e.dim][list(e.keep)] = True
     return n_nonzero(p.detach(), keeps)

@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..surgery.guard import state_of
+from ..surgery.optimizer import taken
 
 # %% ../../nbs/sparse/00_masks.ipynb #00000005
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ def __and__(self:Masks, o:Masks)->Masks:
 # %% ../../nbs/sparse/00_masks.ipynb #0000000f
 @patch
 def cut(self:Masks,
-    edits, # (parameter, dimension, positions that stay), as the `edits` of a plan
+    edits, # As the `edits` of a plan
 )->Masks: # Without `units`: they were those of the old shapes
     "The masks of what is left of a model"
     edits = tuple(edits)
     keep = {n:k for n,k in self.keep.items() if n not in {e.param for e in edits if not len(e.keep)}} # these have gone as a whole
     for e in edits:
         k = keep.get(e.param)
-        if k is not None and k.shape[e.dim]>1: keep[e.param] = k.index_select(e.dim, torch.as_tensor(e.keep, dtype=torch.long, device=k.device))
+        if k is not None and e.others and k.shape[0]==1: keep.pop(e.param) # said of all groups together, and they have different positions now
+        elif k is not None and k.shape[e.dim]>1: keep[e.param] = taken(k, e)
     return Masks({n:k for n,k in keep.items() if not k.all()})

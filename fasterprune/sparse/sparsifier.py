@@ -140,7 +140,7 @@ def masks(self:Sparsifier,
     "Choose what becomes zero; the model is not changed"
     self = self.naming(sparsity)
     sparsity,zeros,plain = self.check(sparsity),self.zeros(),self._plain
-    how = dict(context=self.context, count=self.count, costs=self.costs() if self.count=='params' else None, parts=self.units.parts)
+    how = dict(context=self.context, count=self.count, costs=self.costs() if self.count=='params' else None, parts=self.units.parts, classes=self.units.classes)
     none = {n:torch.zeros(z.shape) for n,z in zeros.items()}
     if self.criterion.stats and self.part(sparsity)==0: s = none # nothing to choose: nothing to gather
     else: s = self._scores(plain or self.criterion, _counts(allocate(none, sparsity, **how)) if self.criterion.selector else None)

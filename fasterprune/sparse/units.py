@@ -28,7 +28,7 @@ from ..surgery.liveness import AVERAGES
 # %% ../../nbs/sparse/00_units.ipynb #00000005
 class LayerUnits:
     "Units that lie inside of single layers"
-    parts = None # Of which equally many have to stay: there are none
+    parts = classes = None # Of which equally many have to stay, or each its share: there are none
     def __init__(self,
         model:nn.Module,
         granularity:Granularity,
@@ -180,6 +180,8 @@ class CoupledUnits:
 
     @property
     def parts(self)->dict: "Group name → the parts of which equally many have to stay"; return {g.name:g.even for g in self.groups}
+    @property
+    def classes(self)->dict: "Group name → a number for each unit, the same for those that the same layers write"; return {g.name:g.classes for g in self.groups}
 
     @property
     def totals(self)->dict: "Group name → number of units"; return {g.name:g.n for g in self.groups}

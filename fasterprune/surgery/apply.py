@@ -13,6 +13,7 @@ from copy import copy
 import numpy as np
 import torch
 from torch import nn, Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from ..core import module_of
 from .adapters import ADAPTERS
 from .guard import state_of
@@ -36,13 +37,13 @@ def planned_shapes(
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000006
 def _conv(m, w, groups):
-    i,o = (w[0], w[1]*groups) if m.transposed else (w[1]*groups, w[0])
+    i,o = (w[0], w[1]*groups) if getattr(m, 'transposed', False) else (w[1]*groups, w[0])
     return dict(in_channels=i, out_channels=o, groups=groups)
 
 def _sizes(m, shape, counts):
     "Attributes of a standard layer that follow from its shapes"
     w = shape('weight')
-    if isinstance(m, nn.modules.conv._ConvNd): return _conv(m, w, counts.get('groups', m.groups))
+    if isinstance(m, nn.modules.conv._ConvNd) or any(c.__module__=='torchvision.ops.deform_conv' for c in type(m).__mro__): return _conv(m, w, counts.get('groups', m.groups))
     if isinstance(m, nn.Linear): return dict(in_features=w[1], out_features=w[0])
     if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
     if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
@@ -61,6 +62,14 @@ def _recurrent(m, shape, first): # Rows of the input matrix are gates × units
     sizes = dict(input_size=cols, hidden_size=rows//(4 if isinstance(m, (nn.LSTM, nn.LSTMCell)) else 3 if isinstance(m, (nn.GRU, nn.GRUCell)) else 1))
     return {**sizes, 'proj_size':shape('weight_hr_l0')[0]} if getattr(m, 'proj_size', 0) else sizes
 
+_reparametrised = (nn.modules.conv._ConvNd, nn.Linear) # may compute their weights, as with `weight_norm`
+
+def _stored(m, k): # The tensor of a module, or what it is computed from, if that has its shape
+    t = _inside(m, k)
+    if t is None or k in m._parameters or k in m._buffers: return t
+    made = m.parametrizations[k]._parameters.values() if is_parametrized(m, k) else [m._parameters.get(f"{k}_{j}") for j in ('v', 'orig')]
+    return next((s for s in made if s is not None and s.shape==t.shape), t)
+
 def new_attributes(
     model:nn.Module,
     plan:Plan,
@@ -70,8 +79,9 @@ def new_attributes(
     by_tensor = {id(t):shapes[n] for n,t in state_of(model).items() if n in shapes}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
     for n,m in model.named_modules():
-        def shape(k): t = _inside(m, k); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
-        if n not in counts and not _follow(m) and not any(id(t) in by_tensor for t in [*m._parameters.values(), *m._buffers.values()]): continue
+        def shape(k): t = _stored(m, k); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
+        own = [*m._parameters.values(), *m._buffers.values(), *([_stored(m, 'weight')] if isinstance(m, _reparametrised) else ())]
+        if n not in counts and not _follow(m) and not any(id(t) in by_tensor for t in own): continue
         values = {**counts.get(n, {}), **_sizes(m, shape, counts.get(n, {}))}
         values = {k:(v,) if isinstance(v, int) and isinstance(getattr(m, k), tuple) else v for k,v in values.items()}
         res += [(n, k, v) for k,v in values.items() if getattr(m, k)!=v]
@@ -177,6 +187,7 @@ def apply_(
     if plan.branches: remove_(model, plan, optimizer)
     check_plan(model, plan, optimizer)
     attrs,state,shapes = new_attributes(model, plan),state_of(model),{}
+    before = [_norms(state[v], d) for v,_,d in plan.factors]
     for n,es in edits_of(plan).items():
         t = state[n]
         shapes[id(t)],grad = (t.shape, es),t.grad
@@ -184,9 +195,18 @@ def apply_(
         if grad is not None: t.grad = sliced(grad, es)
         if optimizer is not None: carry_(optimizer, t, shapes[id(t)][0], es)
     if optimizer is not None: carry_flat_(optimizer, shapes)
+    for norms,(v,g,d) in zip(before, plan.factors): _shrink_(state[v], state[g], d, norms[_kept_of(plan, v, d)])
     recode_(model, plan, attrs)
     fold_(model, plan, optimizer)
     return whole
+
+def _norms(w, d): return w.detach().double().movedim(d, 0).flatten(1).norm(dim=1)
+
+def _kept_of(plan, name, d): return next((list(e.keep) for e in edits_of(plan).get(name, ()) if e.dim==d), slice(None))
+
+def _shrink_(w, g, d, before): # The factor of a `weight_norm` times what is left of the norm, so that the weights that stay are what they were
+    ratio = torch.where(before>0, _norms(w, d)/before, 1.)
+    g.data = (g.double()*ratio.view(g.shape)).to(g.dtype)
 
 def remove_(
     model:nn.Module, # Changed in place
@@ -236,7 +256,7 @@ class Snapshot:
     def __init__(self, model:nn.Module, plan:Plan, optimizer=None):
         self.model = model = bare(model, plan)
         state = state_of(model)
-        names = {e.param for e in plan.slices} | {f.name for f in plan.folds if f.kind!='new'}
+        names = {e.param for e in plan.slices} | {f.name for f in plan.folds if f.kind!='new'} | {g for _,g,_ in plan.factors}
         self.tensors = [(state[n], state[n].detach(), state[n].grad) for n in names]
         modules = dict(model.named_modules(remove_duplicate=False))
         self.attrs = [(modules[n], k, getattr(modules[n], k)) for n,k,_ in new_attributes(model, plan)]

@@ -30,27 +30,32 @@ __all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'Idle', 'Owners', 'branch_at',
 # %% ../../nbs/surgery/08_branch.ipynb #00000005
 class Silent:
     "What a branch says that says nothing: whatever is done with it gives the same, and what it is added to stays"
-    __slots__ = ('value','copy')
-    def __init__(self, value:Tensor|None=None, copy:bool=False): self.value,self.copy = value,copy # copy: what it is added to is written to later
+    __slots__ = ('value','copy','level')
+    def __init__(self, value:Tensor|None=None, copy:bool=False, level:int=0):
+        self.value,self.copy,self.level = value,copy,level # copy: what it is added to is written to later; level: of the branch, higher than those of branches inside it
+
+    @staticmethod
+    def outermost(o)->'Silent|None':
+        "What the outermost branch says, of all that is said in a nest of arguments"
+        return max((a for a in tree_leaves(o) if isinstance(a, Silent)), key=lambda a: a.level, default=None)
 
     def _added(self, x, inplace=False):
-        if isinstance(x, Silent): return self if x.value is None else x
+        if isinstance(x, Silent): return Silent.outermost((self, x))
         if self.value is None: return x.clone() if self.copy and not inplace else x
         v = self.value.to(x.dtype)
         return x.add_(v) if inplace else x+v
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        every = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, Silent)]
         name = getattr(func, '__name__', '').strip('_')
-        if name not in ('add','radd','iadd'): return next((s for s in every if s.value is not None), every[0])
+        if name not in ('add','radd','iadd'): return Silent.outermost((args, kwargs or {}))
         a,b = (*args, *(kwargs or {}).values())[:2]
         if isinstance(a, Silent): return a._added(b)
         return b._added(a, inplace=func.__name__ in ('add_','__iadd__'))
 
     def __add__(self, x): return self._added(x)
     __radd__ = __iadd__ = add = add_ = __add__
-    def _same(self, *args, **kwargs): return self
+    def _same(self, *args, **kwargs): return Silent.outermost((self, args, kwargs))
     __mul__ = __rmul__ = __imul__ = __truediv__ = __neg__ = __getitem__ = __matmul__ = _same
     def __getattr__(self, name):
         if name.startswith('__') or not callable(getattr(Tensor, name, None)): raise AttributeError(f"a branch that was removed has no {name!r}")
@@ -64,12 +69,14 @@ class Silence(nn.Module):
         view:tuple|None=None, # The shape in which it is added
         items:tuple|None=None, # For a module that gave several things, whether each was a tensor; None for one
         copy:bool=False, # Does the code write into the sum?
+        level:int=0, # As for `Silent`; 0 passes on what is said already, for it may stand behind the module that says it, too
     ):
         super().__init__()
-        self.view,self.items,self.copy = view,items,copy
+        self.view,self.items,self.copy,self.level = view,items,copy,level
         self.register_parameter('bias', bias)
     def forward(self, *args, **kwargs):
-        s = Silent(None if self.bias is None else self.bias.view(self.view), self.copy)
+        s = Silent(None if self.bias is None else self.bias.view(self.view), self.copy, self.level)
+        s = Silent.outermost((s, args, kwargs)) if not self.level else s
         return s if self.items is None else tuple(s if t else None for t in self.items)
     def extra_repr(self): return '' if self.bias is None else f"{len(self.bias)} channels"
 
@@ -86,7 +93,7 @@ class Gone:
 class Branch:
     "A branch that adds the same to everything, and goes"
     where:str # Path of the module whose code adds it
-    modules:tuple # `Gone`s, in the order in which they ran
+    modules:tuple # `Gone`s, in the order in which they ran; but the last is the one that says what the branch adds
     banks:tuple # Paths of the layers that are zero
     key:tuple # The node that added it, as in a `Node`
     params:tuple # (name, length) of parameters and buffers that go
@@ -106,6 +113,7 @@ class Idle:
             self.busy.update(_around(n.module))
         for k in self._takes(t.outputs): self.users.setdefault(k, []).append(len(t.nodes))
         self._spread(range(len(t.nodes)))
+        self.unused = set(self.nodes) # without any sum left out
 
     def _memory(self, r): return 'memory',self.t.storage.get(r.id)
     def _takes(self, refs): return {k for r in refs for k in (r, self._memory(r))}
@@ -188,6 +196,10 @@ def _mixes(idle, nodes, modules): # A sum inside the branch, of something that g
     sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
     return any(len({goes(r, n.index) for r in tensors_of(n)[:2]})>1 for n in sums)
 
+def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds, and those behind it pass that on
+    busy = {t.nodes[i].module for i in others}
+    return next((m for m in reversed(modules) if not any(b==m or b.startswith(f"{m}.") for b in busy)), None)
+
 def branch_at(
     c:Coupling, # Of the model
     index:int, # Of the node that adds
@@ -207,6 +219,7 @@ def branch_at(
 def _branch(c, s, term, stays, idle, nodes, owners):
     t,node,modules = c.trace,s.node,idle.modules(nodes)
     if not modules: return None
+    if (teller := _teller(t, modules, idle.nodes-set(nodes)-idle.unused)) is None: return 'each of its modules runs elsewhere, too'
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
@@ -214,10 +227,10 @@ def _branch(c, s, term, stays, idle, nodes, owners):
     if _mixes(idle, nodes, modules): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
-    last = Gone(modules[-1], None, tuple(term.value.tolist()) if term.value.any() else None, view)
+    last = Gone(teller, None, tuple(term.value.tolist()) if term.value.any() else None, view)
     later = idle.makers.get(idle._memory(node.outs[0]), [0])[-1]>node.index
     params = tuple(p for p in (owners or Owners(c.model)).only(modules) if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
-    return Branch(node.module, (*(Gone(m) for m in modules[:-1]), last), banks, node.key, params, later)
+    return Branch(node.module, (*(Gone(m) for m in modules if m!=teller), last), banks, node.key, params, later)
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000012
 def _places(model): # Identity of a module → every (parent, name) under which it is registered
@@ -233,12 +246,13 @@ class Removed:
         branches, # `Branch`es
     ):
         self.places,self.data,self.new,old,places = [],[],[],[],_places(model) # new: (parameter, one that went)
-        for b in branches:
-            for g in b.modules: old += self._replace(model, b, g, places)
+        inside = max([m.level for m in model.modules() if isinstance(m, Silence)], default=0)
+        for level,b in enumerate(branches, inside+1):
+            for g in b.modules: old += self._replace(model, b, g, level if g is b.modules[-1] else 0, places)
         live = {id(p) for p in model.parameters()}
         self.old = [p for p in old if id(p) not in live]
 
-    def _replace(self, model, b, g, places):
+    def _replace(self, model, b, g, level, places):
         m = model.get_submodule(g.module)
         bias = None
         if g.value is not None:
@@ -248,7 +262,7 @@ class Removed:
             value = torch.tensor(g.value, dtype=torch.float64).to(like.dtype).to(like.device)
             if bias is None or bias.shape!=value.shape: bias = nn.Parameter(value, requires_grad=like.requires_grad); self.new.append((bias, like))
             else: self.data.append((bias, bias.detach())); bias.data = value
-        stub = Silence(bias, g.view, g.items, b.copy).train(m.training)
+        stub = Silence(bias, g.view, g.items, b.copy, level).train(m.training)
         for parent,k in places[id(m)]:
             self.places.append((parent, k, m))
             parent._modules[k] = stub

@@ -14,6 +14,7 @@ import numpy as np
 from ..allocation import ranked
 from .cost import Costs, kinds
 from .coupling import Coupling
+from .plan import score_of, wider
 
 # %% ../../nbs/surgery/12_budget.ipynb #00000005
 UNITS = dict(params='a whole number of parameters', macs='a whole number of multiply-accumulates', latency='milliseconds above 1', memory='a whole number of bytes')
@@ -71,11 +72,11 @@ def within(
     g = _arranged(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
     return {n: ~g[c.by_name[n].labels] for n in scores}
 
-def _arranged(c, gone, scores, how): # Where code shuffles channels, others go than those that are ranked lowest
+def _arranged(c, gone, scores, how): # Where code shuffles channels, others go than those that are ranked lowest; some come back where a width must stay larger than another
     flows = [c.by_name[n] for n in scores if c.by_name[n].flow is not None]
     g = gone.copy() if flows else gone
     for f in flows: g[f.labels] = ~f.arranged(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))
-    return g
+    return wider(c, g, score_of(c, scores)) if c.labels.smaller else g
 
 def _put_back(g, removed, fits):
     "Return what still fits, the most important first"

@@ -27,7 +27,7 @@ from .choose import alike, check_where, group_scores, sides
 from .cost import unit_costs
 from .groups import Group
 from .coupling import Coupling
-from .plan import Plan
+from .plan import Plan, widened
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000005
 currencies = ('params', 'macs')
@@ -189,12 +189,12 @@ def choose(
         if not share: return {}
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
-    parts = {g.name:g.even for g in groups}
-    keep = {n:int(k.sum()) for n,k in allocate({g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, **how.caps).items()} if how.criterion.selector else None
+    parts,classes = {g.name:g.even for g in groups},{g.name:g.classes for g in groups}
+    keep = {n:int(k.sum()) for n,k in allocate({g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps).items()} if how.criterion.selector else None
     scores,sets = scores_for(model, c, groups, how, pooled, keep),alike(model, groups) if how.context=='isomorphic' else None
     if how.budget is not None: return within(c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
-    stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, **how.caps)
-    return {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
+    stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, classes=classes, **how.caps)
+    return widened(c, {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}, scores)
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000010
 class PruningWarning(UserWarning): "A plan is carried out as asked, and may not be what was meant"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 from fastcore.basics import patch
-from .trace import Ref, Trace
+from .trace import Ref, Trace, used_refs
 from .labels import Axis, Labels, Share, fixed
+from .recurrent import projections
 from .rules import Site, aligned, tensors_of
 from .shuffle import Step, key_of, shuffled, shuffles, views
 
@@ -39,21 +40,33 @@ class Coupler(Labels):
         trace:Trace, # What it did
         tied=(), # Indices of nodes that make equal parts, and these lose the same positions
         straight=(), # Indices of nodes that shuffle channels, which are followed as a product
+        loose:bool=False, # May each group of a grouped convolution lose other positions, as many as the others?
     ):
         super().__init__()
+        self.loose = loose
         self.model,self.trace,self.tied,self.even,self.halves = model,trace,set(tied),[],[] # even: (node, what, axes) that lose equally many positions; halves: (what, labels of each) where that says something
         self.env = {i:[Axis(n) for n in trace.shapes[i]] for i in trace.names}
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
         self.shuffles = {i:v for i,v in shuffles(trace).items() if i not in straight and v[2] not in straight}
+        self.taken = used_refs(trace)
         self.uses,self.steps,self.flows,self.decks = None,[],[],{} # who takes each tensor; movements of channels; those that shuffle; and what is shuffled
+        self.smaller = [self.env[i] for i in trace.names if trace.names[i] in projections(model)] # (axis, another that must stay larger)
+        self.weight_norms = [] # (weight, factor, dimension) of each `weight_norm`
         self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
     def free(self, n): return Axis(n) if n>1 else fixed(n)
+    def copies(self, s, n): return self.free(n)
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
     def equal_parts(self, s, parts, whole):
-        if s.node.index in self.tied or self._cut_again(s): return self.same(*parts)
+        equal = len({a.n for a in parts})==1
+        if not equal and any(k.name=='split' and k.node==s.node.index for k in self.trace.calls): return # the code says how large they are, and a plan can
+        if s.node.index in self.tied or self._cut_again(s): return self.alike(parts, str(s))
         self.even.append((s.node.index, str(s), parts))
-        self.steps.append(Step('chunk', s.node.index, (whole,), tuple(parts), len(parts), str(s)))
+        if equal: self.steps.append(Step('chunk', s.node.index, (whole,), tuple(parts), len(parts), str(s)))
+    def alike(self, parts, where):
+        "Let parts lose the same positions; parts that are not equally large cannot"
+        if len({a.n for a in parts})==1: return self.same(*parts)
+        for a in parts: self.pin_axis(a, f"{where} cuts it into parts that are not equally large")
     def _cut_again(self, s): # Is it plain to see that a part becomes a product, such as heads?
         if self.uses is None:
             self.uses = {}
@@ -67,14 +80,29 @@ class Coupler(Labels):
         a = super().cat(axes)
         if self.shuffles: self.steps.append(Step('cat', -1, tuple(axes), (a,)))
         return a
-    def sums(self, s, ref, i): self.reads.append(Read(s.node.index, ref, i, s.axes(ref)[i], s.axes(ref)[i], None))
+    def sums(self, s, ref, i):
+        a = s.axes(ref)[i]
+        self.rows(a) # also of what the code makes itself
+        if self.is_param(ref) and self._reparametrises(s.node.module): return self.weighs(s, [a], 'weight_norm')
+        self.reads.append(Read(s.node.index, ref, i, a, a, None))
     def mixes(self, s, ref, i):
         self.mixed.append((s.axes(ref)[i], str(s), s.node.index, ref, i, s.axes(ref)[i]))
         return s.axes(ref)[i]
     def broadcast(self, s, refs, shape): return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
 
+    def _reparametrises(self, module): # Does it compute a weight there?
+        return '.parametrizations.' in f".{module}" or isinstance(self.model.get_submodule(module), (nn.modules.conv._ConvNd, nn.Linear))
+    def normed(self, s, axes): # `weight_norm`: its factor makes up for what the norm is not taken over any more
+        names = [self.trace.name_of(s[k]) for k in ('v', 'g')]
+        if all(names): self.weight_norms.append((*names, s['dim']))
+        else: self.weighs(s, axes, 'weight_norm')
+    def weighs(self, s, axes, what): # Something is computed from all of a weight, and how it changes is not followed
+        for a in axes:
+            self.rows(a) # a weight that is met for the first time: the pin keeps its reason
+            self.pin_axis(a, f"{s} computes a norm of all of it; remove {what} from the layer first")
+    def is_used(self, ref): "Does an operator or the caller take it?"; return ref in self.taken
     def is_param(self, ref): "Does it not depend on the input?"; return ref.id not in self.dep
-    def written(self, s, a:Axis, connect=True)->Axis:
+    def written(self, s, a:Axis, connect=True)->Axis: # connect: do its positions hang together? 'part': so do those within the groups of an axis that is noted as well
         "Note that a layer writes along this axis"
         self.rows(a)
         if a.n>1: self.writes.append((a, s.node.module, connect))
@@ -108,6 +136,8 @@ def convolution(self:Coupler, s):
     if g==1:
         self.same(x[1], read)
         out,tested = self.written(s, write),x[1]
+    elif (found := self._loosely(s, x[1], read, write, g)) is not None:
+        out,tested = found
     else:
         outer,tested = self.split(x[1], [g, x[1].n//g])
         self._count(s, 'groups', outer)
@@ -130,12 +160,36 @@ def _grouped_out(self:Coupler, s, outer, write, m, transposed):
     else:
         seen,within = self.split(write, [outer.n, m])
         self.same(outer, seen)
-    if m>1: self.written(s, within)
+    if m>1: self.written(s, within, 'part')
     out = self.merge([outer, within])
     if not transposed and write.open: write.rows = out.rows
     if not transposed: out = write
     self.written(s, out, connect=False)
     return out
+
+@patch
+def _loosely(self:Coupler, s, x, read, write, g):
+    "The output axis of a grouped convolution of which each group loses as many channels, wherever they stand; and its input channels by themselves. None where they have to stand in the same places"
+    k,m = x.n//g,s.out_shapes[0][1]//g
+    met = {id(a) for a in [*[r.axis for r in self.reads], *[e[0] for e in self.mixed]]}
+    again = read.of is not None and read.of[1]==g # it runs a second time
+    fits = (again or read.open and write.open) and id(read) not in met
+    if not self.loose or s['transposed'] or s.node.index in self.tied or k==1 or not fits: return None
+    if (found := self.loosen(x, g)) is None: return None
+    outer,each = found
+    self._count(s, 'groups', outer)
+    if again:
+        self.same(outer, read.of[2])
+        self.same(each, read.of[0])
+        return write,each
+    read.rows,read.of = np.zeros((k,1), np.int64),(each, g, outer)
+    own = Axis(m*g, self.fresh(m*g)) if m>1 else None
+    write.rows = np.concatenate([np.repeat(outer.rows, m, axis=0), *([own.rows] if own else [])], 1)
+    for a in [each, *([own] if own else [])]:
+        self.even.append((s.node.index, str(s), [Axis(a.n//g, p) for p in np.split(a.rows, g)]))
+    if own: self.written(s, own, 'part')
+    self.written(s, write, connect=False)
+    return write,each
 
 @patch
 def _param(self:Coupler, a, p, role):

@@ -23,8 +23,8 @@ from .coupler import Coupler
 from .groups import layer_of, make_groups
 
 # %% ../../nbs/surgery/05_coupling.ipynb #00000006
-def _walked(model, trace, varying, tied=(), straight=()): # The labels after all operators of all runs
-    d = Coupler(model, trace, tied, straight)
+def _walked(model, trace, varying, tied=(), straight=(), loose=False): # The labels after all operators of all runs
+    d = Coupler(model, trace, tied, straight, loose)
     d.dep |= inputs_of(trace)
     for n in trace.nodes:
         s = Site(n, trace, d.env)
@@ -54,7 +54,8 @@ def _even(d, parts): # Equal parts: for each part the labels of which as many mu
     if all(np.array_equal(r, rows[0]) for r in rows): return ()
     if any(r.shape[1]>1 for r in rows): return None
     labels,back = np.unique(np.concatenate(rows), return_inverse=True)
-    counts = np.stack([np.bincount(b, minlength=len(labels)) for b in back.reshape(len(rows), -1)], 1)
+    ends = np.cumsum([len(r) for r in rows])[:-1]
+    counts = np.stack([np.bincount(b, minlength=len(labels)) for b in np.split(back.reshape(-1), ends)], 1)
     free = (labels>0)&~d.pinned[labels]&(counts!=counts[:,:1]).any(1)
     labels,counts = labels[free],counts[free]
     if not len(labels): return ()
@@ -70,25 +71,26 @@ class Coupling:
         trace:Trace, # From `capture`
         x=None, # What the model was called with
         others:tuple=(), # ((what it was called with, its trace), ...) of further runs, whose relations count as well
+        loose:bool=False, # May each group of a grouped convolution lose other positions? Criteria choose the same for all
     ):
         self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
         self._begins = [0]
         self.varying = vary = varying((trace, *(t for _,t in others)))
-        d = self.labels = _walked(model, trace, vary)
+        d = self.labels = _walked(model, trace, vary, loose=loose)
         self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others))
         if not all(w.alike for w in self.witnesses):
             trace,self.witnesses = joined(self.witnesses)
             self._begins = [w.first_node for w in self.walked]
-            d = self.labels = _walked(model, trace, vary)
+            d = self.labels = _walked(model, trace, vary, loose=loose)
         flows,straight = _flows(d)
         if not straight: d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
         if (more := {i for i,_,parts in d.even if _even(d, parts) is None}) or straight:
-            d = self.labels = _walked(model, trace, vary, more|straight, straight)
+            d = self.labels = _walked(model, trace, vary, more|straight, straight, loose)
             flows,wrong = _flows(d)
             d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
             if wrong: d = self.labels = _walked(model, trace, vary, range(len(trace.nodes)), range(len(trace.nodes)))
-        for i,_,parts in d.even:
-            if _even(d, parts) is None: d.same(*parts)
+        for _,where,parts in d.even:
+            if _even(d, parts) is None: d.alike(parts, where)
         self._name_roles()
         self.refresh()
 
@@ -128,8 +130,8 @@ class Coupling:
         d = self.labels
         at = np.zeros(d.size, bool)
         for a in axes: at[d.rows(a)] = True
-        found = [parts for _,_,parts in d.even if (even := _even(d, parts)) and at[np.concatenate(even)].any()]
-        for parts in found: d.same(*parts)
+        found = [(parts, where) for _,where,parts in d.even if (even := _even(d, parts)) and at[np.concatenate(even)].any()]
+        for parts,where in found: d.alike(parts, where)
         decks = [f for f in d.flows if at[f.labels].any() and not d.pinned[f.labels].all()]
         for f in decks: d.pin(f.labels, f"{f.where} shuffles it, and something does not work with fewer channels")
         if found or decks: self.refresh()
@@ -155,11 +157,12 @@ def couple(
     model:nn.Module, # Any module; not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
     examples=(), # Other calls of the model that have to go on working
+    loose:bool=False, # As for `Coupling`
 )->Coupling:
     "Find out which channels of which layers must go together"
     trace = capture_all(model, x)
     others,tried = capture_witnesses(model, x, trace, examples)
-    c = Coupling(model, trace, x, others)
+    c = Coupling(model, trace, x, others, loose)
     c.tried = tried
     return c
 

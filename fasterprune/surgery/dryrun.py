@@ -34,16 +34,30 @@ class Comparison:
         for i,k,a in self.l.numbers: self.said.setdefault(i, []).append((k, a))
         self.other = set() # tensors that are numbers, and other ones now
         self.left,self.by_key = iter(self.t.nodes),{n.key:n for n in self.t.nodes}
+        self.apart,self.trusted = None,False # the module in which other operators run, because a width is 1 now; was there one?
 
     def partner(self, new:Node, shapes:dict)->Node|None:
         "The node of the original that this one stands for; where values decide what runs, by its order in a module"
         if not self.t.fake: return self.by_key.get(new.key)
-        if _passes(new, lambda r: list(shapes[r.id])): return None
-        return next((n for n in self.left if not _passes(n, self.sizes)), None)
+        if _passes(new, lambda r: list(shapes[r.id])) or new.module==self.apart: return None
+        old = next((n for n in self.left if n.module!=self.apart and not _passes(n, self.sizes)), None)
+        self.apart = None
+        return old
+
+    def parts(self, old:Node, new:Node)->bool:
+        "Do the two go apart because a width is 1 now? What is 1 wide is contiguous in any order, and `F.linear` need not copy it: the rest of the module is not compared"
+        if not self.t.fake or old.module!=new.module or not any(self.kept.count(a)==1<a.n for a in _met(self.axes, old)): return False
+        self.apart,self.trusted = new.module,True
+        return True
 
     def sizes(self, r)->list:
         "The shape that a tensor of the run will have; of an axis that a batch is merged into, there is more in a larger batch"
         return [n if (k := self.kept.count(a))==a.n else k*n//a.n for a,n in zip(self.axes(r), self.t.shapes[r.id])]
+
+    def ends(self, small:Trace)->list: # As `__call__`, in a list
+        "Where operators were not compared, the outputs still are"
+        if [list(small.shapes[r.id]) for r in small.outputs]==[self.sizes(r) for r in self.t.outputs]: return []
+        return [([a for r in self.t.outputs for a in self.axes(r)], 'the outputs would have other shapes', '')]
 
     def __call__(self, new:Node, shapes:dict)->tuple|None: # (axes to pin, reason, module whose code it was); None if all agrees
         "Look at the next node"
@@ -51,7 +65,9 @@ class Comparison:
         if old is None: return None
         code = f"the code of {old.module or 'the model'}"
         if not self.t.fake and len(old.outs)!=len(new.outs) and not any(self.kept.count(a)<a.n for r in old.outs for a in self.axes(r)): return None # values decide, such as how many boxes there are
-        if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs): return _met(self.axes, old),f"{code} takes another path when it is smaller",old.module
+        if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs):
+            if self.parts(old, new): return None
+            return _met(self.axes, old),f"{code} takes another path when it is smaller",old.module
         found = self._shapes(old, new, shapes, code) or self._said(old, new, code) or self._numbers(old, new)
         return found and (*found, old.module)
 
@@ -199,4 +215,5 @@ def dry_run(
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
             why = f"{Site(node, w.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})"
             return Outcome(rec.trace, _met(look.axes, node), why, node.module if where is None else where, True)
+    found = found or (look.ends(rec.trace) if look.trusted else [])
     return Outcome(rec.trace, *found[0]) if found else Outcome(rec.trace)

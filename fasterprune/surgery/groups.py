@@ -48,6 +48,12 @@ class Group:
     @property
     def even(self)->tuple: "Its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
     @property
+    def classes(self)->np.ndarray|None:
+        "A number for each unit, the same for those that the same layers write; None where they all are"
+        writes = np.zeros((self.n, len(self.layers)), bool)
+        for m in self.role('write'): writes[m.unit[m.unit>=0],self.layers.index(m.param.rpartition('.')[0] or m.param)] = True
+        return None if (writes==writes[:1]).all() else np.unique(writes, axis=0, return_inverse=True)[1].reshape(-1)
+    @property
     def way(self)->np.ndarray: "The units in the order in which its flow counts them"; at = np.argsort(self.labels); return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
 
     def arranged(self,
@@ -126,7 +132,7 @@ def make_groups(
                 if k not in names or not names[k][0]: names[k] = (layer_of(d, a) or layer, i, len(cols))
     units = {k:_ordered(np.concatenate(v)) for k,v in units.items()}
     flows = {comp[f.labels[0]]:f for f in d.flows}
-    members,mixed,coarse,parts = _members(d, units),_mixed(d, units),_coarse(comp, tables, units),_parts(d, comp, units)
+    members,mixed,coarse,parts = _members(d, units),_mixed(d, units),_coarse(comp, [t for t,(*_,connect) in zip(tables, d.writes) if connect!='part'], units),_parts(d, comp, units)
     res,taken = [],set()
     for k,u in units.items():
         name = _name(*names[k], taken)
@@ -142,18 +148,49 @@ def _parts(d, comp, units): # The equal parts of each component
         res.setdefault(k, []).append(Parts(where, tuple(np.flatnonzero(np.isin(units.get(k, ()), p)) for p in even)))
     return {k:tuple(v) for k,v in res.items()}
 
-def _coarse(comp, tables, units): # Where a position has several labels: the groups of all but the finest; of that too if more positions share all their labels than it has units
-    res = set()
+def _coarse(comp, tables, units): # Where groups divide the same positions: all but those that are chosen, once for all groups that hang together so
+    sites,never = _sites(comp, tables, units)
+    apart,res = {},set(never) # group → groups that divide the same positions
+    for ks,_ in sites:
+        for k in ks:
+            if len(ks)>1: apart.setdefault(k, set()).update(ks-{k})
+    for own in _hanging(apart):
+        here = [(ks, n) for ks,n in sites if ks&own]
+        free = sorted((k for k in units if k in own-never), key=lambda k: -len(units[k]))
+        tries = [_independent([k, *free], apart) for k in units if k in free]
+        res |= own-max(tries, key=lambda t: _worth(t, here, units), default=set())
+    return res
+
+def _sites(comp, tables, units): # [(groups of some positions, how many these are)]; and the groups of so few units that more positions share all their labels
+    sites,never = [],set()
     for t in tables:
-        t = t[:,t.any(0)]
-        if t.shape[1]<2: continue
-        kinds = comp[t]
+        kinds = comp[t[:,t.any(0)]]
+        if not kinds.shape[1]: continue
         first,at = _alike(kinds)
         for i,row in enumerate(kinds[first]):
-            ks = [k for k in dict.fromkeys(row.tolist()) if k>0]
-            best,here = max(ks, key=lambda k: len(units[k]), default=0),t[at==i]
-            res |= {k for k in ks if k!=best or len(units[k])*len(_alike(here)[0])<len(here)}
+            ks,here = {k for k in row.tolist() if k>0},t[at==i]
+            if not ks: continue
+            sites.append((ks, len(here)))
+            if len(ks)>1: never |= {k for k in ks if len(units[k])*len(_alike(here)[0])<len(here)}
+    return sites,never
+
+def _hanging(apart): # Sets of groups that hang together
+    left = dict(apart)
+    while left:
+        own,todo = set(),[next(iter(left))]
+        while todo:
+            if (k := todo.pop()) in left: own.add(k); todo += left.pop(k)
+        yield own
+
+def _independent(ks, apart): # As many as can be chosen together, the first first
+    res = set()
+    for k in ks:
+        if not apart[k]&res: res.add(k)
     return res
+
+def _worth(chosen, sites, units): # Positions that can be cut then, and how finely
+    of = [(chosen&ks, n) for ks,n in sites]
+    return sum(n for ks,n in of if ks),sum(len(units[k]) for ks,_ in of for k in ks)
 
 def _ordered(a): # Distinct values in order of appearance
     _,first = np.unique(a, return_index=True)

@@ -17,6 +17,7 @@ from .trace import Trace
 from .capture import fake_trace
 from .coupling import Coupling
 from .rules import tensors_of
+from .optimizer import taken
 from .plan import Attr, Edit, Plan
 from .apply import edits_of, new_attributes, planned_shapes, recode_
 
@@ -64,7 +65,7 @@ def live_taps(
 )->np.ndarray: # Bool of the kernel's shape
     "Which taps hold a weight that is not zero"
     live = w.detach()!=0
-    for e in edits: live = live.index_select(e.dim, torch.as_tensor(e.keep, device=live.device, dtype=torch.long))
+    for e in edits: live = taken(live, e)
     return live.flatten(0,1).any(0).cpu().numpy()
 
 _convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

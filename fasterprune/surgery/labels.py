@@ -14,13 +14,14 @@ from fastcore.basics import patch
 # %% ../../nbs/surgery/02_labels.ipynb #00000005
 class Axis:
     "One dimension of one tensor; `rows` is an int array `(n, k)`, or None while the axis is open"
-    __slots__ = ('n', 'rows', 'role', 'src')
+    __slots__ = ('n', 'rows', 'role', 'src', 'of')
     def __init__(self,
         n:int, # Number of positions
         rows:np.ndarray|None=None, # Labels of each position; None is open
         role:str|None=None, # Purpose of a parameter's dimension: 'write', 'read', 'bias', 'scale', 'shift', 'stat'
     ):
         self.n,self.rows,self.role,self.src = n,rows,role,()
+        self.of = None # (axis, groups, axis of the groups) where it stands for the positions of each group, and as many stay as in each of them
     @property
     def open(self)->bool: return self.rows is None
     def mark(self, role:str):
@@ -150,7 +151,8 @@ def distinct(
 @patch
 def rows(self:Labels, a:Axis)->np.ndarray:
     "The expanded rows of an axis; an open one gets labels of its own"
-    if a.open: a.rows = self.fresh(a.n) if a.n>1 else np.zeros((1,1), np.int64)
+    if a.open: a.rows = self.fresh(a.n) if a.n>1 else np.zeros((a.n,1), np.int64)
+    if a.of is not None: self.pin(a.of[0].rows, f"{self.here} uses a grouped weight otherwise than its convolution does")
     return self.expand(a.rows)
 
 # %% ../../nbs/surgery/02_labels.ipynb #00000011
@@ -208,6 +210,29 @@ def split(self:Labels, a:Axis, sizes:list)->list:
     return [outer] + self.split(rest, sizes[1:])
 
 @patch
+def loosen(self:Labels,
+    a:Axis, # `n` groups of positions
+    n:int,
+)->tuple|None: # (axis of the groups, axis of all positions, each by itself); None where positions of several groups go together
+    "Let whole groups go, and positions by themselves"
+    m,rows = a.n//n,self.rows(a)
+    cols = np.where(self.pinned[rows], 0, rows).T.reshape(-1, n, m)
+    groups,alone,others = [],[],[]
+    for c in cols:
+        if not c.any(): continue
+        seen,kinds = c[c>0],sum(len(np.unique(g[g>0])) for g in c)
+        if len(np.unique(seen))<kinds: return None # a label in several groups
+        (groups if (c==c[:,:1]).all() else alone if kinds==len(seen) else others).append(c)
+    if len(alone)!=1 or len(groups)>1: return None
+    for c in others: self.pin(c, f"{self.here} divides it into other groups")
+    each = alone[0].ravel()
+    if groups or others: outer = groups[0][:,0] if groups else np.zeros(n, np.int64)
+    else:
+        outer,each,whole = self.fresh(n)[:,0],self.fresh(a.n)[:,0],each
+        self.bind(whole, np.stack([np.repeat(outer, m), each], 1))
+    return Axis(n, outer[:,None]),Axis(a.n, each[:,None])
+
+@patch
 def split2(self:Labels, a:Axis, n:int):
     "An axis of `n·m` positions as an outer of `n` and an inner of `m`"
     m = a.n//n
@@ -261,6 +286,7 @@ def keeps(self:Labels,
 )->np.ndarray:
     "Bool `(n,)`: the positions of which no label is gone"
     if a.open: return np.ones(a.n, bool)
+    if a.of is not None: return np.arange(a.n)<self.keeps(a.of[0], gone).sum()//a.of[1]
     if isinstance(a, Share): return np.arange(a.n)<self.keeps(a.whole, gone).sum()//a.groups
     return ~gone[self.expand(a.rows)].any(1)
 

@@ -46,12 +46,17 @@ class Constants:
         for a in axes: x = x[...,None] | a.rows[:,0]
         return Axis(x.size, x.reshape(-1,1))
     def free(self, n): return fixed(n)
+    def copies(self, s, n): return fixed(n) if s['self'].id in self.dep else _axis(np.ones(n, bool))
     def mixes(self, s, ref, i): return fixed(s.axes(ref)[i].n)
     def sums(self, s, ref, i): pass
     def pin_axis(self, a, reason): pass
     def begins(self, s, a, start): pass
     def equal_parts(self, s, parts, whole): pass
     def shuffle(self, s): return None
+    def is_used(self, ref): return False
+    def is_param(self, ref): return ref.id not in self.dep
+    def normed(self, s, axes): pass
+    def weighs(self, s, axes, what): pass
 
 # %% ../../nbs/surgery/05_liveness.ipynb #00000006
 def _axis(b): return Axis(len(b), np.asarray(b, np.int64)[:,None])
@@ -231,11 +236,11 @@ def facts_of(
     const = _const(s.axes(data)[r.dim])
     value = constant_values(s.values[data], r.dim, const)
     if r.weight is None: return Facts(const, value, None, None)
-    conv = 'convolution' in s.node.op
+    conv = 'conv' in s.node.op
     w = s.values[named(r.weight)[-1]]
     if not conv and r.dim==len(s.axes(data))-2: w = w.transpose(-1,-2) # weight @ data
     fold = None
-    uneven = conv and (r.transposed or any(s['padding'])) or not conv and w.ndim>2
+    uneven = conv and (r.transposed or s.node.op=='deform_conv2d' or any(s['padding'])) or not conv and w.ndim>2
     if const.any() and not uneven: fold = _weight_sum(w.detach().double(), conv, r.groups)
     return Facts(const, value, reaches(w, conv, r.transposed, r.groups), fold)
 
@@ -361,6 +366,7 @@ def dead_labels(
     facts:dict, # From `observe`
     foldable:list, # For each read: can a constant other than zero be folded there?
     all_constants:bool=False, # Count every constant as dead, whether it can be folded or not, and statistics as no hindrance
+    stay:np.ndarray|None=None, # By label: these stay in any case, and what they read is needed
 )->np.ndarray:
     "Bool by label: the units that can be removed without changing anything"
     l = c.labels
@@ -368,6 +374,7 @@ def dead_labels(
     for g in c.groups: may[g.labels] = True
     for a,*_ in l.mixed:
         if not a.open and not all_constants: may[l.expand(a.rows)] = False
+    if stay is not None: may &= ~stay
     gone,by,reads,let = np.zeros(l.size, bool),np.zeros(l.size, np.int64),[i for i in range(len(l.reads)) if i in facts],[np.flatnonzero(may)]
     holds,woken = dict.fromkeys(reads, let[0][:0]),_woken(l, reads) # read → labels that it holds; `by` how many reads each label is held
     while True: # a read lets go of more only where something has gone that it asks for
@@ -384,7 +391,7 @@ def dead_labels(
         reads,let = woken(free),[free[:0]]
 
 def _holds(c, r, need): # The labels that must stay because of a reader that needs these positions
-    if r.tested is not r.axis: need = need.reshape(r.groups, -1).any(0)
+    if r.tested.n!=r.axis.n: need = need.reshape(r.groups, -1).any(0)
     return np.unique(c.labels.rows(r.tested)[need])
 
 def _woken(l, reads): # A function of labels that go: the reads that ask for one of them
@@ -409,11 +416,11 @@ def held(
 )->list[tuple]:
     "`(group, units, reason)` where units are silent, and stay"
     stay,read = dead_labels(c, facts, foldable, all_constants=True) & ~gone,np.zeros(c.labels.size, bool)
-    for r in c.labels.reads: read[c.labels.rows(r.axis)] = True
+    for r in c.labels.reads: read[c.labels.rows(r.axis)[c.labels.keeps(r.axis, gone)]] = True
     stay &= read
     out = lambda g: '; with exact_norms=True it keeps its divisor, and those that are zero there can go' if g.mixed.split()[0] in AVERAGES else ''
     res = {g.name:(g.name, int(stay[g.labels].sum()), f"{g.mixed} computes statistics over them{out(g)}") for g in c.groups if g.mixed and stay[g.labels].any()}
-    silent = dead_labels(c, facts, foldable) & ~gone if any(g.parts for g in c.groups) else stay
+    silent = dead_labels(c, facts, foldable) & ~gone & read if any(g.parts for g in c.groups) else stay
     for g in c.groups:
         if g.parts and silent[g.labels].any(): res.setdefault(g.name, (g.name, int(silent[g.labels].sum()), f"{g.parts[0].where} cuts it into equal parts, and in another of them fewer are silent"))
     group = np.full(c.labels.size, -1)

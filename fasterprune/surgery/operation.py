@@ -105,8 +105,8 @@ def cut_(
         if not any(t.numel() for t in want): return None,'the outputs for this example are empty'
     return error,str(dtype).removeprefix('torch.') if verify else ''
 
-def _limit(model, plan, dtype): # a folded constant is rounded to the precision of the parameter that takes it
-    own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds else set()
+def _limit(model, plan, dtype): # a folded constant, and a factor, is rounded to the precision of the parameter that takes it
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds or plan.factors else set()
     return max([tolerance(dtype)]+[1e-2*tolerance(d) if d==torch.float32 else tolerance(d) for d in own])
 
 # %% ../../nbs/surgery/18_operation.ipynb #0000000a

@@ -6,7 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/plan.html.md"""
 
 # %% auto #0
 __all__ = ['Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'size_text', 'with_branches', 'fold_targets', 'uses_of', 'folds_of', 'taker',
-           'total', 'signed', 'spare', 'cuts_of', 'with_code', 'make_plan', 'labels_of']
+           'total', 'signed', 'wider', 'spare', 'dead_and_spared', 'cuts_of', 'with_code', 'make_plan', 'score_of',
+           'widened', 'labels_of']
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000002
 import json
@@ -23,7 +24,7 @@ from .branch import Branch, Gone
 from .coupler import Read
 from .coupling import Coupling
 from .labels import Kept
-from .liveness import Facts
+from .liveness import Facts, dead_labels
 from .rules import Site
 from .source import Change, Edited, Recoded
 
@@ -42,6 +43,7 @@ class Edit:
     dim:int
     n:int # Positions before
     keep:tuple # Positions that stay
+    others:tuple=() # For a grouped weight whose groups keep different positions: those of the second group that stays, of the third, and so on
 
 @dataclass(frozen=True)
 class Attr:
@@ -72,6 +74,7 @@ class Plan:
     held:tuple=() # (group, units, reason): they are silent, and stay
     kernels:tuple=() # (layer, size of its kernel before, after), where rows or columns of it are cut off
     branches:tuple=() # `Branch`es that go, before anything is cut; of their parameters, `edits` keep nothing
+    factors:tuple=() # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
 
     @property
     def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
@@ -208,27 +211,57 @@ def signed(
     return tuple(f if f.seen is not None else replace(f, seen=total(taker(model, f.kind, f.name))) for f in folds)
 
 # %% ../../nbs/surgery/08_plan.ipynb #0000000f
+def wider(
+    c:Coupling,
+    gone:np.ndarray, # By label
+    score:np.ndarray|None=None, # By label; the highest come back first
+)->np.ndarray:
+    "Give back what an axis needs that must stay larger than another one"
+    gone,l = gone.copy(),c.labels
+    for less,more in l.smaller:
+        keep = l.keeps(more, gone)
+        short = int(l.keeps(less, gone).sum())+1-int(keep.sum())
+        rows = l.rows(more)[~keep]
+        order = np.arange(len(rows)) if score is None else np.argsort(-score[rows].min(1), kind='stable')
+        gone[rows[order[:max(short, 0)]]] = False
+    return gone
+
 def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave each group its first unit, and each dimension of a parameter its first position, where all would go; and each of equal parts as many as the others"
+    "Leave each group its first unit, and each dimension of a parameter and each part of a chunk its first position, where all would go; and each of equal parts as many as the others"
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
     kept = Kept(l, gone)
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
-        if not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
+        if a.n and not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
+    for a in [a for *_,parts in l.even for a in parts]:
+        if not l.keeps(a, gone).any(): gone[l.rows(a)[0]] = False
     for g in c.groups:
         if g.flow is not None and gone[g.labels].any(): gone[g.flow.labels] = ~g.flow.cover(~gone[g.flow.labels])
     while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.even]): pass
-    return gone
+    return wider(c, gone)
 
 def _evened(gone, g, parts): # Leave each part as many as the others; was there anything to leave?
     at = [(l := g.labels[u])[gone[l]] for u in parts]
     few = min(map(len, at))
     for l in at: gone[l[few:]] = False
     return any(len(l)>few for l in at)
+
+def dead_and_spared(
+    c:Coupling,
+    facts:dict, # From `observe`
+    foldable:list, # As for `dead_labels`
+)->np.ndarray: # By label: True = goes
+    "What is dead, decided again whenever `spare` gives something back: what a unit reads that stays after all is needed"
+    stay = np.zeros(c.labels.size, bool)
+    while True:
+        gone = dead_labels(c, facts, foldable, stay=stay)
+        back = gone&~spare(c, gone)
+        if not back.any(): return gone
+        stay |= back
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000011
 def cuts_of(
@@ -243,10 +276,12 @@ def cuts_of(
     for f in l.flows: order.update((f.order(~gone[f.labels]) or {}) if gone[f.labels].any() else {})
     for i,name in c.trace.names.items():
         for dim,a in enumerate(l.env[i]):
-            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, _places(l, a, order) if order and not a.open and l.expand(a.rows).tobytes() in order else kept.indices(a)))
+            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, *_by_group(l, a, gone)) if a.of else Edit(name, dim, a.n, _places(l, a, order) if order and not a.open and l.expand(a.rows).tobytes() in order else kept.indices(a)))
     attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
-    return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed)
+    cut = {(e.param, e.dim) for e in edits}
+    factors = tuple(dict.fromkeys((v, g, d) for v,g,d in l.weight_norms if any((v, j) in cut for j in range(len(c.axes_of(v))) if j!=d)))
+    return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed, factors=factors)
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000012
 def with_code(
@@ -272,10 +307,35 @@ def make_plan(
     "Make the plan of a model whose code says no sizes"
     return with_code(c, cuts_of(c, gone, folds), {})
 
+def _by_group(l, a, gone): # Positions that stay in the first group that stays, and those of the others if they differ
+    each,g,outer = a.of
+    keep = l.keeps(each, gone).reshape(g, -1)[l.keeps(outer, gone)]
+    first,*others = [tuple(np.flatnonzero(k).tolist()) for k in keep]
+    return first,() if all(k==first for k in others) else tuple(others)
+
 def _places(l, a, order): # Positions that stay of an axis with shuffled channels, in the order in which they will stand
     labels = l.expand(a.rows)[:,0]
     at = np.argsort(labels)
     return tuple(at[np.searchsorted(labels, order[labels.tobytes()], sorter=at)].tolist())
+
+def score_of(
+    c:Coupling,
+    scores:dict, # Group name → a number for each unit
+)->np.ndarray: # By label; infinite where there is none
+    "The scores of units, by their labels"
+    res = np.full(c.labels.size, np.inf)
+    for n,s in scores.items(): res[c.by_name[n].labels] = np.asarray(s.cpu(), float)
+    return res
+
+def widened(
+    c:Coupling,
+    keep:dict, # Group name → bool by unit: stays
+    scores:dict, # Group name → a number for each unit
+)->dict: # The same, and what `wider` gives back
+    "What stays, where a width must stay larger than another"
+    if not c.labels.smaller: return keep
+    gone = wider(c, labels_of(c, keep), score_of(c, scores))
+    return {n:~gone[c.by_name[n].labels] for n in keep}
 
 def labels_of(
     c:Coupling,

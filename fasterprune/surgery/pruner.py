@@ -25,9 +25,9 @@ from .cost import n_params, trace_macs
 from .groups import Group, Member
 from .coupling import Coupling, couple
 from .kernel_shape import shrink_kernels
-from .liveness import dead_labels, held, observe
+from .liveness import held, observe
 from .operation import Extras, Operation, Removal
-from .plan import Plan, fold_targets, folds_of, with_branches
+from .plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .settle import settle
 from .sizes import keep_divisors
@@ -51,9 +51,11 @@ class Pruner:
         self.only,self.ignore = layers_of(self.model, only, 'only'),layers_of(self.model, ignore, 'ignore')
         self.exact_norms,self.coupling,self.measured = exact_norms,None,None # measured: what the last budget in time came to
 
-    def couple(self)->Coupling:
+    def couple(self,
+        loose:bool=False, # As for `Coupling`: what is dead can go wherever it stands
+    )->Coupling:
         "Capture the model and find its groups, afresh"
-        self.coupling,self.measured = couple(self.model, self.x, self.examples),None
+        self.coupling,self.measured = couple(self.model, self.x, self.examples, loose),None
         left = [g for g in self.coupling.groups if not self._may(g)]
         for g in left: self.coupling.labels.pin(g.labels, 'left alone on request')
         if left: self.coupling.refresh()
@@ -75,7 +77,7 @@ def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that ca
     facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c, lambda: (dead_labels(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
+    plan,gone,trace = settle(c, lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
     return shrink_kernels(c, self.x, replace(plan, held=tuple(held(c, seen, foldable, gone))), trace, self._may_layer),gone,trace
 
 @patch
@@ -119,7 +121,7 @@ def plan(self:Pruner,
     "What `prune` would do; nothing is changed"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
-    self.couple()
+    self.couple(loose=how is None)
     return self._chosen(how)[0] if how is not None else self._clean()
 
 @patch
@@ -127,7 +129,7 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
     branches,left,facts = self._silent()
     out = Removed(self.model, branches)
     try:
-        if branches: self.couple()
+        if branches: self.couple(loose=True)
         plan = self._dead(None if branches else facts)[0]
     finally: out.restore_()
     return with_branches(replace(plan, held=plan.held+left), branches)
@@ -161,14 +163,14 @@ def prune(self:Pruner,
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate, rescale)
     _check_values(self.model, how, extras)
     if rescale and how is None: warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget', NoEffectWarning, stacklevel=2)
-    self.couple()
+    self.couple(loose=how is None)
     before,first,left = self._counts(),None,()
     try:
         if how is None:
             branches,left,facts = self._silent()
             if branches:
                 first = Removal(self.model, self.x, self.coupling, branches, extras)
-                first.run_(); self.couple()
+                first.run_(); self.couple(loose=True)
             plan,gone,small = self._dead(None if branches else facts, bool(compensate))
         else: plan,gone,small = self._chosen(how)
         return self._carry_out(replace(plan, held=plan.held+left), gone, small, 'masks' if how is None else 'readers', extras, before, first)

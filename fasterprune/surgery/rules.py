@@ -8,10 +8,11 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/rules.html.md"""
 __all__ = ['RULES', 'Site', 'signature', 'tensors_of', 'rule', 'rule_for', 'alias', 'pointwise', 'aligned', 'filled', 'like',
            'from_nowhere', 'permute', 't', 'transpose', 'unsqueeze', 'squeeze', 'flip', 'as_strided', 'roll', 'slice_',
            'select', 'unbind', 'split', 'split_with_sizes', 'cat', 'stack', 'expand', 'repeat', 'constant_pad_nd',
-           'index', 'index_put', 'index_select', 'gather', 'roi_align', 'regroup', 'view', 'channel_shuffle',
-           'pixel_shuffle', 'pixel_unshuffle', 'glu', 'unfold', 'im2col', 'col2im', 'grid_sampler', 'along',
-           'convolution', 'mm', 'addmm', 'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm',
-           'weight_norm', 'embedding', 'unknown', 'step']
+           'index', 'index_put', 'index_select', 'gather', 'scatter', 'index_add', 'fft', 'view_as_real',
+           'view_as_complex', 'roi_align', 'regroup', 'view', 'channel_shuffle', 'pixel_shuffle', 'pixel_unshuffle',
+           'glu', 'unfold', 'im2col', 'col2im', 'grid_sampler', 'numbered', 'kthvalue', 'along', 'convolution',
+           'deform_conv2d', 'mm', 'addmm', 'grouped_mm', 'batch_norm', 'native_layer_norm', 'native_group_norm',
+           'weight_norm', 'mv', 'embedding', 'unknown', 'step']
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000002
 import torch
@@ -47,6 +48,13 @@ class Site:
         if r is None: return None
         if r.id not in self.env: self.env[r.id] = [fixed(n) for n in self.trace.shapes[r.id]]
         return self.env[r.id]
+
+    @property
+    def numbers(self)->list:
+        "`Ref`s of results that are numbers of positions, such as where the largest value stands"
+        if self.node.op in ('argmax','argmin'): return list(self.node.outs)
+        if 'max_pool' in self.node.op: return list(self.node.outs[1:])
+        return [r for r,k in zip(self.node.outs, self.node.func._schema.returns) if k.name=='indices']
 
     @property
     def tensors(self)->list: "`Ref`s of all tensor arguments, those in lists too"; return tensors_of(self.node)
@@ -86,12 +94,12 @@ def rule_for(
     return pointwise if torch.Tag.pointwise in node.func.tags else None
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000009
-@rule('alias', 'detach', 'lift_fresh')
+@rule('alias', 'detach', 'lift_fresh', '_conj', 'conj_physical', 'resolve_conj', '_conj_physical', '_neg_view', 'resolve_neg', 'real', 'imag')
 def alias(d, s): return [list(s.axes('self'))]
 
 @rule('clone', '_to_copy', 'copy_', 'where', 'masked_fill', 'fill', '_prelu_kernel', 'native_dropout', 'hardtanh',
       'clamp', 'lerp', 'addcmul', 'addcdiv', 'nan_to_num', 'zero', 'hardswish', 'hardsigmoid', 'silu', 'mish', 'gelu', 'elu', 'selu', 'celu', 'relu6', 'softplus',
-      'leaky_relu', 'rrelu_with_noise', 'threshold', 'log_sigmoid_forward', 'softshrink', 'hardshrink')
+      'leaky_relu', 'complex', 'polar', 'rrelu_with_noise', 'threshold', 'log_sigmoid_forward', 'softshrink', 'hardshrink')
 def pointwise(d, s):
     "Positions that meet are the same"
     refs = [r for r in s.tensors if len(s.trace.shapes[r.id])]
@@ -222,7 +230,7 @@ def split(d, s):
     i = (s['dim'] or 0)%len(s.shape('self'))
     s.args['dim'] = i
     parts = _parts(d, s, [shape[i] for shape in s.out_shapes])
-    if len({p[i].n for p in parts})==1 and len(parts)>1: d.equal_parts(s, [p[i] for p in parts], s.axes('self')[i])
+    if len(parts)>1: d.equal_parts(s, [p[i] for p in parts], s.axes('self')[i])
     return parts
 
 @rule('split_with_sizes', 'unsafe_split_with_sizes', 'split_with_sizes_copy')
@@ -250,7 +258,7 @@ def stack(d, s):
 def expand(d, s):
     x,shape = s.axes('self'),s.out_shapes[0]
     old = [None]*(len(shape)-len(x))+list(x)
-    return [[a if a is not None and a.n==n else d.free(n) for a,n in zip(old, shape)]]
+    return [[a if a is not None and a.n==n else d.copies(s, n) for a,n in zip(old, shape)]]
 
 @rule('repeat')
 def repeat(d, s):
@@ -290,6 +298,7 @@ def index_put(d, s):
     if at!=list(range(len(at))): return unknown(d, s)
     for i,b in zip(rest[::-1], v[::-1]):
         if b.n==x[i].n: x[i] = d.same(x[i], b)
+    for i in at: x[i] = fixed(x[i].n)
     return [x]
 
 @rule('index_select')
@@ -306,6 +315,42 @@ def gather(d, s):
     i = s['dim']%len(x)
     for a in (x[i],idx[i]): d.pin_axis(a, f"{s} looks positions up by number")
     return [[fixed(b.n) if j==i or a.n!=b.n else d.same(a, b) for j,(a,b) in enumerate(zip(x, idx))]]
+
+@rule('scatter', 'scatter_add', 'scatter_reduce') # sums over neighbours, such as those of a graph: other dimensions stay what they are
+def scatter(d, s):
+    x,i = list(s.axes('self')),s['dim']%max(len(s.shape('self')), 1)
+    others = [s.axes(s[k]) for k in ('index', 'src', 'value') if s[k] in s.tensors and len(s.shape(k))==len(x)]
+    for a in [x[i], *[o[i] for o in others]]: d.pin_axis(a, f"{s} looks positions up by number")
+    for j,a in enumerate(x):
+        met = [o[j] for o in others]
+        if j!=i and all(b.n==a.n for b in met): x[j] = d.same(a, *met)
+        elif j!=i:
+            for b in [a, *met]: d.pin_axis(b, f"{s} writes to a part of it")
+            x[j] = fixed(a.n)
+    x[i] = fixed(x[i].n)
+    return [x]
+
+@rule('index_add', 'index_copy', 'index_fill', 'index_reduce')
+def index_add(d, s):
+    x,i = list(s.axes('self')),s['dim']%max(len(s.shape('self')), 1)
+    v = s.axes('source') if s['source'] is not None else None
+    for a in [x[i], *s.axes('index'), *([v[i]] if v else [])]: d.pin_axis(a, f"{s} looks positions up by number")
+    return [[fixed(a.n) if j==i else a if v is None else d.same(a, v[j]) for j,a in enumerate(x)]]
+
+@rule('_fft_r2c', '_fft_c2c', '_fft_c2r') # over other dimensions than the channels
+def fft(d, s):
+    x,over = s.axes('self'),{i%len(s.shape('self')) for i in s['dim']}
+    for i in over: d.pin_axis(x[i], f"{s} mixes positions along it")
+    return [[fixed(n) if i in over else a for i,(a,n) in enumerate(zip(x, s.out_shapes[0]))]]
+
+@rule('view_as_real')
+def view_as_real(d, s): return [[*s.axes('self'), fixed(2)]]
+
+@rule('view_as_complex')
+def view_as_complex(d, s):
+    *x,pair = s.axes('self')
+    d.pin_axis(pair, f"{s} makes complex numbers of it")
+    return [x]
 
 @rule('roi_align', 'roi_pool')
 def roi_align(d, s):
@@ -333,18 +378,31 @@ def regroup(
     return res
 
 # %% ../../nbs/surgery/03_rules.ipynb #0000001c
-@rule('view', '_unsafe_view', 'reshape', '_reshape_alias', 'flatten')
-def view(d, s):
-    x,old,new = s.axes('self'),s.shape('self'),s.out_shapes[0]
-    if int(np.prod(old))!=int(np.prod(new)) or 0 in old: return unknown(d, s)
-    if (shuffle := d.shuffle(s)) is not None: return [shuffle]
+def _regrouped(d, x, old, new): # The axes of a view, by those of what is viewed
     res = [fixed(n) for n in new]
     for a,b in regroup(old, new):
         a,b = [i for i in a if old[i]>1],[j for j in b if new[j]>1]
         if not a or not b: continue
         merged = x[a[0]] if len(a)==1 else d.merge([x[i] for i in a])
         for j,y in zip(b, d.split(merged, [new[j] for j in b])): res[j] = y
-    return [res]
+    return res
+
+def _empty(d, s, x, old, new): # The same of nothing: dimensions that are the same from the left and from the right, and what is between them if that is something
+    left = next((i for i,(a,b) in enumerate(zip(old, new)) if a!=b), min(len(old), len(new)))
+    right = next((i for i,(a,b) in enumerate(zip(old[left:][::-1], new[left:][::-1])) if a!=b), min(len(old), len(new))-left)
+    a,b = old[left:len(old)-right],new[left:len(new)-right]
+    between = x[left:len(old)-right]
+    whole = 0 not in (*a, *b) and int(np.prod(a))==int(np.prod(b))
+    for c in () if whole else between: d.pin_axis(c, f"{s} says how large it is, of a tensor that is empty")
+    return [*x[:left], *(_regrouped(d, between, a, b) if whole else map(fixed, b)), *x[len(old)-right:]]
+
+@rule('view', '_unsafe_view', 'reshape', '_reshape_alias', 'flatten')
+def view(d, s):
+    x,old,new = s.axes('self'),s.shape('self'),s.out_shapes[0]
+    if int(np.prod(old))!=int(np.prod(new)): return unknown(d, s)
+    if 0 in old: return [_empty(d, s, x, old, new)]
+    if (shuffle := d.shuffle(s)) is not None: return [shuffle]
+    return [_regrouped(d, x, old, new)]
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000020
 @rule('channel_shuffle', 'native_channel_shuffle')
@@ -381,6 +439,7 @@ def _spatial(d, s, ndim):
     left = [_one_at_a_time(s, j) for j in range(ndim)]
     for a,l in zip(x[-ndim:], left):
         if not l: d.pin_axis(a, f"{s} mixes positions in space")
+    numbered(d, s, x[-ndim:])
     return [[*x[:-ndim], *[a if l else fixed(n) for a,l,n in zip(x[-ndim:], left, shape[-ndim:])]] for shape in s.out_shapes]
 
 def _one_at_a_time(s, j): # Does a pool leave the positions along its dimension `j` as they are?
@@ -429,16 +488,27 @@ def _dims(s, n):
     if dims is None or dims==[] : return set(range(n))
     return {i%n for i in ([dims] if isinstance(dims, int) else dims)} if n else set()
 
+def numbered(d, s, axes):
+    "Where somebody takes numbers of positions, such as the largest one's, they keep their numbers"
+    if any(map(d.is_used, s.numbers)):
+        for a in axes: d.pin_axis(a, f"{s} says positions by number")
+
 def _reduce(d, s, exact):
     x = s.axes('self')
     over,keep = _dims(s, len(x)),bool(s['keepdim'])
     for i in over: (d.sums if exact else d.mixes)(s, s['self'], i)
+    numbered(d, s, [x[i] for i in over])
     out = [fixed(1) if i in over else a for i,a in enumerate(x) if keep or i not in over]
     return [out for _ in s.node.outs]
 
 rule('sum')(lambda d, s: _reduce(d, s, True))
 rule('linalg_vector_norm', 'norm')(lambda d, s: _reduce(d, s, s['ord'] in (None, 2, 1) or s['p'] in (1, 2)))
-rule('mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'prod', 'logsumexp', 'argmax', 'argmin', 'any', 'all', 'var_mean', 'median')(lambda d, s: _reduce(d, s, False))
+rule('mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'prod', 'logsumexp', 'argmax', 'argmin', 'any', 'all', 'var_mean', 'median', 'nanmedian', 'mode', 'aminmax')(lambda d, s: _reduce(d, s, False))
+
+@rule('kthvalue')
+def kthvalue(d, s):
+    d.pin_axis(s.axes('self')[s['dim']], f"{s} takes one position by number")
+    return _reduce(d, s, False)
 
 @rule('_softmax', '_safe_softmax', '_log_softmax', 'softmax', 'log_softmax', 'cumsum', 'sort', 'topk', 'cumprod')
 def along(d, s):
@@ -451,6 +521,14 @@ def along(d, s):
 # %% ../../nbs/surgery/03_rules.ipynb #00000026
 @rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 def convolution(d, s): return [d.convolution(s)]
+
+@rule('deform_conv2d') # torchvision's: where it looks is given, and the same for all channels, unless they are in groups
+def deform_conv2d(d, s):
+    pair = lambda k: [s[f"{k}_h"], s[f"{k}_w"]]
+    s.args.update(transposed=False, stride=pair('stride'), padding=pair('pad'), dilation=pair('dilation'), output_padding=[0,0])
+    whole = [*s.axes('offset')[1:], *(s.axes('mask')[1:] if s['use_mask'] else ()), *s.axes('input')[2:]]
+    for a in whole+([s.axes('input')[1]] if s['offset_groups']>1 else []): d.pin_axis(a, f"{s} looks positions up by number")
+    return [d.convolution(s)]
 
 @rule('mm', 'bmm')
 def mm(d, s): return [d.matmul(s, s['self'], s['mat2'])]
@@ -485,10 +563,16 @@ def native_group_norm(d, s):
 @rule('_weight_norm_interface') # each slice of a weight along `dim` over its norm, times a number of its own
 def weight_norm(d, s):
     v,i = list(s.axes('v')),s['dim']
-    for j,a in enumerate(v):
-        if j!=i: d.pin_axis(a, f"{s} divides by the norm over it")
     v[i] = d.same(v[i], s.axes('g')[i])
+    d.normed(s, [a for j,a in enumerate(v) if j!=i])
     return [v, list(s.axes('g'))]
+
+@rule('mv', 'dot', 'vdot') # of a weight, `spectral_norm` makes its largest singular value so
+def mv(d, s):
+    if not all(map(d.is_param, s.tensors)): return unknown(d, s)
+    out = [fixed(n) for shape in s.out_shapes for n in shape]
+    d.weighs(s, [a for r in s.tensors for a in s.axes(r)], 'spectral_norm')
+    return [out]
 
 @rule('embedding')
 def embedding(d, s):
