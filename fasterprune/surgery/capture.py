@@ -248,9 +248,10 @@ def record_in(
     rec:Recorder,
     dtype:torch.dtype|None, # To compute in; None is the model's own
     instead:dict|None=None, # As for `clones`
+    state:dict|None=None, # From `clones`, where that has been made; it is not written to
 )->list: # The tensors that it returns
     "Run a copy of a model on a probe, in another precision, under a recorder"
-    return record(model, probe(x, dtype), rec, clones(model, dtype, instead))
+    return record(model, probe(x, dtype), rec, clones(model, dtype, instead) if state is None else state)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000011
 @contextlib.contextmanager

@@ -32,12 +32,13 @@ def outputs(
     training:tuple=(), # Modules to put in training mode
     around=None, # `Decisions.note` or `.repeat`
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
+    state:dict|None=None, # Parameters and buffers in that precision, where they are at hand
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     rec = Recorder(run=run if around is None else around(run), training=training, exact=c is None)
-    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead)]
+    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
 

@@ -74,15 +74,26 @@ def _same(v, w, ours, free)->bool:
     if isinstance(v, (list, tuple)): return isinstance(w, (list, tuple)) and len(v)==len(w) and all(_same(i, j, ours, free) for i,j in zip(v, w))
     if isinstance(v, dict): return isinstance(w, dict) and v.keys()==w.keys() and all(_same(v[k], w[k], ours, free) for k in v)
     if free and isinstance(v, Real) and isinstance(w, Real): return True
-    return v is w or bool(v==w)
+    return _plainly_equal(v, w)
+
+def _plainly_equal(v, w): # Of numbers and names; other objects, such as groups of processes, only if they are the same
+    return v is w or type(v) is type(w) and isinstance(v, (Real, str, torch.dtype, torch.device, torch.memory_format, torch.layout)) and v==w
 
 def _regrouped_alike(a, b, n, o, labelled):
-    "Do the dimensions with labels fall into the same runs?"
+    "Do the dimensions with labels fall into the same runs, which differ in how often they are repeated at most?"
     if n.op in ('expand', 'repeat'): return True
-    r,q,out = n.args[0],o.args[0],n.outs[0]
-    def runs(s, t): return [(tuple(i for i in g if s[i]>1), tuple(j for j in h if t[j]>1)) for g,h in regroup(s, t)]
-    with_labels = lambda gs: [g for g in gs if any(labelled(r.id, i) for i in g[0]) or any(labelled(out.id, j) for j in g[1])]
-    return with_labels(runs(a.shapes[r.id], a.shapes[out.id]))==with_labels(runs(b.shapes[q.id], b.shapes[o.outs[0].id]))
+    r,q,out,made = n.args[0],o.args[0],n.outs[0],o.outs[0]
+    def runs(s, t): # For each run with labels the sizes before and after
+        res = []
+        for g,h in regroup(s, t):
+            g,h = [i for i in g if s[i]>1],[j for j in h if t[j]>1]
+            if any(labelled(r.id, i) for i in g) or any(labelled(out.id, j) for j in h): res.append((g, h, [s[i] for i in g], [t[j] for j in h]))
+        return res
+    one,two = runs(a.shapes[r.id], a.shapes[out.id]),runs(b.shapes[q.id], b.shapes[made.id])
+    return len(one)==len(two) and all(g==k and h==l and _repeated(s, u, t, v) for (g,h,s,t),(k,l,u,v) in zip(one, two))
+
+def _repeated(s, u, t, v): # Sizes of a run before (s, u) and after (t, v), in two traces: only the outermost differ, and both by the same factor
+    return s[1:]==u[1:] and t[1:]==v[1:] and s[0]*v[0]==u[0]*t[0]
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000008
 def joined(
@@ -182,7 +193,7 @@ def _same_numbers(n, o):
 def _equal(v, w): # Numbers only: tensors are looked at where they are made
     if isinstance(v, Ref) or isinstance(w, Ref): return True
     if isinstance(v, (list, tuple)) and isinstance(w, (list, tuple)): return len(v)==len(w) and all(map(_equal, v, w))
-    return v is w or bool(v==w)
+    return _plainly_equal(v, w)
 
 FRESH = ('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'zeros_like', 'ones_like', 'full_like', 'empty_like') # ask a tensor for no value
 
