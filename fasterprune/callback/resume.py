@@ -119,7 +119,8 @@ def _begun_with(self:ResumeCallback):
     "Note what this training was begun with, before any of it changes"
     self._shapes = {n:tuple(p.shape) for n,p in plain_module(self.learn.model).named_parameters()}
     self._rates = [float(h['lr']) for h in self.learn.opt.hypers]
-    self._settings = [(type(c).__name__, settings_of(c)) for c in self._others()]
+    ours = lambda c: _knows(c) or type(c).__module__.startswith('fastai.') # somebody's own may be called otherwise, or not at all
+    self._settings = [(type(c).__name__, settings_of(c)) for c in self._others() if ours(c)]
     self._memories() # refuses what cannot be written
 
 @patch

@@ -24,6 +24,7 @@ from ..surgery.coupling import couple
 from ..surgery.groups import Group, Member
 from ..surgery.guard import state_of
 from ..surgery.liveness import AVERAGES
+from ..surgery.rules import Site
 
 # %% ../../nbs/sparse/00_units.ipynb #00000005
 class LayerUnits:
@@ -172,10 +173,10 @@ class CoupledUnits:
         self.pins = c.pins() # (layer, positions that stay, of how many, reason)
         heads = dict(head=head_groups, head_dim=head_dim_groups).get(granularity.name)
         found = c.groups if heads is None else heads(c)
-        self.groups = groups_left(model, c.groups, only, ignore) if heads is None else _heads_left(model, found, only, ignore)
-        left = lambda n, names: any(n==l or n.startswith(f"{l}.") for l in names)
-        take,leave = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
-        self.skipped = {n:why for n,_,_,why in self.pins if (take is None or left(n, take)) and not left(n, leave)}
+        asked = groups_left(model, c.groups, only, ignore) if heads is None else _heads_left(model, found, only, ignore)
+        self.groups = [g for g in asked if g.role(self.role)]
+        self.skipped = {**_pins_left(model, self.pins, only, ignore), **{g.name:f"no weight {self.role}s its units" for g in asked if not g.role(self.role)}}
+        self._kept = _kept(c, self.groups, self.role)
         if not self.groups: raise ValueError(_none_left(granularity, model, found, self.pins, heads))
 
     @property
@@ -205,6 +206,11 @@ class CoupledUnits:
             res[g.name] = torch.as_tensor(z)
         return res
 
+def _pins_left(model, pins, only, ignore): # Layer → why its channels stay, of those that were not left out
+    within = lambda n, names: any(n==l or n.startswith(f"{l}.") for l in names)
+    only,ignore = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
+    return {n:why for n,_,_,why in pins if (only is None or within(n, only)) and not within(n, ignore)}
+
 def _heads_left(model, groups, only, ignore): # nn.MultiheadAttention is no layer, and has one
     only,ignore = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
     of = lambda g, names: is_of(g, names) or any(n.startswith(f"{l}.") for l in g.layers for n in names)
@@ -217,6 +223,15 @@ def _none_left(granularity, model, found, pins, heads):
     if not heads: return f"no channel of this model{layers} can be chosen by {granularity.name}: "+'; '.join(f"{n}: {why}" for n,_,_,why in pins)
     why = 'that of this model is left out by only or ignore' if found else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs'
     return f"granularity {granularity.name!r} is for attention, and {why}; use granularity='filter' for whole channels"
+
+def _kept(c, groups, role): # a divisor can be kept where what is averaged is zero, not where it is only read no more
+    res = {g.name:(f"{g.mixed} computes statistics over them", role=='write' and g.mixed.split()[0] in AVERAGES) for g in groups if g.mixed}
+    for r in c.labels.reads if role=='read' else ():
+        if r.weight is not None and c.labels.is_param(r.weight): continue
+        rows,who = np.unique(c.labels.rows(r.axis)),str(Site(c.trace.nodes[r.node], c.trace, {}))
+        for g in groups:
+            if np.isin(g.labels, rows).any(): res.setdefault(g.name, (f"{who} reads them, too, and has no weights", False))
+    return res
 
 # %% ../../nbs/sparse/00_units.ipynb #0000000c
 @patch
@@ -300,10 +315,7 @@ def spread(self:CoupledUnits,
 @patch
 def staying(self:CoupledUnits)->dict: # Group name → (why, would `exact_norms=True` help?)
     "The groups whose units stay in the model by default, also when they are zero"
-    params = {n for n,_ in self.model.named_parameters()}
-    fixed = lambda g: [m.param for m in g.members if m.role is None and m.param not in params] if self.role=='write' else []
-    res = {g.name:(f"{g.mixed} computes statistics over them", g.mixed.split()[0] in AVERAGES) for g in self.groups if g.mixed}
-    return {**{g.name:(f"{fixed(g)[0]!r}, which is no parameter, is added to them", False) for g in self.groups if fixed(g)}, **res}
+    return {g.name:self._kept[g.name] for g in self.groups if g.name in self._kept}
 
 @patch
 def staying(self:LayerUnits)->dict: "Nothing is promised of them"; return {}
