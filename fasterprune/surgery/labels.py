@@ -218,8 +218,10 @@ def loosen(self:Labels,
     m,rows = a.n//n,self.rows(a)
     cols = np.where(self.pinned[rows], 0, rows).T.reshape(-1, n, m)
     groups,alone,others = [],[],[]
-    for c in cols:
-        if not c.any(): continue
+    for c,whole in zip(cols, rows.T):
+        if not c.any():
+            if whole.any(): others.append(c) # whole groups stay already
+            continue
         seen,kinds = c[c>0],sum(len(np.unique(g[g>0])) for g in c)
         if len(np.unique(seen))<kinds: return None # a label in several groups
         (groups if (c==c[:,:1]).all() else alone if kinds==len(seen) else others).append(c)
