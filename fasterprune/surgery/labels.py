@@ -217,20 +217,21 @@ def loosen(self:Labels,
     "Let whole groups go, and positions by themselves"
     m,rows = a.n//n,self.rows(a)
     cols = np.where(self.pinned[rows], 0, rows).T.reshape(-1, n, m)
-    groups,alone,others = [],[],[]
-    for c in cols:
-        if not c.any(): continue
+    groups,alone,others = [],[],[] # columns that hold for whole groups, for single positions, and for several positions of one group
+    for c,whole in zip(cols, rows.T):
         seen,kinds = c[c>0],sum(len(np.unique(g[g>0])) for g in c)
-        if len(np.unique(seen))<kinds: return None # a label in several groups
-        (groups if (c==c[:,:1]).all() else alone if kinds==len(seen) else others).append(c)
-    if len(alone)!=1 or len(groups)>1: return None
+        if not len(seen): others += [c]*bool(whole.any()) # they stay already
+        elif (c==c[:,:1]).all(): groups.append(c[:,0])
+        elif len(np.unique(seen))<kinds: return None
+        else: (alone if kinds==len(seen) else others).append(c)
+    if len(alone)!=1: return None
     for c in others: self.pin(c, f"{self.here} divides it into other groups")
     each = alone[0].ravel()
-    if groups or others: outer = groups[0][:,0] if groups else np.zeros(n, np.int64)
+    if groups or others: outer = np.stack(groups or [np.zeros(n, np.int64)], 1)
     else:
-        outer,each,whole = self.fresh(n)[:,0],self.fresh(a.n)[:,0],each
-        self.bind(whole, np.stack([np.repeat(outer, m), each], 1))
-    return Axis(n, outer[:,None]),Axis(a.n, each[:,None])
+        outer,each,whole = self.fresh(n),self.fresh(a.n)[:,0],each
+        self.bind(whole, np.stack([np.repeat(outer[:,0], m), each], 1))
+    return Axis(n, outer),Axis(a.n, each[:,None])
 
 @patch
 def split2(self:Labels, a:Axis, n:int):
