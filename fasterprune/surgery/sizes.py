@@ -325,6 +325,7 @@ def _argument(
         i = _position(p.func, slot.arg)-_offset(p, node)
     else: i = slot.arg-_offset(p, node)
     stars = [j for j,a in enumerate(node.args) if isinstance(a, ast.Starred)]
+    if not stars and i>=len(node.args) and (named := _named(p, node, slot.arg)) is not None: return _element(named, inside)
     if not stars or i<stars[0]: return _element(_nth(node, i, p), inside)
     if isinstance(slot.arg, str): raise NoSource(f"argument {slot.arg!r} is not written out")
     after = p.n_args-slot.arg # counted from the end
@@ -336,6 +337,11 @@ def _argument(
 def _nth(node, i, p):
     if not 0<=i<len(node.args): raise NoSource(f"the arguments of {p.name} are not written out")
     return node.args[i]
+
+def _named(p, node, i): # The argument that code gives by a name, and PyTorch by its place
+    try: name = list(inspect.signature(p.func).parameters)[i] if isinstance(i, int) else i
+    except (ValueError, TypeError, IndexError): return None
+    return next((k.value for k in node.keywords if k.arg==name), None)
 
 def _position(func, name): # Of an argument that PyTorch has given a name
     try: return list(inspect.signature(func).parameters).index(name)

@@ -147,6 +147,7 @@ class Link:
     "A function that runs, and the expression that it is at"
     code:types.CodeType # Of the whole function, where a comprehension or a function in it runs
     node:ast.AST
+    form:str='' # How the next function inwards is called: 'bound' as a method of the first argument, 'partial' with arguments of its own, or as it is
 
 @dataclass(frozen=True)
 class Site:
@@ -166,18 +167,30 @@ def site_of(
     paths:dict, # id of a module → its path
 )->Site:
     "Find the place in a module's code; `NoSource` where there is none that can be changed"
-    links = []
+    links,before = [],None
     while frame is not None:
         node = expression_at(frame)
         outer = frame
         while (up := next((f for f in _up(outer.f_back) if _contains(f.f_code, outer.f_code)), None)) is not None: outer = up
-        links.append(Link(outer.f_code, node))
+        links.append(Link(outer.f_code, node, _form(frame, node, before)))
+        before = outer
         m = _first_argument(outer)
         if isinstance(m, nn.Module) and id(m) in paths and (name := method_with(type(m), outer.f_code)): return Site(paths[id(m)], name, tuple(links))
         if (held := _held_by(outer, paths)) is not None: return Site(*held, tuple(links))
         frame = next((f for f in _up(outer.f_back) if not _is_torch(f)), None)
         if frame is None or outer.f_back.f_code.co_name=='_call_impl': break
     raise NoSource(f"{links[-1].code.co_name if links else 'the code'} is no method of a module's class")
+
+def _form(frame, node, inner): # How a frame calls the one inside of it
+    if inner is None or not isinstance(node, ast.Call): return ''
+    if isinstance(_seen(node.func, frame), functools.partial): return 'partial'
+    m = _first_argument(inner)
+    own = isinstance(m, nn.Module) and m is _first_argument(frame) and isinstance(node.func, ast.Attribute)
+    return 'bound' if own and not (node.args and _seen(node.args[0], frame) is m) else ''
+
+def _seen(node, frame): # What a name, with dots or without, is in a frame
+    if isinstance(node, ast.Name): return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
+    if isinstance(node, ast.Attribute) and (of := _seen(node.value, frame)) is not None: return inspect.getattr_static(of, node.attr, None) if not isinstance(of, nn.Module) else vars(of).get(node.attr)
 
 def _held_by(frame, paths): # (path, name) of the module that has a running function as an attribute, and of that attribute
     for f in _up(frame, 4):
@@ -213,11 +226,12 @@ def _edited(name, code, found): # `found`: (links from this function inwards, ch
     res,calls = {},{}
     for links,change in found:
         if len(links)==1: _put(res, source.span(change[1]), change[0], change[2])
-        else: calls.setdefault((id(links[0].node), links[1].code), (links[0].node, []))[1].append((links[1:], change))
+        else: calls.setdefault((id(links[0].node), links[1].code), (links[0], []))[1].append((links[1:], change))
     if len({n for n,_ in calls})<len(calls): raise NoSource(f"a call in {code.co_name} leads to several functions")
-    for (_,inner),(node,more) in calls.items():
+    for (_,inner),(link,more) in calls.items():
         f = _function_with(inner)
-        _put(res, _callee(source, node, f), 'call', (), _edited(f"{f.__module__}:{f.__qualname__}", inner, more))
+        values = (link.form, code.co_varnames[0]) if link.form=='bound' else (link.form,) if link.form else ()
+        _put(res, source.span(link.node.func) if link.form else _callee(source, link.node, f), 'call', values, _edited(f"{f.__module__}:{f.__qualname__}", inner, more))
     return Edited(name, source.digest, tuple(Change(k, at, v, i) for at,(k,v,i) in sorted(res.items())))
 
 def _put(res, at, kind, values, inner=None):
@@ -298,10 +312,19 @@ def _as_function(source, at, name): # `x.mean(-1)` → `name(x, -1)`; `torch.mea
 
 def _edits(source, change, helper): # (span, text) that a change makes
     if change.kind in KINDS: return [(change.at, KINDS[change.kind](source.text(change.at), *change.values))]
-    if change.kind=='call': return [(change.at, helper)]
+    if change.kind=='call': return _called(source, change, helper)
     if change.kind=='keyword': return [_with_keyword(source, change.at, *change.values)]
     if change.kind=='exact': return _exact(source, change, helper)
     raise NoSource(f"there is no change of kind {change.kind!r}")
+
+def _called(source, change, helper):
+    "Another function is called; a bound one gets its object as the first argument"
+    form,*name = change.values or ('',)
+    if form=='partial': return [(change.at, f"partial_({helper}, *({source.text(change.at)}).args, **({source.text(change.at)}).keywords)")]
+    if form!='bound': return [(change.at, helper)]
+    call = next(n for n in ast.walk(source.node) if isinstance(n, ast.Call) and source.span(n.func)==change.at)
+    opens = next(t for t in _tokens(source, change.at[2:], source.span(call)[2:]) if t[0]=='(')
+    return [((*change.at[:2], *opens[2]), f"{helper}({name[0]}{', ' if call.args or call.keywords else ''}")]
 
 def _exact(source, change, helper):
     "Another function is called, which is told the divisor as well; a method's object becomes its first argument"
@@ -336,6 +359,7 @@ def rewritten(
         name = _helper_name(c, f.__code__, helpers)
         edits += _edits(source, c, name)
         if name: helpers[name] = EXACT[c.values[0]] if c.kind=='exact' else rewritten(function_of(f, source, c), c.inner)
+    if any(c.values[:1]==('partial',) for c in e.changes): helpers['partial_'] = functools.partial
     lines = _replaced(source.lines, edits)
     return _compiled(f, lines, helpers)
 
