@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/core.html.md"""
 
 # %% auto #0
 __all__ = ['layer_types', 'n_removed', 'check_fraction', 'no_such', 'Registry', 'prunable_layers', 'select_layers',
-           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'as_call', 'wide', 'all_finite', 'PruningError',
-           'VerificationError', 'NoEffectWarning']
+           'check_sparsity', 'module_of', 'modules_of', 'unwrap', 'eval_mode', 'as_call', 'wide', 'all_finite',
+           'PruningError', 'VerificationError', 'NoEffectWarning']
 
 # %% ../nbs/00_core.ipynb #00000002
 import difflib, math
@@ -81,7 +81,7 @@ def prunable_layers(
     model:nn.Module, # Any module
 )->dict: # Name → layer, in registration order, a shared module once
     "Find every convolution and linear layer"
-    res = {n:m for n,m in model.named_modules() if isinstance(m, layer_types)}
+    res = {n:m for n,m in unwrap(model).named_modules() if isinstance(m, layer_types)}
     lazy = [n for n,m in res.items() if isinstance(m.weight, UninitializedParameter)]
     if lazy: raise ValueError(f"layer {lazy[0]!r} has no weight yet; run the model once on an example input first")
     return res
@@ -106,7 +106,9 @@ def select_layers(
 )->dict: # Name → layer, in registration order
     "Choose layers by name, prefix or type"
     layers = prunable_layers(model)
-    if not layers: raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is nothing to prune")
+    if not layers:
+        why = '; it is scripted: take the model that it was made of' if isinstance(model, torch.jit.ScriptModule) else ''
+        raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is nothing to prune{why}")
     take, leave = None if only is None else _specs(only, 'only', layers), _specs(ignore, 'ignore', layers)
     hit = lambda specs, n, m: any(_matches(s, n, m) for s in specs)
     res = {n:m for n,m in layers.items() if (take is None or hit(take, n, m)) and not hit(leave, n, m)}
@@ -149,6 +151,17 @@ def modules_of(model:nn.Module)->list:
         for k,c in m._modules.items(): walk(c, f"{name}.{k}" if name else k)
     walk(model, '')
     return res
+
+# %% ../nbs/00_core.ipynb #00000036
+def unwrap(
+    model:nn.Module, # Possibly in `DataParallel`, `DistributedDataParallel`, what `torch.compile` gives, or several of them
+    *, compiled:bool=True, # Take it out of what `torch.compile` gives, too
+)->nn.Module:
+    "The user's module without wrappers"
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        elif compiled and isinstance(getattr(model, '_orig_mod', None), nn.Module): model = model._orig_mod
+        else: return model
 
 # %% ../nbs/00_core.ipynb #00000026
 @contextmanager

@@ -102,7 +102,7 @@ class Report:
     @property
     def removed(self)->int: "Units removed"; return self.plan.removed
     @property
-    def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/self.params[1]
+    def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/max(self.params[1], 1)
     @property
     def theoretical_speedup(self)->float: "Multiply-accumulates before / after"; return self.macs[0]/max(self.macs[1], 1)
     def rows(self)->list: "(group, units before, units after) for each group that changed"; return self.plan.rows()
