@@ -57,6 +57,7 @@ def test_the_models_own_error_is_inside():
     class N(Two):
         def forward(self, x): raise KeyError('my own words')
     refused(lambda: Pruner(N(), torch.randn(2,6)).prune(.5), 'example', 'KeyError', 'my own words')
+    with pytest.raises(KeyError): Pruner(N(), torch.randn(2,6)).prune(.5)
 
 @pytest.mark.parametrize('bad', [(), {}, dict(y=torch.randn(2,6)), (torch.randn(2,6),)*3], ids=['empty','no keys','another name','too many'])
 def test_a_call_that_does_not_fit_the_signature(bad): refused(lambda: Pruner(Two(), bad).plan(.5), 'example input x', 'forward(x, scale=None)')

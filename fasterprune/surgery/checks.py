@@ -90,7 +90,11 @@ def of_example(
     except (PruningError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         what = f"this {type(model).__name__} cannot be run on the example input x ({_described(x)})"
-        raise PruningError(f"{what}: {type(e).__name__}: {_first_lines(e)}; {_hint(model, x)}") from e
+        raise _both(e, f"{what}: {type(e).__name__}: {_first_lines(e)}; {_hint(model, x)}") from e
+
+def _both(e, text): # A `PruningError` that is of the class of the model's own error as well
+    try: return type(type(e).__name__, (PruningError, type(e)), dict(__str__=Exception.__str__))(text)
+    except TypeError: return PruningError(text) # the class wants other arguments, or cannot be mixed with another
 
 def _first_lines(e, most=400): # Of an error that may be long
     text = '\n'.join(str(e).strip().splitlines()[:3])
