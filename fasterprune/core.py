@@ -7,7 +7,7 @@ Docs: https://fasterprune.github.io/fasterprune/core.html.md"""
 # %% auto #0
 __all__ = ['layer_types', 'n_removed', 'check_fraction', 'no_such', 'Registry', 'prunable_layers', 'select_layers',
            'check_sparsity', 'module_of', 'modules_of', 'unwrap', 'eval_mode', 'as_call', 'wide', 'all_finite',
-           'PruningError', 'VerificationError', 'NoEffectWarning']
+           'PruningError', 'VerificationError', 'NoEffectWarning', 'PruningWarning']
 
 # %% ../nbs/00_core.ipynb #00000002
 import difflib, math
@@ -206,3 +206,4 @@ def all_finite(
 class PruningError(RuntimeError): "A network could not be pruned; it is as it was before"
 class VerificationError(PruningError): "A pruned network did not compute what it should; it was put back as it was"
 class NoEffectWarning(UserWarning): "A request was valid but changed nothing"
+class PruningWarning(UserWarning): "A plan is carried out as asked, and may not be what was meant"

@@ -244,9 +244,8 @@ def cut_again_(self:PruneCallback,
 ):
     "Cut the model, the optimizer's memory and copies as they were cut then; weights are to be loaded"
     for r in state['reports'][len(self.reports):]:
-        plan = replace(r.plan, folds=tuple(replace(f, seen=None) for f in r.plan.folds))
-        apply_(unwrap(self.learn.model), plan, self.learn.opt)
-        for m in self._copies(): apply_(m, plan)
+        apply_(unwrap(self.learn.model), r.plan, self.learn.opt, later=True)
+        for m in self._copies(): apply_(m, r.plan, later=True)
 
 @patch
 def restore(self:PruneCallback,
