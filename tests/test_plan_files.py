@@ -39,7 +39,16 @@ class Heads(nn.Module): # whose code says sizes
         q,k,v = self.q(x).view(*x.shape[:2], 3, self.heads, self.width).permute(2,0,3,1,4)
         return self.o(((q@k.mT)*.3).softmax(-1).matmul(v).transpose(1,2).flatten(2))
 
-MODELS = {'mlp': (mlp, torch.randn(2,6), dict(sparsity=.5)), 'constants': (silent, torch.randn(2,3,8,8), {}), 'branch': (branch, torch.randn(2,6), {}),
+class Views(nn.Module): # whose code says sizes in its calls
+    def __init__(self):
+        super().__init__()
+        self.q,self.o = nn.Linear(32,96),nn.Linear(32,5)
+        nn.init.normal_(self.q.weight)
+    def forward(self, x):
+        q,k,v = self.q(x).reshape(*x.shape[:2], 3, 4, 8).permute(2,0,3,1,4)
+        return self.o(((q@k.mT)*.3).softmax(-1).matmul(v).transpose(1,2).flatten(2))
+
+MODELS = {'views': (lambda: Views().eval(), torch.randn(2,3,32), dict(sparsity=.5)), 'mlp': (mlp, torch.randn(2,6), dict(sparsity=.5)), 'constants': (silent, torch.randn(2,3,8,8), {}), 'branch': (branch, torch.randn(2,6), {}),
     'heads': (lambda: Heads().eval(), torch.randn(2,3,32), dict(sparsity=.5))}
 
 def plan_of(name):
