@@ -20,6 +20,7 @@ def checked(
     where:str='', # What it is called in the message
 ):
     "A value of this type, with tuples and dataclasses where JSON has lists and dicts; or a `ValueError` that says where it is not"
+    if type(v) is kind and kind in (int,str,bool): return v # most of what there is
     if kind is None: kind = type(None)
     if typing.get_origin(kind) in (typing.Union, types.UnionType): return _either(typing.get_args(kind), v, where)
     if kind is tuple or typing.get_origin(kind) is tuple: return _tuple(typing.get_args(kind), v, where)
@@ -48,7 +49,7 @@ def _tuple(kinds, v, where): # A list: of one type, of a type for each place, or
     if not isinstance(v, (list,tuple)): raise ValueError(f"{where} is a list, not {_short(v)}")
     if not kinds: return tuple(_tuple((), i, f"{where}[{k}]") if isinstance(i, (list,tuple)) else checked(_type_of(i, f"{where}[{k}]"), i, f"{where}[{k}]") for k,i in enumerate(v))
     if len(kinds)==2 and kinds[1] is ...:
-        if kinds[0] is int and set(map(type, v))<={int}: return tuple(v) # most of what there is
+        if kinds[0] is int and set(map(type, v))<={int}: return tuple(v)
         return tuple(checked(kinds[0], i, f"{where}[{k}]") for k,i in enumerate(v))
     if len(v)!=len(kinds): raise ValueError(f"{where} has {len(kinds)} items, not {len(v)}")
     return tuple(checked(t, i, f"{where}[{k}]") for k,(t,i) in enumerate(zip(kinds, v)))
