@@ -20,7 +20,7 @@ from .callback.regrow import RegrowCallback, erk
 from .callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
 from .callback.resume import ResumeCallback
 from .callback.sparsify import SparsifyCallback
-from .core import NoEffectWarning, PruningError, VerificationError
+from .core import NoEffectWarning, PruningError, PruningWarning, VerificationError
 from .criteria import norm
 from .criteria.base import Criterion, criteria, register
 from .criteria.normalize import normalizers
@@ -44,7 +44,6 @@ from .sparse.sparsifier import Sparsifier
 from .surgery.adapters import adapter
 from .surgery.apply import apply_
 from .surgery.budget import Budget
-from .surgery.choice import PruningWarning
 from .surgery.coupling import couple
 from .surgery.plan import Plan
 from .surgery.pruner import Pruner, Report

@@ -25,7 +25,7 @@ from .allocation import check_allocation
 from .callback import prune # adds learn.prune
 from .callback.frame import example_batch
 from .callback.sparsify import SparsifyCallback
-from .core import NoEffectWarning, PruningError, eval_mode, no_such
+from .core import NoEffectWarning, PruningError, PruningWarning, eval_mode, no_such
 from .criteria.base import as_criterion
 from .data import image_dls, small_resnet
 from .granularity import as_granularity
@@ -34,7 +34,7 @@ from .measure.metrics import Comparison, compare
 from .schedule import Schedule, as_schedule
 from .sparse.sparsifier import Sparsifier
 from .surgery.budget import Budget
-from .surgery.choice import Choice, PruningWarning
+from .surgery.choice import Choice
 from .surgery.pruner import Pruner, Report
 from .surgery.verify import relative_error
 

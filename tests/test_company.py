@@ -20,7 +20,7 @@ from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
-from fasterprune.sparse.masks import plain_module
+from fasterprune.core import unwrap
 from fasterprune.callback.frame import example_batch
 from fasterprune.callback.keep import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
@@ -642,7 +642,7 @@ def test_wrapped_for_several_devices():
     model = tiny()
     learn = learner(nn.DataParallel(model))
     fit(learn, cbs=SparsifyCallback(.5))
-    assert plain_module(learn.model) is model and [len(v) for v in zero_filters(model).values()]==[4, 6, 0]
+    assert unwrap(learn.model) is model and [len(v) for v in zero_filters(model).values()]==[4, 6, 0]
 
 def test_compiled():
     torch.manual_seed(0) # in another head whole columns may become zero

@@ -57,7 +57,7 @@ def place_in_the_schedule(p):
     def update(self, k, n): self._first = vars(self).setdefault('_first', k); whole(self, k-self._first, n)
     p.setattr(SparsifyCallback, '_update', update)
 def unwrapped(p):
-    for m in (keep, masks, prune, sparsifier, sparsify): p.setattr(m, 'plain_module', lambda model: model)
+    for m in (keep, masks, prune, sparsifier, sparsify): p.setattr(m, 'unwrap', lambda model: model)
 def plain_outputs(p): p.setattr(capture, 'plain_tensors', nullcontext)
 def several_inputs(p):
     for m in (company, prune, sparsify): p.setattr(m, 'example_batch', lambda learn: frame.example_batch(learn)[:1])

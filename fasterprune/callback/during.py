@@ -22,11 +22,10 @@ from .frame import TrainingCallback, check_every, example_batch, forget_best, un
 from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
-from ..core import NoEffectWarning
+from ..core import NoEffectWarning, unwrap
 from ..criteria.base import as_criterion
 from ..criteria.stats import check_n_batches
 from ..schedule import iterative
-from ..sparse.masks import plain_module
 from ..surgery.apply import apply_
 from ..surgery.budget import Budget
 from ..surgery.choice import Choice, scores_for, shares_of
@@ -103,7 +102,7 @@ def start(self:PruneCallback):
     "Find out how large everything is"
     if isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise ValueError('PruneCallback changes the shapes of parameters, which DistributedDataParallel does not allow while it trains; make it sparse with SparsifyCallback there, and call learn.prune() afterwards')
     if any(isinstance(c, SparsifyCallback) for c in self.learn.cbs): raise ValueError('SparsifyCallback counts the units of a model that keeps its shape, and PruneCallback changes it; train with one after the other')
-    model = plain_module(self.learn.model)
+    model = unwrap(self.learn.model)
     self._x,self._loss,self._last,self._wait = example_batch(self.learn) if self.x is None else self.x,self.learn.loss_func,None,self.every.watch() if isinstance(self.every, Patience) else None
     self._log,self.reports = [],[]
     pruner = Pruner(model, self._x, **self.sides)
@@ -147,7 +146,7 @@ def _wanted(self:PruneCallback, p):
 @patch
 def _fractions(self:PruneCallback, want, data)->dict:
     "Group → part of its units that goes now"
-    pruner = Pruner(plain_module(self.learn.model), self._x, **self.sides)
+    pruner = Pruner(unwrap(self.learn.model), self._x, **self.sides)
     c,h = pruner.couple(),self.how
     groups = [g for g in c.groups if g.name in self.whole['units'] and (not isinstance(want, dict) or g.name in want)]
     if h.context=='local': scores = {g.name:torch.zeros(g.n) for g in groups}
@@ -191,7 +190,7 @@ def _update(self:PruneCallback, k, n):
 def _note(self:PruneCallback, r):
     self.reports.append(r)
     self._macs = r.macs[1]
-    if r.removed: self._units = self._count(Pruner(plain_module(self.learn.model), self._x, **self.sides).couple(), {**self._units, **{g:n for g,_,n in r.rows()}})
+    if r.removed: self._units = self._count(Pruner(unwrap(self.learn.model), self._x, **self.sides).couple(), {**self._units, **{g:n for g,_,n in r.rows()}})
 
 @patch
 def _count(self:PruneCallback, c, known): # Units of the groups that there were; one that is alone is a unit no more
@@ -227,7 +226,7 @@ def columns(self:PruneCallback)->dict: "What is left, measured"; return dict(rem
 @patch
 def measured_removed(self:PruneCallback)->float: "Part of the channels that has gone"; return 1-sum(self._units.values())/max(sum(self.whole['units'].values()), 1)
 @patch
-def measured_params(self:PruneCallback)->int: "Parameters of the model now"; return n_params(plain_module(self.learn.model))
+def measured_params(self:PruneCallback)->int: "Parameters of the model now"; return n_params(unwrap(self.learn.model))
 @patch
 def measured_macs(self:PruneCallback)->int: "Multiply-accumulates of the example input after the last cut"; return self._macs
 @patch(as_prop=True)
@@ -245,9 +244,8 @@ def cut_again_(self:PruneCallback,
 ):
     "Cut the model, the optimizer's memory and copies as they were cut then; weights are to be loaded"
     for r in state['reports'][len(self.reports):]:
-        plan = replace(r.plan, folds=tuple(replace(f, seen=None) for f in r.plan.folds))
-        apply_(plain_module(self.learn.model), plan, self.learn.opt)
-        for m in self._copies(): apply_(m, plan)
+        apply_(unwrap(self.learn.model), r.plan, self.learn.opt, later=True)
+        for m in self._copies(): apply_(m, r.plan, later=True)
 
 @patch
 def restore(self:PruneCallback,

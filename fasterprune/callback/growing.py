@@ -18,10 +18,10 @@ from .frame import TrainingCallback, example_batch, forget_best
 from .keep import agreed, keeper_of
 from .regularise import check_strength
 from .sparsify import findings
-from ..core import check_fraction
+from ..core import check_fraction, unwrap
 from ..criteria.base import as_criterion
 from ..granularity import as_granularity
-from ..sparse.masks import Masks, plain_module
+from ..sparse.masks import Masks
 from ..sparse.sparsifier import Sparsifier
 from ..surgery.choose import sides
 
@@ -81,7 +81,7 @@ class GrowingCallback(TrainingCallback):
 def start(self:GrowingCallback):
     "Find the units; GReg-1 chooses them"
     x = self.x if self.x is not None or self.granularity.like not in sides else example_batch(self.learn)
-    self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
+    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
     self._keeper,self._step,self._held,self.masks,self.strength = keeper_of(self.learn),0,False,None,0.
     self._all = Masks({n:torch.zeros_like(k) for n,k in self._sparsifier.masks(0.).keep.items()})
@@ -103,7 +103,7 @@ def before_step(self:GrowingCallback):
     self.strength = self.growth(self._step, max(int(self.end*total), 1))
     self._step += 1
     if self.masks is None and self.strength>=self.pick: self._choose()
-    growing_l2_(plain_module(self.learn.model), self._all if self.masks is None else self.masks, self.strength)
+    growing_l2_(unwrap(self.learn.model), self._all if self.masks is None else self.masks, self.strength)
 
 @patch
 def after_train(self:GrowingCallback):
@@ -136,7 +136,7 @@ def columns(self:GrowingCallback)->dict: "λ, and what it does"; return dict(str
 def measured_fading(self:GrowingCallback)->float:
     "Norm of the weights that shall go, over that of the others; of the layers that have both"
     if self.masks is None: return 1.
-    params,gone,stay = dict(plain_module(self.learn.model).named_parameters()),0.,0.
+    params,gone,stay = dict(unwrap(self.learn.model).named_parameters()),0.,0.
     for n,k in self.masks.keep.items():
         k = k.to(params[n].device).expand(params[n].shape)
         if k.all() or not k.any(): continue

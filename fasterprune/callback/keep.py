@@ -14,9 +14,10 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
+from ..core import unwrap
 from .frame import is_training
 from ..criteria.listen import across_ranks
-from ..sparse.masks import Masks, plain_module
+from ..sparse.masks import Masks
 
 # %% ../../nbs/callback/00_keep.ipynb #00000006
 ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
@@ -101,7 +102,7 @@ class KeepZeros(Callback):
 @patch
 def _pair(self:KeepZeros):
     "Find the parameters that the masks are of"
-    model = plain_module(self.model)
+    model = unwrap(self.model)
     params = dict(model.named_parameters(remove_duplicate=False))
     if not all(n in params and _fits(k, params[n]) for n,k in self.masks.keep.items()):
         try: self.masks.apply_(model) # says why
@@ -145,7 +146,7 @@ def obeyed(
     model:nn.Module, # With parameters of these names and shapes
 )->Masks: # Without those of weights that are not zero there; `units` as before
     "The masks that a model still obeys"
-    params,res = dict(plain_module(model).named_parameters(remove_duplicate=False)),{}
+    params,res = dict(unwrap(model).named_parameters(remove_duplicate=False)),{}
     for n,k in masks.keep.items():
         if n not in params or not _fits(k, params[n]): res[n] = k; continue # who applies it says that it does not fit
         back = params[n]!=0

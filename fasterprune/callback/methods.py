@@ -17,9 +17,8 @@ from fastai.learner import Learner
 from .frame import example_batch, is_training
 from .keep import keeper_of
 from .sparsify import SparsifyCallback
-from ..core import check_fraction, no_such
+from ..core import check_fraction, no_such, unwrap
 from ..schedule import n_rounds
-from ..sparse.masks import plain_module
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/callback/03_methods.ipynb #00000006
@@ -36,7 +35,7 @@ def moment_of(
 )->Moment:
     "Copy a learner's weights and optimizer"
     if learn.opt is None: raise ValueError('this learner has no optimizer yet; call learn.create_opt(), or take the moment in a training with Remember')
-    return Moment(step, {n:t.detach().clone() for n,t in plain_module(learn.model).state_dict().items()}, deepcopy(learn.opt.state_dict()))
+    return Moment(step, {n:t.detach().clone() for n,t in unwrap(learn.model).state_dict().items()}, deepcopy(learn.opt.state_dict()))
 
 def rewind_(
     learn:Learner,
@@ -44,7 +43,7 @@ def rewind_(
     *, optimizer:bool=True, # Its memory and hyper-parameters, too
 ):
     "Put weights and optimizer back as they were; what `KeepZeros` holds stays zero"
-    model,now = plain_module(learn.model),plain_module(learn.model).state_dict()
+    model,now = unwrap(learn.model),unwrap(learn.model).state_dict()
     other = next((n for n in {**moment.model, **now} if getattr(now.get(n), 'shape', None)!=getattr(moment.model.get(n), 'shape', None)), None)
     if other is not None: raise ValueError(f"{other!r} has shape {tuple(now[other].shape) if other in now else None} now and had {tuple(moment.model[other].shape) if other in moment.model else None}: a network cannot be put back over a learn.prune(); rewind first")
     model.load_state_dict(moment.model)

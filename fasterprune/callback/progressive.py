@@ -9,10 +9,10 @@ __all__ = ['pkp_schedule', 'PKPCallback', 'Stages']
 
 # %% ../../nbs/callback/04_progressive.ipynb #00000003
 from fastcore.basics import patch
+from ..core import unwrap
 from .frame import example_batch, is_training
 from .sparsify import SparsifyCallback
 from ..schedule import Schedule
-from ..sparse.masks import plain_module
 from ..sparse.progressive import PKP, check_options, pkp_rounds
 
 # %% ../../nbs/callback/04_progressive.ipynb #00000006
@@ -55,7 +55,7 @@ class PKPCallback(SparsifyCallback):
 def before_fit(self:PKPCallback):
     pkp = None
     if is_training(self.learn):
-        pkp = PKP(plain_module(self.learn.model), example_batch(self.learn) if self.x is None else self.x, only=self.only, ignore=self.ignore, **self.options)
+        pkp = PKP(unwrap(self.learn.model), example_batch(self.learn) if self.x is None else self.x, only=self.only, ignore=self.ignore, **self.options)
         pkp.check(self.rounds)
     super(PKPCallback, self).before_fit()
     if self._on: self._sparsifier = Stages(pkp, self.rounds, self._sparsifier)

@@ -11,10 +11,10 @@ __all__ = ['copies_of']
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
+from ..core import unwrap
 from .frame import example_batch
 from .keep import KeepZeros, obeyed
 from .awd import reset_ # and registers what surgery has to know of fastai's language models
-from ..sparse.masks import plain_module
 from ..surgery.budget import Budget
 from ..surgery.pruner import Pruner, Report
 
@@ -50,7 +50,7 @@ def prune(self:Learner,
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     masks = [obeyed(c.masks, self.model) for c in keepers]
-    r = Pruner(plain_module(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
+    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
         granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
         data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
         optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
@@ -67,4 +67,4 @@ def copies_of(
     also, # A module, or several
 ):
     "Copies of a model as a list, out of what wraps them"
-    return [plain_module(m) for m in ([also] if isinstance(also, nn.Module) else also)]
+    return [unwrap(m) for m in ([also] if isinstance(also, nn.Module) else also)]

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from ..allocation import keep_top
 from .frame import TrainingCallback
 from .keep import agreed, keeper_of
-from ..core import check_fraction, n_removed, no_such, select_layers
-from ..sparse.masks import Masks, plain_module
+from ..core import check_fraction, n_removed, no_such, select_layers, unwrap
+from ..sparse.masks import Masks
 from ..surgery.optimizer import plain_optimizer
 
 # %% ../../nbs/callback/03_regrow.ipynb #0000000a
@@ -83,7 +83,7 @@ class RegrowCallback(TrainingCallback):
 @patch
 def start(self:RegrowCallback):
     "Draw the places of the first zeros; those that are there already count"
-    model = plain_module(self.learn.model)
+    model = unwrap(self.learn.model)
     layers,own = select_layers(model, self.only, self.ignore),{id(p):n for n,p in model.named_parameters()}
     made = next((n for n,m in layers.items() if id(m.weight) not in own), None)
     if made is not None: raise ValueError(f"the weight of {made!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made!r}")

@@ -15,8 +15,8 @@ import torch
 from torch import nn, Tensor
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
+from ..core import unwrap
 from .frame import TrainingCallback, example_batch
-from ..sparse.masks import plain_module
 from ..surgery.choice import groups_left
 from ..surgery.coupling import couple
 
@@ -28,7 +28,7 @@ def scales_of(
     ignore=(), # Names of normalisations to leave out
 )->dict: # Name of the parameter → scale
     "The scales of a model's batch, instance and group normalisations"
-    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    ignore,model = [ignore] if isinstance(ignore, str) else list(ignore),unwrap(model)
     res = {f"{n}.weight".lstrip('.'):m.weight for n,m in model.named_modules() if isinstance(m, norm_types) and m.weight is not None}
     none = next((n for n in ignore if f"{n}.weight" not in res), None)
     if none is not None: raise ValueError(f"ignore: no normalisation with a scale is called {none!r}; there are {', '.join(repr(n.removesuffix('.weight')) for n in res)}")
@@ -62,8 +62,8 @@ class SlimmingCallback(TrainingCallback):
 
     def start(self):
         "Find the scales"
-        self._scales = list(scales_of(plain_module(self.learn.model), self.ignore).values())
-        if not self._scales: raise ValueError(f"{type(plain_module(self.learn.model)).__name__} has no normalisation with a scale, so there is nothing for Network Slimming to make small; GroupLassoCallback works on the weights")
+        self._scales = list(scales_of(unwrap(self.learn.model), self.ignore).values())
+        if not self._scales: raise ValueError(f"{type(unwrap(self.learn.model)).__name__} has no normalisation with a scale, so there is nothing for Network Slimming to make small; GroupLassoCallback works on the weights")
 
     def before_step(self):
         "Add the subgradient"
@@ -80,6 +80,7 @@ class Units:
         reads:bool=False, # Do the weights that read a unit belong to it, too?
         empty:bool=False, # May there be none?
     ):
+        model = unwrap(model)
         groups = groups_left(model, couple(model, x).groups, only, ignore)
         if not groups and not empty: raise ValueError(f"no channel of this {type(model).__name__} can be removed, so there is no unit to make small")
         params,roles = dict(model.named_parameters()),('write','bias','scale','shift')+('read',)*reads
@@ -148,7 +149,7 @@ class UnitsCallback(TrainingCallback):
         self._x = example_batch(self.learn) if self.x is None else self.x
         self._units = self._find()
 
-    def _find(self, empty=False): return Units(plain_module(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads, empty=empty)
+    def _find(self, empty=False): return Units(unwrap(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads, empty=empty)
     @property
     def units(self)->Units:
         "Those of the model as it is now"

@@ -22,10 +22,11 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
+from ..core import unwrap
 from .during import PruneCallback
 from .plain import as_data, differences, from_data, settings_of
 from .frame import check_every, is_training, loaders_of
-from ..sparse.masks import Masks, plain_module
+from ..sparse.masks import Masks
 
 # %% ../../nbs/callback/06_resume.ipynb #00000006
 def random_state(
@@ -117,7 +118,7 @@ def _memories(self:ResumeCallback)->list: "What all callbacks remember"; return 
 @patch
 def _begun_with(self:ResumeCallback):
     "Note what this training was begun with, before any of it changes"
-    self._shapes = {n:tuple(p.shape) for n,p in plain_module(self.learn.model).named_parameters()}
+    self._shapes = {n:tuple(p.shape) for n,p in unwrap(self.learn.model).named_parameters()}
     self._rates = [float(h['lr']) for h in self.learn.opt.hypers]
     ours = lambda c: _knows(c) or type(c).__module__.startswith('fastai.') # somebody's own may be called otherwise, or not at all
     self._settings = [(type(c).__name__, settings_of(c)) for c in self._others() if ours(c)]
@@ -128,7 +129,7 @@ def write(self:ResumeCallback,
     done:int|None=None, # The last batch of this epoch that was trained with; None: the epoch has ended
 ):
     "Write the file now"
-    l,model = self.learn,plain_module(self.learn.model)
+    l,model = self.learn,unwrap(self.learn.model)
     grads = {n:p.grad for n,p in model.named_parameters() if p.grad is not None and p.grad.any()} # which accumulate
     here = dict(random=as_data(random_state(l)), start=as_data(self._start), callbacks=self._memories(), grads=grads)
     ranks = [None]*num_distrib() if num_distrib()>1 else [here]
@@ -250,7 +251,7 @@ def _put_back(self:ResumeCallback):
     told = self._told(here['callbacks'])
     for c,m in told:
         if isinstance(c, PruneCallback): c.cut_again_(m['own'])
-    model = plain_module(l.model)
+    model = unwrap(l.model)
     model.load_state_dict(t['model'])
     l.opt.load_state_dict(deepcopy(t['opt']))
     for n,p in model.named_parameters():

@@ -19,7 +19,7 @@ from ..allocation import check_allocation
 from .frame import TrainingCallback, check_every, example_batch, forget_best
 from .keep import agreed, keeper_of
 from .patience import Patience, schedule_for
-from ..core import no_such
+from ..core import no_such, unwrap
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
 from ..criteria.listen import Listener
@@ -27,7 +27,7 @@ from ..criteria.stats import check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..measure.plots import plot_history
 from ..schedule import agp
-from ..sparse.masks import Masks, plain_module
+from ..sparse.masks import Masks
 from ..sparse.sparsifier import Sparsifier
 from ..surgery.choose import check_where, evidence_for, sides
 
@@ -75,7 +75,7 @@ def start(self:SparsifyCallback):
     coupled = self.granularity.like in sides
     flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
     self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
-    self._sparsifier = Sparsifier(plain_module(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
+    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
         normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
     self._warn()
@@ -251,7 +251,7 @@ def measured_sparsity(self:SparsifyCallback)->float:
 @torch.no_grad()
 def measured_compression(self:SparsifyCallback)->float:
     "Parameters / parameters that are not zero, now"
-    ps = list(plain_module(self.learn.model).parameters())
+    ps = list(unwrap(self.learn.model).parameters())
     return sum(p.numel() for p in ps)/max(sum(int((p!=0).count_nonzero()) for p in ps), 1)
 
 @patch(as_prop=True)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from fastprogress.fastprogress import progress_bar
-from ..core import as_call, eval_mode, wide
+from ..core import as_call, eval_mode, wide, unwrap
 from .base import Criterion
 from .listen import Listener, described
 
@@ -262,6 +262,7 @@ def gather(
 )->dict: # (name of the statistic, place) → what was found; None where nothing was heard
     "Run a model on data, and take statistics"
     check_n_batches(n_batches)
+    model = unwrap(model)
     loader = None if data is None else loader_of(data)
     parts = _by_run(wanted)
     with same_random(loader), untouched(model), within():
@@ -305,14 +306,15 @@ class Evidence:
         check_n_batches(n_batches)
         if data is not None: loader_of(data)
         if loss_func is not None and not callable(loss_func): raise TypeError(f"loss_func is a function (out, y) → loss, not {loss_func!r}")
-        self.model,self.data,self.n_batches,self.loss_func,self.x,self.within,self.progress,self.found = model,data,n_batches,loss_func,x,within,progress,dict(found or {})
-        self.stamp = _stamp(model)
+        self.model,self.data,self.n_batches,self.loss_func = unwrap(model),data,n_batches,loss_func
+        self.x,self.within,self.progress,self.found = x,within,progress,dict(found or {})
+        self.stamp = _stamp(self.model)
 
     def check(self,
         model:nn.Module, # That it shall be about
     ):
         "Refuse what is known about another model, or about other weights"
-        if model is not self.model: raise ValueError(f"this Evidence is about another {type(self.model).__name__}; gather it from the model that is to be pruned, or pass the data itself")
+        if unwrap(model) is not self.model: raise ValueError(f"this Evidence is about another {type(self.model).__name__}; gather it from the model that is to be pruned, or pass the data itself")
         if _stamp(model)!=self.stamp: raise ValueError(f"the weights of this {type(model).__name__} have changed since this Evidence began; make it anew, or pass the data itself")
 
     def __call__(self,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from ..core import as_call
+from ..core import as_call, unwrap
 from ..surgery.timing import time_interleaved
 
 # %% ../../nbs/measure/01_latency.ipynb #00000006
@@ -63,6 +63,7 @@ def _quantile(xs:list[float], q:float) -> float:
 def _measure(models:Mapping, x, repeats:int, warmup:int, threads:int) -> dict[str,Latency]:
     "Time the models in turns, in evaluation mode and without gradients"
     for n,v,least in (('repeats',repeats,2), ('warmup',warmup,0), ('threads',threads,1)): _check_count(v, n, least)
+    models = {n: unwrap(m, compiled=False) for n,m in models.items()}
     facts = {n: _facts(m, x) for n,m in models.items()}
     runs = time_interleaved(models, x, repeats=repeats, warmup=warmup, threads=threads)
     return {n: Latency(r.median, _quantile(r.ms,.75)-_quantile(r.ms,.25), min(r.ms), repeats, r.calls, threads, **facts[n]) for n,r in runs.items()}

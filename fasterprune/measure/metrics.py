@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..core import as_call, no_such, prunable_layers
+from ..core import as_call, no_such, prunable_layers, unwrap
 from ..surgery.trace import tensors_in
 from ..surgery.cost import n_params
 from .counts import Left, Tally, layer_cost, n_nonzero
@@ -98,10 +98,10 @@ def __repr__(self:Evaluation): return '\n'.join([_text(self.rows()), *self.notes
 def _repr_html_(self:Evaluation): return _html(self.rows(), self.notes())
 
 # %% ../../nbs/measure/02_metrics.ipynb #00000009
-def _module(model): # The model itself, also of a compiled one
+def _module(model): # The model itself, without wrappers
     if not isinstance(model, nn.Module): raise TypeError(f"a model is an nn.Module, not {model!r}")
     prunable_layers(model) # refuses layers that have no weight yet
-    return getattr(model, '_orig_mod', model)
+    return unwrap(model)
 
 def evaluate(
     model:nn.Module, # Any module that runs; not changed
@@ -110,6 +110,7 @@ def evaluate(
 )->Evaluation:
     "Count the parameters and multiply-accumulates of a model, and what its zeros save"
     model,inputs = _module(model),as_call(x)
+    effective = effective and next(model.parameters(), None) is not None # else there is nothing that could go
     left = Left(model, x) if effective else None
     tally,ops,params = Tally(model, left),{},{}
     for o in tally.run(x): ops.setdefault(o[0], []).append(o)

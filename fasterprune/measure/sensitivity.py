@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from ..allocation import keep_top
-from ..core import check_fraction, eval_mode, n_removed
+from ..core import check_fraction, eval_mode, n_removed, unwrap
 from ..criteria.base import as_criterion
 from ..surgery.guard import state_of
 from ..surgery.choose import evidence_for, group_scores
@@ -105,7 +105,7 @@ def sensitivity(
     reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
 )->Sensitivity:
     "Evaluate a model without a part of one group at a time"
-    criterion = as_criterion(criterion)
+    model,criterion = unwrap(model),as_criterion(criterion)
     evidence = evidence_for(criterion, model, data, x, n_batches=n_batches, loss_func=loss_func) if criterion.stats else None
     groups = [g for g in Pruner(model, x, only=only).couple().groups if g.primary]
     if not groups: raise ValueError('no group of this model can be pruned, so there is nothing to compare; Pruner(model, x).plan() says why')

@@ -11,7 +11,7 @@ __all__ = ['formats', 'Storage', 'layer_storage', 'model_storage']
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core import prunable_layers
+from ..core import prunable_layers, unwrap
 from ..granularity import Granularity, NofM, Pattern, as_granularity, kind_of, layer_axes, reduce_units, unit_dims, unit_size, unit_tiles, why_not
 
 # %% ../../nbs/measure/02_storage.ipynb #00000005
@@ -82,6 +82,7 @@ def model_storage(
     index_bits:int|None=None, # For each index of 'csr'; None is as few as will do
 )->dict[str,Storage]: # For each of `formats` that there is
     "What all parameters of a network take, in each format"
+    model = unwrap(model)
     g,layers,seen = as_granularity(granularity),prunable_layers(model),set()
     layers |= {n:m for n,m in model.named_modules() if isinstance(m, nn.Embedding)}
     res = dict.fromkeys([f for f in formats if f!='small' or g.prunable], Storage(0, 0, 0))

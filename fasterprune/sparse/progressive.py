@@ -15,13 +15,13 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..allocation import allocate
-from ..core import NoEffectWarning, as_call, check_fraction, n_removed, no_such, select_layers, wide
+from ..core import NoEffectWarning, as_call, check_fraction, n_removed, no_such, select_layers, wide, unwrap
 from ..granularity import kind_of
 from ..schedule import as_schedule
 from ..surgery.capture import capture
 from ..surgery.cost import macs_of
 from ..surgery.coupling import couple
-from .masks import Masks, plain_module
+from .masks import Masks
 from .silence import silenced
 
 # %% ../../nbs/sparse/02_progressive.ipynb #00000006
@@ -156,7 +156,7 @@ class PKP:
         if not isinstance(model, nn.Module): raise TypeError(f"PKP needs an nn.Module, not {model!r}")
         as_call(x)
         check_options(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out, silence=silence, count=count)
-        self.model,self.mode,self.p,self.protect_out,self.count = plain_module(model),mode,p,protect_out,count
+        self.model,self.mode,self.p,self.protect_out,self.count = unwrap(model),mode,p,protect_out,count
         self.skipped = {} # name → why
         layers = self._convs(select_layers(self.model, only, ignore), only)
         runs = conv_runs(self.model, x, layers)

@@ -11,6 +11,7 @@ __all__ = ['silenced']
 import numpy as np
 import torch
 from torch import nn
+from ..core import unwrap
 from .masks import Masks
 from ..surgery.guard import state_of
 
@@ -22,6 +23,7 @@ def silenced(
     groups:list, # What writes a channel, as `couple(model, x).groups`
 )->Masks: # With further parameters; `units` as before
     "Mask what is added to channels that no weight writes any more"
+    model = unwrap(model)
     state,params,res = state_of(model),dict(model.named_parameters()),dict(masks.keep)
     for g in groups:
         if not g.primary or not g.role('write'): continue

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..allocation import allocate, allocate_rising, check_allocation
-from ..core import NoEffectWarning, as_call, no_such
+from ..core import NoEffectWarning, as_call, no_such, unwrap
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
 from ..granularity import as_granularity
-from .masks import Masks, plain_module
+from .masks import Masks
 from .units import CoupledUnits, LayerUnits
 from ..surgery.choice import PruningWarning
 from ..surgery.choose import check_where, evidence_for, sides
@@ -47,7 +47,7 @@ class Sparsifier:
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Sparsifier needs an nn.Module, not {model!r}")
         if x is not None: as_call(x)
-        self.model,self.granularity,self.context,self.count = plain_module(model),as_granularity(granularity),context,count
+        self.model,self.granularity,self.context,self.count = unwrap(model),as_granularity(granularity),context,count
         self.criterion,self.normalizer = as_criterion(criterion),normalizer
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)

@@ -85,18 +85,18 @@ class Silence(nn.Module):
 class Gone:
     "A module of a branch that is removed"
     module:str # Path
-    items:tuple|None=None # As for `Silence`
-    value:tuple|None=None # What the branch adds from now on; None for nothing, and for all modules but its last
-    view:tuple|None=None # The shape in which that is added
+    items:tuple[bool,...]|None=None # As for `Silence`
+    value:tuple[float,...]|None=None # What the branch adds from now on; None for nothing, and for all modules but its last
+    view:tuple[int,...]|None=None # The shape in which that is added
 
 @dataclass(frozen=True)
 class Branch:
     "A branch that adds the same to everything, and goes"
     where:str # Path of the module whose code adds it
-    modules:tuple # `Gone`s, in the order in which they ran; but the last is the one that says what the branch adds
-    banks:tuple # Paths of the layers that are zero
+    modules:tuple[Gone,...] # In the order in which they ran; but the last is the one that says what the branch adds
+    banks:tuple[str,...] # Paths of the layers that are zero
     key:tuple # The node that added it, as in a `Node`
-    params:tuple # (name, length) of parameters and buffers that go
+    params:tuple[tuple[str,int],...] # (name, length) of parameters and buffers that go
     copy:bool=False # Does the code write into the sum?
 
 # %% ../../nbs/surgery/08_branch.ipynb #0000000b

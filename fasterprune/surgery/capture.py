@@ -223,14 +223,27 @@ def probe(
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
     seed:int=0,
 ):
-    "The same nest of tensors with other values: normal for floating point, unchanged for integers"
+    "The same nest of tensors with other values of their kind; integers are unchanged"
     gen,seen = torch.Generator().manual_seed(seed),{} # a tensor that is passed twice stays one
     def one(t):
         if not isinstance(t, Tensor) or not t.is_floating_point(): return t
         if id(t) not in seen: seen[id(t)] = new(t)
         return seen[id(t)]
-    def new(t): return torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device, dtype or t.dtype)
+    def new(t): return _of_its_kind(t, gen).to(t.device, dtype or t.dtype)
     return tree_map(one, x)
+
+def _of_its_kind(t, gen): # Other values than those of a tensor, as good for whoever takes it
+    v = None if isinstance(t, FakeTensor) or t.is_meta or t.layout!=torch.strided else t.detach().double().cpu()
+    there = v is not None and v.isfinite()
+    own = v[there] if v is not None else None
+    if v is not None and len(own)<v.numel() and not v.isnan().any() and not own.any(): return v # a mask of 0 and -inf
+    if v is None or v.isnan().any() or not own.any(): return torch.randn(t.shape, generator=gen, dtype=torch.float64)
+    lo,hi,n = own.min(),own.max(),own.numel()
+    if lo==hi: new = own*(.5+torch.rand(n, generator=gen, dtype=torch.float64))
+    else:
+        new = own[torch.randint(n, (n,), generator=gen)]
+        if not torch.equal(own, own.round()): new = (new+.05*own.std()*torch.randn(n, generator=gen, dtype=torch.float64)).clamp(lo, hi)
+    return v.masked_scatter(there, new)
 
 def clones(
     model:nn.Module,

@@ -6,8 +6,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/choice.html.md"""
 
 # %% auto #0
 __all__ = ['currencies', 'Choice', 'layers_with', 'groups_named', 'groups_of', 'fractions_by_group', 'shares_of', 'per_cost',
-           'scores_for', 'choose', 'PruningWarning', 'nearly_emptied', 'warn_of_emptied', 'layers_of', 'is_of',
-           'groups_left']
+           'scores_for', 'choose', 'nearly_emptied', 'warn_of_emptied', 'layers_of', 'is_of', 'groups_left']
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000002
 import math, warnings
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..allocation import allocate, check_allocation
-from ..core import no_such
+from ..core import PruningWarning, no_such
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import Criterion, as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
@@ -197,8 +196,6 @@ def choose(
     return widened(c, {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}, scores)
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000010
-class PruningWarning(UserWarning): "A plan is carried out as asked, and may not be what was meant"
-
 def nearly_emptied(
     plan:Plan,
 )->list: # `Cut`s

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types
+from .checks import check_model, of_example
 from .trace import Trace
 from .capture import capture_all
 from .labels import distinct
@@ -160,7 +161,8 @@ def couple(
     loose:bool=False, # As for `Coupling`
 )->Coupling:
     "Find out which channels of which layers must go together"
-    trace = capture_all(model, x)
+    model = check_model(model, 'couple')
+    with of_example(model, x): trace = capture_all(model, x)
     others,tried = capture_witnesses(model, x, trace, examples)
     c = Coupling(model, trace, x, others, loose)
     c.tried = tried

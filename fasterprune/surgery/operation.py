@@ -27,7 +27,7 @@ from .recalibrate import batches_of, recalibrate_
 from .report import CopyReport
 from .rescale import factors_of, rescale_
 from .witness import Witness
-from .verify import Decisions, check_adapters, outputs, relative_error, tolerance
+from .verify import Decisions, check_adapters, check_reference, failed, outputs, relative_error, tolerance
 
 # %% ../../nbs/surgery/18_operation.ipynb #00000005
 @dataclass(frozen=True)
@@ -95,14 +95,17 @@ def cut_(
     if verify:
         check_adapters(model, x, c.trace.training)
         want,dtype = want or reference(model, x, c, gone, law, decisions, plan)
+        check_reference(want)
     apply_(model, plan, optimizer)
     error = None
     if verify:
-        error = relative_error(got := outputs(model, x, dtype=dtype, training=c.trace.training, around=decisions and decisions.repeat), want)
+        run = lambda: outputs(model, x, dtype=dtype, training=c.trace.training, around=decisions and decisions.repeat)
+        error = relative_error(got := run(), want)
         if decisions is not None: error = max(error, decisions.error)
-        dtype = dtype or got[0].dtype
-        if not error<=_limit(model, plan, dtype): raise VerificationError(f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}), so everything was put back; please report this model. verify=False prunes all the same")
+        limit = _limit(model, plan, dtype or got[0].dtype)
+        if not error<=limit: raise failed(got, run, limit, f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype or got[0].dtype}), so everything was put back; please report this model. verify=False prunes all the same")
         if not any(t.numel() for t in want): return None,'the outputs for this example are empty'
+        dtype = dtype or got[0].dtype
     return error,str(dtype).removeprefix('torch.') if verify else ''
 
 def _limit(model, plan, dtype): # a folded constant, and a factor, is rounded to the precision of the parameter that takes it

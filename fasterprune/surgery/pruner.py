@@ -12,7 +12,8 @@ import warnings
 from dataclasses import replace
 from torch import nn
 from fastcore.basics import patch
-from ..core import NoEffectWarning, as_call
+from ..core import NoEffectWarning
+from .checks import as_example, check_model
 from ..criteria.base import as_criterion, has_values
 from .branch import Removed, silent_branches
 from .budget import Budget
@@ -43,11 +44,9 @@ class Pruner:
         examples=(), # Further calls of the model that have to go on working, in the form of `x`: with a mask, with labels, of another length
         exact_norms:bool=False, # Let norms over channels that go divide by the number that there were, so that zeros can be removed without loss
     ):
-        if not isinstance(model, nn.Module): raise TypeError(f"Pruner needs an nn.Module, not {model!r}")
         if not isinstance(exact_norms, bool): raise TypeError(f"exact_norms is True or False, not {exact_norms!r}")
-        as_call(x)
-        self.model,self.x,self.examples = getattr(model, '_orig_mod', model),x,list(examples)
-        for y in self.examples: as_call(y)
+        self.model = check_model(model, 'Pruner')
+        self.x,self.examples = as_example(self.model, x),[as_example(self.model, y) for y in examples]
         self.only,self.ignore = layers_of(self.model, only, 'only'),layers_of(self.model, ignore, 'ignore')
         self.exact_norms,self.coupling,self.measured = exact_norms,None,None # measured: what the last budget in time came to
 

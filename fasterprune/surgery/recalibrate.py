@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from fastprogress.fastprogress import progress_bar
-from ..core import NoEffectWarning, as_call, eval_mode
+from ..core import NoEffectWarning, as_call, eval_mode, unwrap
 from ..criteria.stats import check_n_batches, known_args
 
 # %% ../../nbs/surgery/16_recalibrate.ipynb #00000005
@@ -56,6 +56,7 @@ def recalibrate_(
 )->int: # Batches that were used
     "Estimate the running statistics of all BatchNorms again, as plain averages over batches"
     batches,total = batches_of(dl, n_batches)
+    model = unwrap(model)
     norms = batch_norms(model)
     if not norms:
         warnings.warn(f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to recalibrate", NoEffectWarning, stacklevel=2)

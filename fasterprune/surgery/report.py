@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/report.html.md"""
 __all__ = ['LayerSize', 'layer_sizes', 'uncounted', 'CopyReport', 'Report', 'sizes_before_after', 'in_adapters']
 
 # %% ../../nbs/surgery/15_report.ipynb #00000002
+import re
 from dataclasses import dataclass
 import pandas as pd
 from torch import nn
@@ -98,11 +99,13 @@ class Report:
     compensation:object=None # `Compensation`: what means and factors gained; None where they were not asked for
     rescaled:int=0 # Layers whose weights were multiplied to make up for what they do not read any more
     measured:object=None # `Measured`: what a budget in time came to; None where it was not asked for
+    unseen:tuple=() # Layers that no run has touched and that have a size which was cut
+    stale:tuple=() # (module, attribute, number): what still says an old size
 
     @property
     def removed(self)->int: "Units removed"; return self.plan.removed
     @property
-    def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/self.params[1]
+    def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/max(self.params[1], 1)
     @property
     def theoretical_speedup(self)->float: "Multiply-accumulates before / after"; return self.macs[0]/max(self.macs[1], 1)
     def rows(self)->list: "(group, units before, units after) for each group that changed"; return self.plan.rows()
@@ -177,6 +180,13 @@ def _counts(self):
     if self.measured is not None: yield 'time', repr(self.measured)
     if self.uncounted: yield 'not counted', f"{_modules(self.uncounted)}: PyTorch does not say how many MACs"
 
+def _elsewhere(self): # What no run has shown
+    if self.unseen: yield 'not run', f"{_listed(self.unseen)}: no run of the example touched {'them' if len(self.unseen)>1 else 'it'}, so {'they were' if len(self.unseen)>1 else 'it was'} not cut along and may not fit any more"
+    by,places = {},{}
+    for m,k,v in self.stale: by.setdefault((m, re.split(r'[.[]', k)[0]), {})[str(v)] = True
+    for (m,k),vs in by.items(): places.setdefault((k, tuple(vs)), []).append(m)
+    for (k,vs),ms in places.items(): yield 'still says', f"{_listed(vs)}: {k} of {_modules(ms)}"
+
 def _lines(self):
     yield from _counts(self)
     if self.plan.folds: yield 'means' if self.compensation else 'constants', f"folded into {len(self.plan.folds)} layers"
@@ -188,6 +198,7 @@ def _lines(self):
     for what,names in self.modules(): yield 'module', f"{_modules(names)}: {what}"
     for b in self.plan.branches: yield 'branch', f"{b.where}: {_listed([g.module.removeprefix(b.where).lstrip('.') for g in b.modules])} run{'s'*(len(b.modules)==1)} no more, for {_listed(b.banks)} {'is' if len(b.banks)==1 else 'are'} zero{'' if b.modules[-1].value is None else '; a constant stays'}"
     for (a,b),names in _kernels(self.plan).items(): yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
+    yield from _elsewhere(self)
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
     for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
 

@@ -25,7 +25,7 @@ __all__ = ['KINDS', 'Change', 'Edited', 'Recoded', 'NoSource', 'FunctionSource',
 class Change:
     "One expression of a function that says something else"
     kind:str # One of `KINDS`
-    at:tuple # (line, column, end line, end column) of the expression; lines from the function's first, columns in bytes
+    at:tuple[int,int,int,int] # (line, column, end line, end column) of the expression; lines from the function's first, columns in bytes
     values:tuple=() # Numbers and names, as the kind takes them
     inner:Edited|None=None # For 'call': what changes in the function that is called there
 
@@ -34,13 +34,13 @@ class Edited:
     "A function and what changes in it"
     name:str # Of the method, or module:qualified.name of a function that a method calls
     digest:str # Of its source
-    changes:tuple # `Change`s
+    changes:tuple[Change,...]
 
 @dataclass(frozen=True)
 class Recoded:
     "A module, and the methods of its class that change"
     module:str # Path
-    methods:tuple # `Edited`; none where the module only has to run in its adapter
+    methods:tuple[Edited,...] # None where the module only has to run in its adapter
 
     @property
     def kinds(self)->list:

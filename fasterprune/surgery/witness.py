@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import as_call
+from .checks import of_example
 from .capture import Recorder, capture, fake_trace
 from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
@@ -217,7 +218,8 @@ def capture_witnesses(
     "Capture the user's own further calls, and one that differs from the example in all that may differ"
     res,tried = [],[]
     base = lambda: (1<<24)*(1+len(res))
-    for y in examples: res.append((y, capture(model, y, training=trace.training, base=base())))
+    for y in examples:
+        with of_example(model, y): res.append((y, capture(model, y, training=trace.training, base=base())))
     if not trace.fake: return tuple(res),('the path depends on values, so no other sizes were tried',)
     for y in variants(x):
         rec = Recorder(training=trace.training, base=base())
