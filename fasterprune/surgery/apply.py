@@ -301,6 +301,7 @@ def _check_attr(modules, a): # Is this a size of that module?
     m = modules.get(a.module)
     if m is None: raise ValueError(f"this plan is of another model: it sets {a.name!r} of {a.module!r}, which this one does not have")
     if a.name in (own := getattr(ADAPTERS.get(type(m)), 'attrs', {})) and own[a.name]==a.value: return
+    if (a.name, a.value)==('use_nested_tensor', False) and isinstance(m, nn.TransformerEncoder): return
     old = vars(m).get(a.name)
     if not _is_size(old) or type(m).__module__.startswith('torch.nn') and a.name not in size_attributes:
         raise ValueError(f"this plan is of another model: it sets {a.name!r} of {a.module!r}, which is no size of a {type(m).__name__}")

@@ -126,6 +126,7 @@ def caller(
     while f.f_back is not None and (f.f_code is own or f.f_code.co_filename in _between): f = f.f_back
     return f
 
+_layers = nn.__file__.rpartition('__init__')[0]
 _between = {sys.modules[m].__file__ for m in ('torch.overrides', 'torch._tensor')} # Python of PyTorch's that stands between code and mode
 
 class CallLog(TorchFunctionMode):
@@ -140,6 +141,7 @@ class CallLog(TorchFunctionMode):
         if name=='multi_head_attention_forward': rec.trace.asked.update(rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
         if not rec.stack or not (name in size_calls or _has_number(args, kwargs)): return func(*args, **kwargs)
         frame,place,node = rec.stack[-1],caller(func),len(rec.trace.nodes)
+        if name not in size_calls and place.f_code.co_filename.startswith(_layers): return func(*args, **kwargs) # the number of a layer of PyTorch
         order = frame.next(place, name)
         if rec.direct is not None: func,args,kwargs = rec.direct(place, str(frame), order, func, args, kwargs)
         part = None

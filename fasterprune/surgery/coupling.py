@@ -18,7 +18,7 @@ from .trace import Trace
 from .capture import capture_all
 from .labels import distinct
 from .rules import Site, step
-from .witness import Witness, capture_witnesses, inputs_of, joined, runs_alike, varying
+from .witness import Witness, capture_witnesses, inputs_of, joined, resized, runs_alike, varying
 from .shuffle import connected, flow_of, key_of
 from .coupler import Coupler
 from .groups import layer_of, make_groups
@@ -76,7 +76,9 @@ class Coupling:
     ):
         self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
         self._begins = [0]
-        self.varying = vary = varying((trace, *(t for _,t in others)))
+        traces = (trace, *(t for _,t in others))
+        self.varying,self.resized = varying(traces),resized(traces) # what differs between the runs
+        vary = self.varying
         d = self.labels = _walked(model, trace, vary, loose=loose)
         self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others))
         if not all(w.alike for w in self.witnesses):

@@ -20,7 +20,7 @@ from .coupling import Coupling
 from .labels import Kept
 from .plan import Plan
 from .rules import Site, filled, rule_for, tensors_of
-from .sizes import Director
+from .sizes import Director, arithmetic
 from .witness import Witness
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000006
@@ -163,6 +163,7 @@ def _notices(c, kept, plan, w):
     if not t.fake or plan.recoded or c.exact or any(cut(Ref(i)) for i in t.asked): return True
     layers = dict(c.model.named_modules())
     if any(call.name in says and any(map(cut, call.outs)) and not isinstance(layers.get(call.module), (nn.LayerNorm, nn.GroupNorm)) for call in t.calls): return True
+    if any(call.name in arithmetic and isinstance(a, float) for call in t.calls for a in call.args): return True # a number that may be made of a size
     if any(a.n>kept.count(a) for _,a,_ in c.labels.starts) or any(a.n>kept.count(a) for _,_,a in c.labels.numbers): return True
     return any((rule_for(n) in (None, filled) or n.op in particular or n.func.namespace not in ('aten','torchvision')) and any(map(cut, (*n.outs, *tensors_of(n)))) for n in t.nodes)
 

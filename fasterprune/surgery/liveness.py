@@ -305,6 +305,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         if node.op in FRESH or places: d.fresh |= {r.id for r in node.outs}
         _walk(d, s)
         if node.key in c.varying and not places: _only_zeros(d, node, out)
+        elif node.key in c.resized: _only_uniform(d, node, out)
     rec = Recorder(listen, run, w.trace.training)
     record_in(model, x, rec, dtype, instead)
     if len(facts)<sum(map(len, reads.values())): raise ValueError('the model ran other operators than it did while it was captured')
@@ -328,6 +329,13 @@ def _only_zeros(d, node, out):
     for r,t in zip(node.outs, tensors_in(out)):
         d.dep.add(r.id)
         d.env[r.id] = [_axis(_const(a) & _cpu((t==0).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
+
+def _only_uniform(d, node, out):
+    "What is not the same everywhere is another number where there are more places"
+    for r,t in zip(node.outs, tensors_in(out)):
+        if r.id not in d.dep or not t.numel(): continue
+        for i,a in enumerate(d.env[r.id]):
+            if (const := _const(a)).any() and t.shape[i]==a.n>1: d.env[r.id][i] = d._rooted(_axis(const & ~np.isnan(constant_values(t, i, const))), a, slice(None))
 
 def _walk(d, s):
     dep = any(r.id in d.dep for r in s.tensors) and s.node.op not in FRESH or 'rand' in s.node.op

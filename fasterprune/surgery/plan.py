@@ -354,6 +354,7 @@ def with_code(
     cut,types = {e.param.rpartition('.')[0] for e in plan.edits},dict(c.model.named_modules())
     adapted = {m for m in cut if not getattr(ADAPTERS.get(type(types[m])), 'watch_only', True)} # these can be smaller in their adapter only
     new += tuple(Attr(m, k, v) for m in sorted(adapted) for k,v in ADAPTERS[type(types[m])].attrs.items())
+    new += tuple(Attr(n, 'use_nested_tensor', False) for n,m in types.items() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor and any(k.startswith(f"{n}." if n else '') for k in adapted))
     found = {r.module for r in recoded}
     recoded = (*recoded, *(Recoded(m, ()) for m in sorted(adapted-found)))
     return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded)

@@ -31,6 +31,7 @@ from .operation import Extras, Operation, Removal
 from .plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .settle import settle
+from .stale import never_ran, stale_sizes
 from .sizes import keep_divisors
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000006
@@ -191,6 +192,8 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     if not plan.edits and first is None:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
+    mended,stale = stale_sizes(self.model, plan)
+    plan,unseen = replace(plan, attrs=(*plan.attrs, *mended)),never_ran(self.coupling, self.model, plan)
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
     try:
         done = op.run_()
@@ -199,7 +202,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     except BaseException:
         op.restore_()
         raise
-    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, **done)
+    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, unseen=unseen, stale=stale, notes=self.coupling.tried, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''

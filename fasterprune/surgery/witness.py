@@ -19,7 +19,7 @@ from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'inputs_of', 'capture_witnesses']
+__all__ = ['FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of', 'capture_witnesses']
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000004
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Witness:
     trace:Trace
     alike:bool=True # Did it run the same operators on the same tensors as the example, of other sizes where nothing can be cut?
     first_node:int=0 # Where its operators begin in the trace of all runs that are walked through
+
+    @property
+    def shapes(self)->tuple: "Of the tensors that it was called with"; return tuple(self.trace.shapes[r.id] for r in self.trace.inputs)
+    @property
+    def shapes_text(self)->str: "In words: 2×3×32×32"; return ' and '.join('×'.join(map(str, s)) for s in self.shapes)
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000006
 _sized = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 'repeat'} # what their numbers mean is seen in the shapes
@@ -187,6 +192,15 @@ def varying(
             if o is not None and n.op not in _sized and (n.value!=o.value or not _same_numbers(n, o)): res[n.key] = n.op in _placed or n.op.startswith(_spatial)
     return res
 
+def resized(
+    traces:tuple, # Of several runs, the example's first
+)->set: # Keys of nodes
+    "Find the operators of which the results have other sizes in another run"
+    first,*others = traces
+    shape = lambda t, n: [t.shapes[r.id] for r in n.outs]
+    by_key = {n.key:shape(first, n) for n in first.nodes}
+    return {n.key for t in others for n in t.nodes if by_key.get(n.key)!=shape(t, n)}
+
 def _same_numbers(n, o):
     if n.op in FRESH: return n.args[1:]==o.args[1:] or 'full' not in n.op
     return all(_equal(v, w) for v,w in zip(n.args, o.args)) and all(_equal(v, o.kwargs.get(k)) for k,v in n.kwargs.items())
@@ -220,7 +234,7 @@ def capture_witnesses(
     base = lambda: (1<<24)*(1+len(res))
     for y in examples:
         with of_example(model, y): res.append((y, capture(model, y, training=trace.training, base=base())))
-    if not trace.fake: return tuple(res),('the path depends on values, so no other sizes were tried',)
+    if not trace.fake: return tuple(res),('which path the code takes depends on values; only the path of this example is known, and no other sizes were tried',)
     for y in variants(x):
         rec = Recorder(training=trace.training, base=base())
         try: t = fake_trace(model, y, rec=rec)
