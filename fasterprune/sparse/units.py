@@ -228,7 +228,7 @@ def _kept(c, groups, role): # a divisor can be kept where what is averaged is ze
     res = {g.name:(f"{g.mixed} computes statistics over them", role=='write' and g.mixed.split()[0] in AVERAGES) for g in groups if g.mixed}
     for r in c.labels.reads if role=='read' else ():
         if r.weight is not None and c.labels.is_param(r.weight): continue
-        rows,who = np.unique(c.labels.rows(r.axis)),str(Site(c.trace.nodes[r.node], c.trace, {}))
+        rows,who = np.unique(c.labels.rows(r.axis)),str(Site(c.labels.trace.nodes[r.node], c.labels.trace, {}))
         for g in groups:
             if np.isin(g.labels, rows).any(): res.setdefault(g.name, (f"{who} reads them, too, and has no weights", False))
     return res

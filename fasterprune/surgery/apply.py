@@ -56,7 +56,8 @@ def _sizes(m, shape, counts):
     follow = _follow(m)
     return follow(m, shape) if follow else {}
 
-def _follow(m): return getattr(ADAPTERS.get(type(m)), 'sizes', None) # what its adapter says of its attributes
+def _follow(m): # What its adapter says of its attributes; on a copy the adapter's forward is that of a class made for it
+    return next((getattr(ADAPTERS[k], 'sizes', None) for k in type(m).__mro__[:2] if k in ADAPTERS), None)
 
 def _recurrent(m, shape, first): # Rows of the input matrix are gates × units
     rows,cols = shape(f'weight_ih{first}')
