@@ -43,7 +43,7 @@ class Edit:
     dim:int
     n:int # Positions before
     keep:tuple # Positions that stay
-    others:tuple=() # For a grouped weight whose groups keep different positions: those of the second group that stays, of the third, and so on
+    others:tuple=() # Of a grouped weight whose groups keep different positions: those of the second group that stays, and so on
 
 @dataclass(frozen=True)
 class Attr:
@@ -74,7 +74,7 @@ class Plan:
     held:tuple=() # (group, units, reason): they are silent, and stay
     kernels:tuple=() # (layer, size of its kernel before, after), where rows or columns of it are cut off
     branches:tuple=() # `Branch`es that go, before anything is cut; of their parameters, `edits` keep nothing
-    factors:tuple=() # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
+    factors:tuple=() # (weight, factor, dimension) of each `weight_norm`: the factor shrinks as the norm does
 
     @property
     def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
@@ -230,7 +230,7 @@ def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave each group its first unit, and each dimension of a parameter and each part of a chunk its first position, where all would go; and each of equal parts as many as the others"
+    "Leave the first where all would go: of a group, of a parameter's dimension, of a part; and equal parts as many each"
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
@@ -276,11 +276,10 @@ def cuts_of(
     for f in l.flows: order.update((f.order(~gone[f.labels]) or {}) if gone[f.labels].any() else {})
     for i,name in c.trace.names.items():
         for dim,a in enumerate(l.env[i]):
-            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, *_by_group(l, a, gone)) if a.of else Edit(name, dim, a.n, _places(l, a, order) if order and not a.open and l.expand(a.rows).tobytes() in order else kept.indices(a)))
+            if kept.count(a)<a.n: edits.append(Edit(name, dim, a.n, *_kept_of(l, a, gone, kept, order)))
     attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
-    cut = {(e.param, e.dim) for e in edits}
-    factors = tuple(dict.fromkeys((v, g, d) for v,g,d in l.weight_norms if any((v, j) in cut for j in range(len(c.axes_of(v))) if j!=d)))
+    factors = tuple(dict.fromkeys(f for f in l.weight_norms if any(e.param==f[0] and e.dim!=f[2] for e in edits)))
     return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed, factors=factors)
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000012
@@ -312,6 +311,11 @@ def _by_group(l, a, gone): # Positions that stay in the first group that stays, 
     keep = l.keeps(each, gone).reshape(g, -1)[l.keeps(outer, gone)]
     first,*others = [tuple(np.flatnonzero(k).tolist()) for k in keep]
     return first,() if all(k==first for k in others) else tuple(others)
+
+def _kept_of(l, a, gone, kept, order): # As `Edit` takes them
+    if a.of: return _by_group(l, a, gone)
+    moved = order and not a.open and l.expand(a.rows).tobytes() in order
+    return (_places(l, a, order) if moved else kept.indices(a)),
 
 def _places(l, a, order): # Positions that stay of an axis with shuffled channels, in the order in which they will stand
     labels = l.expand(a.rows)[:,0]
