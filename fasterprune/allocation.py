@@ -226,26 +226,25 @@ def _remove_lowest(part, cap, fraction, cost): # The same unit by unit; nothing 
     return dict(zip(part, gone.split([len(s) for s in part.values()])))
 
 # %% ../nbs/03_allocation.ipynb #0000001b
-def _classes_of(classes, parts, r): # Positions of each class; all in one where parts or whole blocks could not be kept in each
+def _classes_of(classes, parts, r): # Positions of each class; None where parts or whole blocks could not be kept in each
     if classes is None: return None
     of = [np.flatnonzero(classes==k) for k in np.unique(classes)]
     even = all(len({np.isin(p, at).sum() for p in ps}) == 1 for ps in parts for at in of)
     return of if len(of) > 1 and even and all(len(at) % r == 0 for at in of) else None
 
-def _counts_of(sizes, share): # How many go of each class: its part rounded down, and one more where that is short of the part of all
+def _counts_of(sizes, share): # How many go of each class: its part rounded down, and one more where all are short of theirs
     k = [n_removed(n, share) for n in sizes]
     for i in sorted(range(len(k)), key=lambda i: k[i]-share*sizes[i])[:n_removed(sum(sizes), share)-sum(k)]: k[i] += 1
     return k
 
 def _remove_by_class(s, of, share, parts, min_keep, max_ratio, r, cost): # Bool: of each class of units the same part
-    gone = torch.zeros(len(s), dtype=torch.bool, device=s.device)
+    gone, inside = torch.zeros(len(s), dtype=torch.bool, device=s.device), lambda at, p: np.flatnonzero(np.isin(at, p))
     for at,k in zip(of, _counts_of([len(at) for at in of], share)):
-        sub, own = s[torch.as_tensor(at, device=s.device)], tuple(tuple(np.flatnonzero(np.isin(at, p)) for p in ps) for ps in parts)
-        cap, part = {'': _caps(sub, own, -(-min_keep*len(at)//len(s)), max_ratio)}, share if cost is not None else k/len(at)
-        c = {} if cost is None else {'': cost[torch.as_tensor(at, device=s.device)]}
-        plain = r == 1 and not own
-        found = _remove_lowest({'': sub}, cap, part, c) if plain else _remove_blocks({'': sub}, cap, r, {'': own}, part, c)
-        gone[torch.as_tensor(at, device=s.device)] = found['']
+        own, i = tuple(tuple(inside(at, p) for p in ps) for ps in parts), torch.as_tensor(at, device=s.device)
+        cap = {'': _caps(s[i], own, -(-min_keep*len(at)//len(s)), max_ratio)}
+        part, c = (k/len(at), {}) if cost is None else (share, {'': cost[i]})
+        if r == 1 and not own: gone[i] = _remove_lowest({'': s[i]}, cap, part, c)['']
+        else: gone[i] = _remove_blocks({'': s[i]}, cap, r, {'': own}, part, c)['']
     return gone
 
 def allocate(
@@ -259,7 +258,7 @@ def allocate(
     round_to:int=1, # The number of units that stay in a layer is a multiple of this, or all
     sets:dict|None=None, # For 'isomorphic': layer name → name of its set
     parts:dict|None=None, # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
-    classes:dict|None=None, # Layer name → a number for each unit, or None: where the context is 'local', each class of units loses its part
+    classes:dict|None=None, # Layer name → a number for each unit, or None: in a 'local' context each class loses its part
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay"
     sparsity = check_allocation(sparsity, scores, context=context, count=count, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
@@ -273,7 +272,8 @@ def allocate(
         share = sparsity.get(first, 0.) if isinstance(sparsity, dict) else sparsity
         found = _classes_of((classes or {}).get(first), parts.get(first, ()), round_to) if context == 'local' else None
         if found:
-            gone[first] = _remove_by_class(of[first], found, share, parts.get(first, ()), min_keep, max_ratio, round_to, cost.get(first))
+            caps = parts.get(first, ()), min_keep, max_ratio, round_to
+            gone[first] = _remove_by_class(of[first], found, share, *caps, cost.get(first))
             continue
         one_by_one = round_to == 1 and not any(parts.get(n) for n in of)
         gone.update(_remove_lowest(of, cap, share, cost) if one_by_one else _remove_blocks(of, cap, round_to, parts, share, cost))

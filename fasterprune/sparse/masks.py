@@ -84,6 +84,6 @@ def cut(self:Masks,
     keep = {n:k for n,k in self.keep.items() if n not in {e.param for e in edits if not len(e.keep)}} # these have gone as a whole
     for e in edits:
         k = keep.get(e.param)
-        if k is not None and e.others and k.shape[0]==1: keep.pop(e.param) # said of all groups together, and they have different positions now
+        if k is not None and e.others and k.shape[0]==1: keep.pop(e.param) # was said of all groups, which differ now
         elif k is not None and k.shape[e.dim]>1: keep[e.param] = taken(k, e)
     return Masks({n:k for n,k in keep.items() if not k.all()})

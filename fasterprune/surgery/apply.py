@@ -41,10 +41,12 @@ def _conv(m, w, groups):
     i,o = (w[0], w[1]*groups) if getattr(m, 'transposed', False) else (w[1]*groups, w[0])
     return dict(in_channels=i, out_channels=o, groups=groups)
 
+def _deforms(m): return any(c.__module__=='torchvision.ops.deform_conv' for c in type(m).__mro__)
+
 def _sizes(m, shape, counts):
     "Attributes of a standard layer that follow from its shapes"
     w = shape('weight')
-    if isinstance(m, nn.modules.conv._ConvNd) or any(c.__module__=='torchvision.ops.deform_conv' for c in type(m).__mro__): return _conv(m, w, counts.get('groups', m.groups))
+    if isinstance(m, nn.modules.conv._ConvNd) or _deforms(m): return _conv(m, w, counts.get('groups', m.groups))
     if isinstance(m, nn.Linear): return dict(in_features=w[1], out_features=w[0])
     if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
     if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
@@ -69,7 +71,8 @@ _reparametrised = (nn.modules.conv._ConvNd, nn.Linear) # may compute their weigh
 def _stored(m, k): # The tensor of a module, or what it is computed from, if that has its shape
     t = _inside(m, k)
     if t is None or k in m._parameters or k in m._buffers: return t
-    made = m.parametrizations[k]._parameters.values() if is_parametrized(m, k) else [m._parameters.get(f"{k}_{j}") for j in ('v', 'orig')]
+    made = [m._parameters.get(f"{k}_{j}") for j in ('v', 'orig')]
+    if is_parametrized(m, k): made = m.parametrizations[k]._parameters.values()
     return next((s for s in made if s is not None and s.shape==t.shape), t)
 
 def new_attributes(
@@ -82,7 +85,8 @@ def new_attributes(
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
     for n,m in model.named_modules():
         def shape(k): t = _stored(m, k); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
-        own = [*m._parameters.values(), *m._buffers.values(), *([_stored(m, 'weight')] if isinstance(m, _reparametrised) else ())]
+        own = [*m._parameters.values(), *m._buffers.values()]
+        if isinstance(m, _reparametrised): own.append(_stored(m, 'weight'))
         if n not in counts and not _follow(m) and not any(id(t) in by_tensor for t in own): continue
         values = {**counts.get(n, {}), **_sizes(m, shape, counts.get(n, {}))}
         values = {k:(v,) if isinstance(v, int) and isinstance(getattr(m, k), tuple) else v for k,v in values.items()}
@@ -209,7 +213,7 @@ def _norms(w, d): return w.detach().double().movedim(d, 0).flatten(1).norm(dim=1
 
 def _kept_of(plan, name, d): return next((list(e.keep) for e in edits_of(plan).get(name, ()) if e.dim==d), slice(None))
 
-def _shrink_(w, g, d, before): # The factor of a `weight_norm` times what is left of the norm, so that the weights that stay are what they were
+def _shrink_(w, g, d, before): # The factor of a `weight_norm` times what is left of the norm
     ratio = torch.where(before>0, _norms(w, d)/before, 1.)
     g.data = (g.double()*ratio.view(g.shape)).to(g.dtype)
 

@@ -32,7 +32,8 @@ class Silent:
     "What a branch says that says nothing: whatever is done with it gives the same, and what it is added to stays"
     __slots__ = ('value','copy','level')
     def __init__(self, value:Tensor|None=None, copy:bool=False, level:int=0):
-        self.value,self.copy,self.level = value,copy,level # copy: what it is added to is written to later; level: of the branch, higher than those of branches inside it
+        self.value,self.level = value,level # the level of a branch is higher than those of branches inside it
+        self.copy = copy # what it is added to is written to later
 
     @staticmethod
     def outermost(o)->'Silent|None':
@@ -69,7 +70,7 @@ class Silence(nn.Module):
         view:tuple|None=None, # The shape in which it is added
         items:tuple|None=None, # For a module that gave several things, whether each was a tensor; None for one
         copy:bool=False, # Does the code write into the sum?
-        level:int=0, # As for `Silent`; 0 passes on what is said already, for it may stand behind the module that says it, too
+        level:int=0, # As for `Silent`; 0 passes on what is said already
     ):
         super().__init__()
         self.view,self.items,self.copy,self.level = view,items,copy,level
@@ -196,7 +197,7 @@ def _mixes(idle, nodes, modules): # A sum inside the branch, of something that g
     sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
     return any(len({goes(r, n.index) for r in tensors_of(n)[:2]})>1 for n in sums)
 
-def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds, and those behind it pass that on
+def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds
     busy = {t.nodes[i].module for i in others}
     return next((m for m in reversed(modules) if not any(b==m or b.startswith(f"{m}.") for b in busy)), None)
 

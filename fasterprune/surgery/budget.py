@@ -72,7 +72,7 @@ def within(
     g = _arranged(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
     return {n: ~g[c.by_name[n].labels] for n in scores}
 
-def _arranged(c, gone, scores, how): # Where code shuffles channels, others go than those that are ranked lowest; some come back where a width must stay larger than another
+def _arranged(c, gone, scores, how): # Where code shuffles channels, others go; some come back where a width must stay larger
     flows = [c.by_name[n] for n in scores if c.by_name[n].flow is not None]
     g = gone.copy() if flows else gone
     for f in flows: g[f.labels] = ~f.arranged(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))

@@ -193,7 +193,8 @@ def choose(
     scores,sets = scores_for(model, c, groups, how, pooled, keep),alike(model, groups) if how.context=='isomorphic' else None
     if how.budget is not None: return within(c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, classes=classes, **how.caps)
-    return widened(c, {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}, scores)
+    stays = {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
+    return widened(c, stays, scores)
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000010
 def nearly_emptied(

@@ -50,7 +50,8 @@ class Coupler(Labels):
         self.shuffles = {i:v for i,v in shuffles(trace).items() if i not in straight and v[2] not in straight}
         self.taken = used_refs(trace)
         self.uses,self.steps,self.flows,self.decks = None,[],[],{} # who takes each tensor; movements of channels; those that shuffle; and what is shuffled
-        self.smaller = [self.env[i] for i in trace.names if trace.names[i] in projections(model)] # (axis, another that must stay larger)
+        narrow = projections(model)
+        self.smaller = [self.env[i] for i,n in trace.names.items() if n in narrow] # (axis, another that must stay larger)
         self.weight_norms = [] # (weight, factor, dimension) of each `weight_norm`
         self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
@@ -59,10 +60,11 @@ class Coupler(Labels):
     def begins(self, s, a, start): self.starts.append((s.node.index, a, start))
     def equal_parts(self, s, parts, whole):
         equal = len({a.n for a in parts})==1
-        if not equal and any(k.name=='split' and k.node==s.node.index for k in self.trace.calls): return # the code says how large they are, and a plan can
+        if not equal and self._says_parts(s): return # a plan can say other sizes
         if s.node.index in self.tied or self._cut_again(s): return self.alike(parts, str(s))
         self.even.append((s.node.index, str(s), parts))
         if equal: self.steps.append(Step('chunk', s.node.index, (whole,), tuple(parts), len(parts), str(s)))
+    def _says_parts(self, s): return any(k.name=='split' and k.node==s.node.index for k in self.trace.calls)
     def alike(self, parts, where):
         "Let parts lose the same positions; parts that are not equally large cannot"
         if len({a.n for a in parts})==1: return self.same(*parts)
@@ -91,7 +93,8 @@ class Coupler(Labels):
     def broadcast(self, s, refs, shape): return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
 
     def _reparametrises(self, module): # Does it compute a weight there?
-        return '.parametrizations.' in f".{module}" or isinstance(self.model.get_submodule(module), (nn.modules.conv._ConvNd, nn.Linear))
+        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        return '.parametrizations.' in f".{module}" or isinstance(self.model.get_submodule(module), layers)
     def normed(self, s, axes): # `weight_norm`: its factor makes up for what the norm is not taken over any more
         names = [self.trace.name_of(s[k]) for k in ('v', 'g')]
         if all(names): self.weight_norms.append((*names, s['dim']))
@@ -102,8 +105,8 @@ class Coupler(Labels):
             self.pin_axis(a, f"{s} computes a norm of all of it; remove {what} from the layer first")
     def is_used(self, ref): "Does an operator or the caller take it?"; return ref in self.taken
     def is_param(self, ref): "Does it not depend on the input?"; return ref.id not in self.dep
-    def written(self, s, a:Axis, connect=True)->Axis: # connect: do its positions hang together? 'part': so do those within the groups of an axis that is noted as well
-        "Note that a layer writes along this axis"
+    def written(self, s, a:Axis, connect=True)->Axis:
+        "Note that a layer writes along this axis; `connect`: do its positions hang together? 'part': of one that is noted itself"
         self.rows(a)
         if a.n>1: self.writes.append((a, s.node.module, connect))
         a.mark('write')
@@ -169,7 +172,7 @@ def _grouped_out(self:Coupler, s, outer, write, m, transposed):
 
 @patch
 def _loosely(self:Coupler, s, x, read, write, g):
-    "The output axis of a grouped convolution of which each group loses as many channels, wherever they stand; and its input channels by themselves. None where they have to stand in the same places"
+    "The output axis of a grouped convolution whose groups lose as many channels each, and its input channels one by one"
     k,m = x.n//g,s.out_shapes[0][1]//g
     met = {id(a) for a in [*[r.axis for r in self.reads], *[e[0] for e in self.mixed]]}
     again = read.of is not None and read.of[1]==g # it runs a second time

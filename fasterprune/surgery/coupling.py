@@ -72,7 +72,7 @@ class Coupling:
         trace:Trace, # From `capture`
         x=None, # What the model was called with
         others:tuple=(), # ((what it was called with, its trace), ...) of further runs, whose relations count as well
-        loose:bool=False, # May each group of a grouped convolution lose other positions? Criteria choose the same for all
+        loose:bool=False, # May each group of a grouped convolution lose other positions?
     ):
         self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
         self._begins = [0]
@@ -133,7 +133,8 @@ class Coupling:
         d = self.labels
         at = np.zeros(d.size, bool)
         for a in axes: at[d.rows(a)] = True
-        found = [(parts, where) for _,where,parts in d.even if (even := _even(d, parts)) and at[np.concatenate(even)].any()]
+        meets = lambda even: bool(even) and at[np.concatenate(even)].any()
+        found = [(parts, where) for _,where,parts in d.even if meets(_even(d, parts))]
         for parts,where in found: d.alike(parts, where)
         decks = [f for f in d.flows if at[f.labels].any() and not d.pinned[f.labels].all()]
         for f in decks: d.pin(f.labels, f"{f.where} shuffles it, and something does not work with fewer channels")

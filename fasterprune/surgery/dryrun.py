@@ -45,8 +45,9 @@ class Comparison:
         return old
 
     def parts(self, old:Node, new:Node)->bool:
-        "Do the two go apart because a width is 1 now? What is 1 wide is contiguous in any order, and `F.linear` need not copy it: the rest of the module is not compared"
-        if not self.t.fake or old.module!=new.module or not any(self.kept.count(a)==1<a.n for a in _met(self.axes, old)): return False
+        "Do the two go apart because a width is 1 now? That is contiguous in any order, so the rest of the module is not compared"
+        narrow = any(self.kept.count(a)==1<a.n for a in _met(self.axes, old))
+        if not (narrow and self.t.fake and old.module==new.module): return False
         self.apart,self.trusted = new.module,True
         return True
 

@@ -51,7 +51,8 @@ class Group:
     def classes(self)->np.ndarray|None:
         "A number for each unit, the same for those that the same layers write; None where they all are"
         writes = np.zeros((self.n, len(self.layers)), bool)
-        for m in self.role('write'): writes[m.unit[m.unit>=0],self.layers.index(m.param.rpartition('.')[0] or m.param)] = True
+        of = {l:i for i,l in enumerate(self.layers)}
+        for m in self.role('write'): writes[m.unit[m.unit>=0],of[m.param.rpartition('.')[0] or m.param]] = True
         return None if (writes==writes[:1]).all() else np.unique(writes, axis=0, return_inverse=True)[1].reshape(-1)
     @property
     def way(self)->np.ndarray: "The units in the order in which its flow counts them"; at = np.argsort(self.labels); return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
@@ -132,7 +133,8 @@ def make_groups(
                 if k not in names or not names[k][0]: names[k] = (layer_of(d, a) or layer, i, len(cols))
     units = {k:_ordered(np.concatenate(v)) for k,v in units.items()}
     flows = {comp[f.labels[0]]:f for f in d.flows}
-    members,mixed,coarse,parts = _members(d, units),_mixed(d, units),_coarse(comp, [t for t,(*_,connect) in zip(tables, d.writes) if connect!='part'], units),_parts(d, comp, units)
+    whole = [t for t,(*_,connect) in zip(tables, d.writes) if connect!='part']
+    members,mixed,coarse,parts = _members(d, units),_mixed(d, units),_coarse(comp, whole, units),_parts(d, comp, units)
     res,taken = [],set()
     for k,u in units.items():
         name = _name(*names[k], taken)
@@ -148,7 +150,7 @@ def _parts(d, comp, units): # The equal parts of each component
         res.setdefault(k, []).append(Parts(where, tuple(np.flatnonzero(np.isin(units.get(k, ()), p)) for p in even)))
     return {k:tuple(v) for k,v in res.items()}
 
-def _coarse(comp, tables, units): # Where groups divide the same positions: all but those that are chosen, once for all groups that hang together so
+def _coarse(comp, tables, units): # Groups that divide the positions of others: all but those that are chosen, once for all that hang together
     sites,never = _sites(comp, tables, units)
     apart,res = {},set(never) # group → groups that divide the same positions
     for ks,_ in sites:
@@ -161,7 +163,7 @@ def _coarse(comp, tables, units): # Where groups divide the same positions: all 
         res |= own-max(tries, key=lambda t: _worth(t, here, units), default=set())
     return res
 
-def _sites(comp, tables, units): # [(groups of some positions, how many these are)]; and the groups of so few units that more positions share all their labels
+def _sites(comp, tables, units): # [(groups of some positions, how many these are)]; and groups of too few units for so many
     sites,never = [],set()
     for t in tables:
         kinds = comp[t[:,t.any(0)]]

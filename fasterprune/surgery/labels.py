@@ -21,7 +21,7 @@ class Axis:
         role:str|None=None, # Purpose of a parameter's dimension: 'write', 'read', 'bias', 'scale', 'shift', 'stat'
     ):
         self.n,self.rows,self.role,self.src = n,rows,role,()
-        self.of = None # (axis, groups, axis of the groups) where it stands for the positions of each group, and as many stay as in each of them
+        self.of = None # (axis, groups, axis of the groups) where it stands for the positions of each of several groups
     @property
     def open(self)->bool: return self.rows is None
     def mark(self, role:str):
@@ -152,7 +152,7 @@ def distinct(
 def rows(self:Labels, a:Axis)->np.ndarray:
     "The expanded rows of an axis; an open one gets labels of its own"
     if a.open: a.rows = self.fresh(a.n) if a.n>1 else np.zeros((a.n,1), np.int64)
-    if a.of is not None: self.pin(a.of[0].rows, f"{self.here} uses a grouped weight otherwise than its convolution does")
+    if a.of is not None: self.pin(a.of[0].rows, f"{self.here} uses the weight of a grouped convolution")
     return self.expand(a.rows)
 
 # %% ../../nbs/surgery/02_labels.ipynb #00000011
@@ -213,11 +213,11 @@ def split(self:Labels, a:Axis, sizes:list)->list:
 def loosen(self:Labels,
     a:Axis, # `n` groups of positions
     n:int,
-)->tuple|None: # (axis of the groups, axis of all positions, each by itself); None where positions of several groups go together
+)->tuple|None: # (axis of the groups, axis of single positions); None where positions of several groups go together
     "Let whole groups go, and positions by themselves"
     m,rows = a.n//n,self.rows(a)
     cols = np.where(self.pinned[rows], 0, rows).T.reshape(-1, n, m)
-    groups,alone,others = [],[],[] # columns that hold for whole groups, for single positions, and for several positions of one group
+    groups,alone,others = [],[],[] # columns of whole groups, of single positions, and of several positions of one group
     for c,whole in zip(cols, rows.T):
         seen,kinds = c[c>0],sum(len(np.unique(g[g>0])) for g in c)
         if not len(seen): others += [c]*bool(whole.any()) # they stay already

@@ -286,7 +286,7 @@ def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave each group its first unit, and each dimension of a parameter and each part of a chunk its first position, where all would go; and each of equal parts as many as the others"
+    "Leave the first where all would go: of a group, of a parameter's dimension, of a part; and equal parts as many each"
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
@@ -338,8 +338,7 @@ def cuts_of(
             edits.append(Edit(name, dim, a.n, keep, others, bool(moved) and list(keep)!=sorted(keep)))
     attrs = tuple(Attr(m, k, kept.count(a)) for m,k,a in l.counts if kept.count(a)<a.n)
     mixed = tuple((g.name, g.mixed) for g in c.groups if g.mixed and gone[g.labels].any())
-    cut = {(e.param, e.dim) for e in edits}
-    factors = tuple(dict.fromkeys((v, g, d) for v,g,d in l.weight_norms if any((v, j) in cut for j in range(len(c.axes_of(v))) if j!=d)))
+    factors = tuple(dict.fromkeys(f for f in l.weight_norms if any(e.param==f[0] and e.dim!=f[2] for e in edits)))
     return Plan(cuts, tuple(edits), attrs, folds, (), tuple(c.pins()), mixed, factors=factors)
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000012

@@ -38,8 +38,9 @@ STEPS = dict(LSTM=_lstm, GRU=_gru, RNN_TANH=_rnn(torch.tanh), RNN_RELU=_rnn(torc
 def projections(
     model:nn.Module, # Any module
 )->list: # Names of parameters
-    "The weights that project the state of an LSTM: what they write must stay smaller than what they read, for by that `nn.LSTM` knows that there is a projection"
-    return [f"{n}.{k}".lstrip('.') for n,m in model.named_modules() if getattr(m, 'proj_size', 0) and isinstance(m, nn.LSTM) for k in m._parameters if k.startswith('weight_hr')]
+    "The weights that project the state of an LSTM: what they write must stay smaller than what they read"
+    found = [(n, m) for n,m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size]
+    return [f"{n}.{k}".lstrip('.') for n,m in found for k in m._parameters if k.startswith('weight_hr')]
 
 # %% ../../nbs/surgery/00_recurrent.ipynb #00000007
 def _gates(xs, w, b):

@@ -94,7 +94,8 @@ def rule_for(
     return pointwise if torch.Tag.pointwise in node.func.tags else None
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000009
-@rule('alias', 'detach', 'lift_fresh', '_conj', 'conj_physical', 'resolve_conj', '_conj_physical', '_neg_view', 'resolve_neg', 'real', 'imag')
+@rule('alias', 'detach', 'lift_fresh', '_conj', 'conj_physical', 'resolve_conj', '_conj_physical', '_neg_view', 'resolve_neg',
+      'real', 'imag')
 def alias(d, s): return [list(s.axes('self'))]
 
 @rule('clone', '_to_copy', 'copy_', 'where', 'masked_fill', 'fill', '_prelu_kernel', 'native_dropout', 'hardtanh',
@@ -316,7 +317,7 @@ def gather(d, s):
     for a in (x[i],idx[i]): d.pin_axis(a, f"{s} looks positions up by number")
     return [[fixed(b.n) if j==i or a.n!=b.n else d.same(a, b) for j,(a,b) in enumerate(zip(x, idx))]]
 
-@rule('scatter', 'scatter_add', 'scatter_reduce') # sums over neighbours, such as those of a graph: other dimensions stay what they are
+@rule('scatter', 'scatter_add', 'scatter_reduce') # sums over neighbours in a graph: other dimensions stay what they are
 def scatter(d, s):
     x,i = list(s.axes('self')),s['dim']%max(len(s.shape('self')), 1)
     others = [s.axes(s[k]) for k in ('index', 'src', 'value') if s[k] in s.tensors and len(s.shape(k))==len(x)]
@@ -387,9 +388,11 @@ def _regrouped(d, x, old, new): # The axes of a view, by those of what is viewed
         for j,y in zip(b, d.split(merged, [new[j] for j in b])): res[j] = y
     return res
 
-def _empty(d, s, x, old, new): # The same of nothing: dimensions that are the same from the left and from the right, and what is between them if that is something
-    left = next((i for i,(a,b) in enumerate(zip(old, new)) if a!=b), min(len(old), len(new)))
-    right = next((i for i,(a,b) in enumerate(zip(old[left:][::-1], new[left:][::-1])) if a!=b), min(len(old), len(new))-left)
+def _common(a, b): return next((i for i,(m,n) in enumerate(zip(a, b)) if m!=n), min(len(a), len(b))) # How many are the same
+
+def _empty(d, s, x, old, new): # The same of nothing: what is the same from the left and from the right, and what is between
+    left = _common(old, new)
+    right = _common(old[left:][::-1], new[left:][::-1])
     a,b = old[left:len(old)-right],new[left:len(new)-right]
     between = x[left:len(old)-right]
     whole = 0 not in (*a, *b) and int(np.prod(a))==int(np.prod(b))
@@ -522,12 +525,14 @@ def along(d, s):
 @rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 def convolution(d, s): return [d.convolution(s)]
 
-@rule('deform_conv2d') # torchvision's: where it looks is given, and the same for all channels, unless they are in groups
+@rule('deform_conv2d') # torchvision's: where it looks is given, and the same for all channels of a group
 def deform_conv2d(d, s):
     pair = lambda k: [s[f"{k}_h"], s[f"{k}_w"]]
-    s.args.update(transposed=False, stride=pair('stride'), padding=pair('pad'), dilation=pair('dilation'), output_padding=[0,0])
+    s.args.update(transposed=False, output_padding=[0,0])
+    s.args.update(stride=pair('stride'), padding=pair('pad'), dilation=pair('dilation'))
     whole = [*s.axes('offset')[1:], *(s.axes('mask')[1:] if s['use_mask'] else ()), *s.axes('input')[2:]]
-    for a in whole+([s.axes('input')[1]] if s['offset_groups']>1 else []): d.pin_axis(a, f"{s} looks positions up by number")
+    if s['offset_groups']>1: whole.append(s.axes('input')[1])
+    for a in whole: d.pin_axis(a, f"{s} looks positions up by number")
     return [d.convolution(s)]
 
 @rule('mm', 'bmm')

@@ -99,6 +99,7 @@ def _regrouped_alike(a, b, n, o, labelled):
     return len(one)==len(two) and all(g==k and h==l and _repeated(s, u, t, v) for (g,h,s,t),(k,l,u,v) in zip(one, two))
 
 def _repeated(s, u, t, v): # Sizes of a run before (s, u) and after (t, v), in two traces: only the outermost differ, and both by the same factor
+    if not (s and t): return s==u and t==v # of a tensor without elements
     return s[1:]==u[1:] and t[1:]==v[1:] and s[0]*v[0]==u[0]*t[0]
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000008
