@@ -89,7 +89,7 @@ def seconds(make, n:int)->float:
     start = time.process_time()
     r = Pruner(m, x).prune(make.how)
     took = time.process_time()-start
-    if sum(p.numel() for p in m.parameters())>=before: raise RuntimeError(f"nothing was cut of {make.__name__}({n}):\n{r}")
+    if sum(p.numel() for p in m.parameters())>=before: raise RuntimeError(f"nothing cut of {make.__name__}({n}):\n{r}")
     return took
 
 def growth(name:str, repeat:int=3)->list:

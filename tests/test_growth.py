@@ -5,7 +5,7 @@ import pytest, torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import growth
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # timed: they say nothing on a machine that does other things
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # timed: they say nothing on a busy machine
 
 @pytest.mark.parametrize('name', growth.NETS)
 def test_growth(name):
