@@ -174,7 +174,8 @@ def test_what_a_first_call_builds(net):
     "Looking is not the first call; after the first call the model is the one that it would have been"
     m,x = fresh(net),torch.randn(4, 6)
     want,before = quietly(copy.deepcopy(m), x),photo(m)
-    looked_at(m, x)
+    try: looked_at(m, x)
+    except REFUSALS as e: assert net is Built and 'please report' not in str(e)
     assert not (d := diff(before, photo(m))), d
     near(quietly(m, x), want, 0)
 
@@ -314,11 +315,18 @@ class GlobalVariable(Seq):
         return LAST
 LAST = None
 
+def empty_caches(): # what another test left
+    global LAST
+    LAST = None
+    for f in (cached, cached_by_length, Positions.forward): f.cache_clear()
+    for d in (TABLES, by_default.__defaults__[0], vars(by_attribute).setdefault('table', {}), ClassCache.table): d.clear()
+
 @pytest.mark.parametrize('warm', [False, True])
 @pytest.mark.parametrize('net', [LruFunction, LruLength, LruMethod, ModuleDict_, DefaultDict_, FunctionAttribute,
     ClassCache, CachedProperty, GlobalVariable])
 def test_caches(net, warm):
     "Cut, and afterwards no cache holds a fake tensor or one of another precision, wherever it is"
+    empty_caches()
     m,x,fakes = fresh(net),torch.randn(2,11,6),set(map(id, alive(False)))
     want_before = None
     if warm: want_before = quietly(m, x)
