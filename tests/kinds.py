@@ -34,18 +34,21 @@ def quietly(m, x): "Outputs without gradients"; return call(m, x)
 def near(got, want, tol=1e-5):
     "Each tensor on its own scale; the same infinities and the same NaN are equal"
     a,b = ([t for t in tree_leaves(o) if isinstance(t, torch.Tensor)] for o in (got, want))
-    assert [t.shape for t in a]==[t.shape for t in b], f"shapes {[tuple(t.shape) for t in a]}, not {[tuple(t.shape) for t in b]}"
+    shapes,wanted = ([tuple(t.shape) for t in o] for o in (a, b))
+    assert shapes==wanted, f"shapes {shapes}, not {wanted}"
     for s,t in zip(a, b):
         s,t = s.detach().double(),t.detach().double()
         odd = ~t.isfinite()
-        assert torch.equal(s[odd].nan_to_num(nan=.5), t[odd].nan_to_num(nan=.5)) and s[~odd].isfinite().all(), 'other infinities'
+        assert torch.equal(s[odd].nan_to_num(nan=.5),
+            t[odd].nan_to_num(nan=.5)) and s[~odd].isfinite().all(), 'other infinities'
         if not (~odd).any(): continue
         e = ((s-t)[~odd].abs().max()/t[~odd].abs().max().clamp_min(1e-12)).item()
         assert e<=tol, f"wrong by {e:.2g}"
 
 def far(a, b):
     "Different enough that a test of equality says something"
-    return max(((s-t).abs().max()/t.abs().max().clamp_min(1e-12)).item() for s,t in zip(tree_leaves(a), tree_leaves(b)))>1e-2
+    return max(((s-t).abs().max()/t.abs().max().clamp_min(1e-12)).item() for s,
+        t in zip(tree_leaves(a), tree_leaves(b)))>1e-2
 
 def fresh(make, seed=0):
     "A network in evaluation mode, always the same"
@@ -53,7 +56,7 @@ def fresh(make, seed=0):
     return make().eval()
 
 def holds(make, x, others=(), tol=1e-5, cut=True, options=None, **how):
-    "Prune, and see the readers' law at inputs that the pruner has not seen; gives the network, the report, and what it shall compute"
+    "The readers' law at inputs that the pruner has not seen; gives the network, its report, and what it shall compute"
     m = fresh(make)
     dense = copy.deepcopy(m)
     r = Pruner(m, x, **(options or {})).prune(**how)
@@ -90,21 +93,26 @@ def inner(m, x, end='[inner]', fraction=.5):
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, functools._lru_cache_wrapper)
 
 def photo(o, seen=None):
-    "A value of plain numbers and bytes that says all of an object that anybody could see: tensors by their bits, modules by their attributes and hooks"
+    "All that anybody could see of an object, as a value: tensors by their bits, modules by their attributes and hooks"
     seen = {} if seen is None else seen
-    if isinstance(o, (int, float, str, bytes, bool, type(None), torch.dtype, torch.device, type)): return (type(o).__name__, repr(o))
+    if isinstance(o, (int, float, str, bytes, bool, type(None), torch.dtype, torch.device,
+        type)): return (type(o).__name__, repr(o))
     if id(o) in seen: return ('again', seen[id(o)][0])
     seen[id(o)] = len(seen),o
     if isinstance(o, torch.Tensor): return _tensor(o)
     if isinstance(o, np.ndarray): return ('array', str(o.dtype), o.shape, o.tobytes())
     if isinstance(o, nn.Module): return ('module', id(type(o)), *((k, photo(v, seen)) for k,v in vars(o).items()))
-    if isinstance(o, dict): return (type(o).__name__, *((repr(k) if not isinstance(k, torch.Tensor) else _tensor(k), photo(v, seen)) for k,v in o.items()))
+    if isinstance(o, dict): return (type(o).__name__,
+        *((repr(k) if not isinstance(k, torch.Tensor) else _tensor(k), photo(v, seen)) for k,v in o.items()))
     if isinstance(o, (list, tuple, deque)): return (type(o).__name__, *(photo(v, seen) for v in o))
     if isinstance(o, (set, frozenset)): return (type(o).__name__, *sorted(map(repr, o)))
-    if isinstance(o, FUNCTIONS): return ('function', id(o), *(photo(c.cell_contents, seen) for c in getattr(o, '__closure__', None) or ()))
-    if isinstance(o, functools.partial): return ('partial', id(o), photo(o.func, seen), photo(o.args, seen), photo(o.keywords, seen))
+    if isinstance(o, FUNCTIONS): return ('function', id(o),
+        *(photo(c.cell_contents, seen) for c in getattr(o, '__closure__', None) or ()))
+    if isinstance(o, functools.partial): return ('partial', id(o), photo(o.func, seen), photo(o.args, seen),
+        photo(o.keywords, seen))
     if isinstance(o, types.MethodType): return ('method', photo(o.__self__, seen), id(o.__func__))
-    slots = [k for c in type(o).__mro__ for k in getattr(c, '__slots__', ()) if isinstance(k, str) and hasattr(o, k) and not k.startswith('__')]
+    slots = [k for c in type(o).__mro__ for k in getattr(c, '__slots__', ()) if isinstance(k, str) and hasattr(o, k)
+        and not k.startswith('__')]
     own = {**{k:getattr(o, k) for k in slots}, **getattr(o, '__dict__', {})}
     return ('object', id(o), *((k, photo(v, seen)) for k,v in own.items()))
 
@@ -113,12 +121,14 @@ def _tensor(t):
     if 'Fake' in kind: return ('fake',)
     grad = None if not t.is_leaf or t.grad is None else _tensor(t.grad)
     data = t.detach().cpu().contiguous()
-    return ('tensor', kind, str(t.dtype), tuple(t.shape), tuple(t.stride()), t.requires_grad, data.view(torch.uint8).numpy().tobytes() if data.numel() and data.dim() else repr(data), grad)
+    return ('tensor', kind, str(t.dtype), tuple(t.shape), tuple(t.stride()), t.requires_grad,
+        data.view(torch.uint8).numpy().tobytes() if data.numel() and data.dim() else repr(data), grad)
 
 def diff(a, b, at=''):
     "Where two photographs differ, in words"
     if a==b: return ''
-    if not (isinstance(a, tuple) and isinstance(b, tuple)) or len(a)!=len(b) or not a: return f"{at}: {str(a)[:80]} became {str(b)[:80]}"
+    if not (isinstance(a, tuple) and isinstance(b, tuple)) or len(a)!=len(b) or not a:
+        return f"{at}: {str(a)[:80]} became {str(b)[:80]}"
     name = f"{at}.{a[0]}" if isinstance(a[0], str) and a[0]==b[0] else at
     return next((d for x,y in zip(a, b) if (d := diff(x, y, name))), '')
 
@@ -126,14 +136,22 @@ def torch_state():
     "All that torch, NumPy and Python keep for everybody"
     from torch.nn.modules import module as hooks
     c = torch._C
-    flags = dict(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(), anomaly=torch.is_anomaly_enabled(),
-        dispatch=c._len_torch_dispatch_stack(), function=c._len_torch_function_stack(), fastpath=torch.backends.mha.get_fastpath_enabled(),
-        flash=torch.backends.cuda.flash_sdp_enabled(), efficient=torch.backends.cuda.mem_efficient_sdp_enabled(), math=torch.backends.cuda.math_sdp_enabled(),
-        autocast=torch.is_autocast_enabled('cpu'), autocast_dtype=str(torch.get_autocast_dtype('cpu')), dtype=str(torch.get_default_dtype()),
-        deterministic=torch.are_deterministic_algorithms_enabled(), threads=torch.get_num_threads(), collects=gc.isenabled(), trace=c._get_tracing_state() is None)
-    parts = {k:tuple(map(id, v.values())) for k,v in vars(hooks).items() if k.startswith('_global') and isinstance(v, (dict, OrderedDict))}
-    parts |= {f"{o.__name__}.{k}":id(v) for o in (torch.Tensor, torch.nn.functional, nn.Module) for k,v in vars(o).items()}
-    noise = dict(torch=torch.get_rng_state().numpy().tobytes(), numpy=repr(np.random.get_state()), numpys=np.random.get_state()[1].tobytes(), python=hash(random.getstate()))
+    flags = dict(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(),
+        anomaly=torch.is_anomaly_enabled(),
+        dispatch=c._len_torch_dispatch_stack(), function=c._len_torch_function_stack(),
+        fastpath=torch.backends.mha.get_fastpath_enabled(),
+        flash=torch.backends.cuda.flash_sdp_enabled(), efficient=torch.backends.cuda.mem_efficient_sdp_enabled(),
+        math=torch.backends.cuda.math_sdp_enabled(),
+        autocast=torch.is_autocast_enabled('cpu'), autocast_dtype=str(torch.get_autocast_dtype('cpu')),
+        dtype=str(torch.get_default_dtype()),
+        deterministic=torch.are_deterministic_algorithms_enabled(), threads=torch.get_num_threads(),
+        collects=gc.isenabled(), trace=c._get_tracing_state() is None)
+    parts = {k:tuple(map(id, v.values())) for k,v in vars(hooks).items() if k.startswith('_global')
+        and isinstance(v, (dict, OrderedDict))}
+    parts |= {f"{o.__name__}.{k}":id(v) for o in (torch.Tensor, torch.nn.functional, nn.Module) for k,
+        v in vars(o).items()}
+    noise = dict(torch=torch.get_rng_state().numpy().tobytes(), numpy=repr(np.random.get_state()),
+        numpys=np.random.get_state()[1].tobytes(), python=hash(random.getstate()))
     return {**flags, **parts, **noise}
 
 def changed(before, after):

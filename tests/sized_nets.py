@@ -1,4 +1,4 @@
-"Networks whose Python code says sizes, each in another way; they stand in a file so that another process can load what was made of them"
+"Networks whose Python code says sizes, each in another way; in a file, so that another process can load them"
 import functools, math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -110,7 +110,8 @@ class Sections(nn.Module):
         p,q = y[..., :16],y[..., 16:]
         z = self.c(x)
         s,t = z.narrow(-1, 0, 16),z.narrow(-1, 16, 32)
-        return self.o((u*p).tanh()*s)+v.sum(-1, keepdim=True)+(w*t[..., :24]).sum(-1, keepdim=True)+q.mean(-1, keepdim=True)*0
+        return self.o((u*p).tanh()*s)+v.sum(-1, keepdim=True)+(w*t[..., :24]).sum(-1, keepdim=True)+q.mean(-1,
+            keepdim=True)*0
 
 class SplitKeyword(nn.Module):
     "A gated unit by `split(split_size_or_sections=)` and by a slice whose ends are computed"
@@ -186,14 +187,16 @@ def attend(q, k, v, scale=None):
 class Helper(Base):
     "Helpers get sizes and give them on"
     def forward(self, x:Tensor)->Tensor:
-        q,k,v = to_heads(self.q(x), self.h, self.d),to_heads(self.k(x), self.h, self.d),to_heads(self.v(x), self.h, self.d)
+        q,k,v = to_heads(self.q(x), self.h, self.d),to_heads(self.k(x), self.h, self.d),to_heads(self.v(x), self.h,
+            self.d)
         return self.o(from_heads(F.scaled_dot_product_attention(q, k, v)))
 
 class HelperTwice(nn.Module):
     "One helper, called with other sizes each time: two attentions of other heads in one forward"
     def __init__(self):
         super().__init__()
-        self.qk,self.v,self.qk2,self.v2,self.o,self.o2 = nn.Linear(32, 64),nn.Linear(32, 32),nn.Linear(32, 48),nn.Linear(32, 24),nn.Linear(32, 5),nn.Linear(24, 5)
+        self.qk,self.v,self.qk2,self.v2,self.o,self.o2 = nn.Linear(32, 64),nn.Linear(32, 32),nn.Linear(32,
+            48),nn.Linear(32, 24),nn.Linear(32, 5),nn.Linear(24, 5)
         for l in (self.qk, self.qk2): nn.init.normal_(l.weight, std=.25)
     def forward(self, x:Tensor)->Tensor:
         q,k = self.qk(x).chunk(2, -1)
@@ -215,7 +218,8 @@ class Partial(Base):
     def __init__(self):
         super().__init__()
         self.cut = functools.partial(to_heads, h=self.h, d=self.d)
-    def forward(self, x): return self.o(from_heads(F.scaled_dot_product_attention(self.cut(self.q(x)), self.cut(self.k(x)), self.cut(self.v(x)))))
+    def forward(self, x): return self.o(from_heads(F.scaled_dot_product_attention(self.cut(self.q(x)),
+        self.cut(self.k(x)), self.cut(self.v(x)))))
 
 @functools.lru_cache
 def recipe(pattern:str):
@@ -276,13 +280,16 @@ class Private(nn.Module):
     def __cut(self, t): return t.view(t.shape[0], -1, self.__heads, self.__dim).transpose(1, 2)
     def forward(self, x):
         q,k,v = map(self.__cut, self.__qkv(x).chunk(3, -1))
-        return self.o((q@k.mT*self.__dim**-.5).softmax(-1).matmul(v).transpose(1, 2).reshape(x.shape[0], -1, self.__heads*self.__dim))
+        return self.o((q@k.mT*self.__dim**-.5).softmax(-1).matmul(v).transpose(1, 2).reshape(x.shape[0], -1,
+            self.__heads*self.__dim))
 
 class Parent(Base):
     def forward(self, x:Tensor, more:float=1.)->Tensor:
         b,n,_ = x.shape
-        q,k,v = self.q(x).view(b, n, self.h, self.d),self.k(x).view(b, n, self.h, self.d),self.v(x).view(b, n, self.h, self.d)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).reshape(b, n, self.h*self.d)*more
+        q,k,v = self.q(x).view(b, n, self.h, self.d),self.k(x).view(b, n, self.h, self.d),self.v(x).view(b, n, self.h,
+            self.d)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1,
+            2).reshape(b, n, self.h*self.d)*more
 
 class Inherited(Parent):
     "What the parent's forward gives, by `super()`"
@@ -361,7 +368,8 @@ class Configured(nn.Module):
         nn.init.normal_(self.qkv.weight, std=.25)
     def forward(self, x):
         c = self.config
-        q,k,v = (t.view(*x.shape[:2], c.n_head, c.n_embd//c.n_head).transpose(1, 2) for t in self.qkv(x).split(c.n_embd, dim=-1))
+        q,k,v = (t.view(*x.shape[:2], c.n_head, c.n_embd//c.n_head).transpose(1, 2)
+            for t in self.qkv(x).split(c.n_embd, dim=-1))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], c.n_embd))
 
 class SharedConfig(nn.Module):
@@ -417,7 +425,8 @@ def local(h=4, d=8):
     class Local(Base):
         def forward(self, x):
             q,k,v = (l(x).view(*x.shape[:2], h, d).transpose(1, 2) for l in (self.q, self.k, self.v))
-            return self.o(F.scaled_dot_product_attention(q, k, v, scale=d**-.5).transpose(1, 2).reshape(*x.shape[:2], h*d))
+            return self.o(F.scaled_dot_product_attention(q, k, v, scale=d**-.5).transpose(1, 2).reshape(*x.shape[:2],
+                h*d))
     return Local()
 
 # ---- larger ones
@@ -437,7 +446,8 @@ class Grouped(nn.Module):
     def __init__(self, c=32, h=4, kv=2, d=8):
         super().__init__()
         self.num_heads,self.num_kv,self.head_dim,self.num_kv_groups = h,kv,d,h//kv
-        self.q,self.k,self.v,self.o = nn.Linear(c, h*d, bias=False),nn.Linear(c, kv*d, bias=False),nn.Linear(c, kv*d, bias=False),nn.Linear(h*d, c, bias=False)
+        self.q,self.k,self.v,self.o = nn.Linear(c, h*d, bias=False),nn.Linear(c, kv*d, bias=False),nn.Linear(c, kv*d,
+            bias=False),nn.Linear(h*d, c, bias=False)
         self.gate,self.up,self.down = nn.Linear(c, 40),nn.Linear(c, 40),nn.Linear(40, c)
     def forward(self, x):
         shape = (*x.shape[:-1], -1, self.head_dim)
@@ -481,7 +491,8 @@ class Channels(nn.Module):
     "Convolutions whose code says numbers of channels: groups made by hand, a pixel shuffle written out, a gate"
     def __init__(self):
         super().__init__()
-        self.a,self.b,self.c,self.o = nn.Conv2d(3, 16, 3, padding=1),nn.Conv2d(16, 16, 1),nn.Conv2d(16, 48, 1),nn.Conv2d(12, 4, 1)
+        self.a,self.b,self.c,self.o = nn.Conv2d(3, 16, 3, padding=1),nn.Conv2d(16, 16, 1),nn.Conv2d(16, 48,
+            1),nn.Conv2d(12, 4, 1)
         self.n = 16
     def forward(self, x):
         b,_,h,w = x.shape
@@ -516,7 +527,8 @@ class Unseen(Base):
     def forward(self, x):
         b,n,_ = x.shape
         q,k,v = self.q(x).view(b, n, 4, 8),self.k(x).view(b, n, 4, 8),self.v(x).view(b, n, 4, 8)
-        return self.o(((q.transpose(1, 2)@k.permute(0, 2, 3, 1)*.3).softmax(-1)@v.transpose(1, 2)).transpose(1, 2).reshape(b, n, 32))
+        a = (q.transpose(1, 2)@k.permute(0, 2, 3, 1)*.3).softmax(-1)
+        return self.o((a@v.transpose(1, 2)).transpose(1, 2).reshape(b, n, 32))
 class UnseenAttribute(Base):
     def forward(self, x):
         b,n,_ = x.shape
@@ -579,7 +591,8 @@ class LoopOfTwoSizes(Base):
     "One call in a loop that has to say one size for some layers and another for others"
     def forward(self, x):
         parts = [l(x).view(x.shape[0], x.shape[1], self.h, self.d).transpose(1, 2) for l in (self.q, self.k, self.v)]
-        return self.o((((parts[0]@parts[1].mT)*.3).softmax(-1)@parts[2]).transpose(1, 2).reshape(*x.shape[:2], self.h*self.d))
+        return self.o((((parts[0]@parts[1].mT)*.3).softmax(-1)@parts[2]).transpose(1, 2).reshape(*x.shape[:2],
+            self.h*self.d))
 
 class Switched(Base):
     "With and without checkpointing, to compare gradients"

@@ -144,7 +144,8 @@ class Drops(nn.Module):
     "Dropout and stochastic depth that do nothing at rate 0, a BatchNorm, an auxiliary sum in training"
     def __init__(self):
         super().__init__()
-        self.a,self.n,self.b,self.o,self.d = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Conv2d(8, 16, 1),nn.Linear(16, 4),nn.Dropout(0.)
+        self.a,self.n,self.b,self.o,self.d = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Conv2d(8, 16,
+            1),nn.Linear(16, 4),nn.Dropout(0.)
     def forward(self, x):
         h = self.d(self.n(self.a(x)).relu())
         if self.training: h = h*h.new_empty((h.shape[0],)+(1,)*(h.ndim-1)).bernoulli_(1.)
@@ -181,7 +182,8 @@ class DeepSupervision(nn.Module):
         super().__init__()
         conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
         self.s1,self.s2,self.s3,self.fc = conv(3, 8),conv(8, 12),conv(12, 16),nn.Linear(16, 4)
-        self.aux1,self.aux2 = nn.Linear(8, 4),nn.Sequential(nn.Conv2d(12, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6*64, 4))
+        self.aux1,self.aux2 = nn.Linear(8, 4),nn.Sequential(nn.Conv2d(12, 6, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(6*64, 4))
     def forward(self, x):
         a = self.s1(x)
         b = self.s2(a)
@@ -238,7 +240,7 @@ class OverTime(nn.Module):
         return torch.stack(out, 1)
 
 class Cell(nn.Module):
-    "A recurrent cell written by hand: gates by chunk, a state of the width made before the loop, a scale of it in the loop"
+    "A recurrent cell written by hand: gates by views and splits, a state of the width made before the loop"
     def __init__(self):
         super().__init__()
         self.n,self.i,self.hh,self.o = 12,nn.Linear(6, 36),nn.Linear(12, 36),nn.Linear(12, 4)
@@ -296,13 +298,15 @@ def small_swin(): # an image that the windows do not divide is padded, one of a 
     return SwinTransformer([4,4], 24, [2,2], [3,6], [4,4], num_classes=10)
 def small_swin_2():
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
-    return SwinTransformer([4,4], 24, [2,2], [3,6], [4,4], num_classes=10, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
+    return SwinTransformer([4,4], 24, [2,2], [3,6], [4,4], num_classes=10, block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2)
 
 @pytest.mark.parametrize('make', [small_swin, small_swin_2, nets.Windows])
 def test_images_of_another_size(make):
     "Windows, shifts and paddings of other images; norms keep their divisor, so the law is that of zeros"
     sizes = [(64,64), (96,64), (80,72), (32,32)] if make is not nets.Windows else [(8,8), (16,12), (4,4)]
-    holds(make, torch.randn(2,3,*sizes[0]), [torch.randn(1,3,*s) for s in sizes[1:]], tol=1e-4, options=dict(exact_norms=True), sparsity=.5)
+    holds(make, torch.randn(2,3,*sizes[0]), [torch.randn(1,3,*s) for s in sizes[1:]], tol=1e-4,
+        options=dict(exact_norms=True), sparsity=.5)
 
 @pytest.mark.slow
 def test_swin_at_256():
@@ -372,7 +376,8 @@ class OfTheClass(nn.Module):
         return self.o(h.reshape(-1, self.width)).view(len(x), -1, 4)
 
 @pytest.mark.parametrize('net,x,others', [(MaxTokens, torch.randn(2,4,16), [torch.randn(2,7,16), torch.randn(1,12,16)]),
-    (Rounds, torch.randn(2,3,5), [torch.randn(3,9,5)]), (OfTheClass, torch.randn(2,4,5), [torch.randn(2,8,5), torch.randn(1,15,5)])])
+    (Rounds, torch.randn(2,3,5), [torch.randn(3,9,5)]),
+    (OfTheClass, torch.randn(2,4,5), [torch.randn(2,8,5), torch.randn(1,15,5)])])
 def test_attributes_that_are_equal_by_chance(net, x, others): holds(net, x, others, sparsity=.5)
 
 # ---- inputs that are no tensors
@@ -381,7 +386,8 @@ class Timestep(nn.Module):
     "Features of what it is given, made by `feature`, beside those of a tensor"
     def __init__(self, feature):
         super().__init__()
-        self.feature,self.a,self.t1,self.t2,self.o = feature,nn.Linear(6, 8),nn.Linear(4, 16),nn.Linear(16, 8),nn.Linear(8, 3)
+        self.feature,self.a,self.t1,self.t2,self.o = feature,nn.Linear(6, 8),nn.Linear(4, 16),nn.Linear(16,
+            8),nn.Linear(8, 3)
     def forward(self, x, t): return self.o((self.a(x)+self.t2(self.t1(self.feature(t)).relu())).relu())
 
 WAVES = torch.arange(1, 5, dtype=torch.float)
@@ -392,12 +398,14 @@ INPUTS = dict(
     number=(lambda t: (t*WAVES).sin(), [3, 7, 100.5, -2]),
     python=(lambda t: torch.tensor([math.sin(t*k) for k in (1,2,3,4)]), [.3, 7., -1.]),
     list=(lambda t: torch.tensor(t), [[.1,.2,.3,.4], [4.,3.,2.,1.], [-1.,-1.,-1.,-1.]]),
-    dict=(lambda t: torch.stack([torch.tensor(float(v)) for v in t.values()]), [dict(a=1,b=2,c=3,d=4), dict(a=-1,b=0,c=0,d=9)]),
+    dict=(lambda t: torch.stack([torch.tensor(float(v)) for v in t.values()]),
+    [dict(a=1,b=2,c=3,d=4), dict(a=-1,b=0,c=0,d=9)]),
     flag=(lambda t: WAVES if t else -WAVES, [True, False]),
     dataclass=(lambda t: t.t*WAVES, [Settings(1.), Settings(-5.)]),
     numpy=(lambda t: torch.from_numpy(t).float(), [np.arange(4.), -np.arange(4.), np.random.RandomState(0).randn(4)]),
     numpy_number=(lambda t: float(t)*WAVES, [np.float32(1.5), np.float64(-4.), np.int64(3)]),
-    numpy_nested=(lambda t: torch.as_tensor(t[0]['a'], dtype=torch.float), [[dict(a=np.ones(4))], [dict(a=-np.arange(4.))]]))
+    numpy_nested=(lambda t: torch.as_tensor(t[0]['a'], dtype=torch.float),
+    [[dict(a=np.ones(4))], [dict(a=-np.arange(4.))]]))
 
 @pytest.mark.parametrize('how', [None, .5])
 @pytest.mark.parametrize('name', INPUTS)
@@ -430,9 +438,12 @@ class Slots:
     def __init__(self, value): self.value = value
 
 PLACES = dict(
-    tensor=(lambda m, v: setattr(m, 'v', v), lambda m: m.v), array=(lambda m, v: setattr(m, 'v', v.numpy()), lambda m: torch.from_numpy(m.v)),
-    list=(lambda m, v: setattr(m, 'v', v.tolist()), lambda m: torch.tensor(m.v)), deque=(lambda m, v: setattr(m, 'v', deque([v])), lambda m: m.v[-1]),
-    slots=(lambda m, v: setattr(m, 'v', Slots(v)), lambda m: m.v.value), nested=(lambda m, v: setattr(m, 'v', dict(a=[(v,)])), lambda m: m.v['a'][0][0]),
+    tensor=(lambda m, v: setattr(m, 'v', v), lambda m: m.v),
+    array=(lambda m, v: setattr(m, 'v', v.numpy()), lambda m: torch.from_numpy(m.v)),
+    list=(lambda m, v: setattr(m, 'v', v.tolist()), lambda m: torch.tensor(m.v)),
+    deque=(lambda m, v: setattr(m, 'v', deque([v])), lambda m: m.v[-1]),
+    slots=(lambda m, v: setattr(m, 'v', Slots(v)), lambda m: m.v.value),
+    nested=(lambda m, v: setattr(m, 'v', dict(a=[(v,)])), lambda m: m.v['a'][0][0]),
     number=(lambda m, v: setattr(m, 'v', v[0].item()), lambda m: m.v*WAVES))
 
 @pytest.mark.parametrize('name', PLACES)
@@ -483,7 +494,8 @@ class Grid(nn.Module):
         g = torch.linspace(-1, 1, h)[:,None]*torch.linspace(0, 2, w)*h
         return self.o(self.b(self.a(x)+g).relu().amax((2,3)))
 
-@pytest.mark.parametrize('net,shapes', [(Area, [(2,3,6,6), (2,3,9,9), (1,3,17,5)]), (Summed, [(2,5,3), (2,11,3), (7,1,3)]),
+@pytest.mark.parametrize('net,shapes', [(Area, [(2,3,6,6), (2,3,9,9), (1,3,17,5)]),
+    (Summed, [(2,5,3), (2,11,3), (7,1,3)]),
     (OfBatch, [(2,3), (9,3), (1,3)]), (Grid, [(2,3,6,6), (2,3,9,9), (1,3,5,17)])])
 def test_constants_of_a_size(net, shapes):
     "They are not folded at the example's size"
@@ -532,7 +544,8 @@ def test_positions_are_no_constants(net, c, how):
 class Hidden(nn.Module):
     def __init__(self, put, get):
         super().__init__()
-        self.put,self.get,self.a,self.u,self.w,self.o = put,get,nn.Linear(6, 8),nn.Linear(8, 16),nn.Linear(16, 8),nn.Linear(8, 3)
+        self.put,self.get,self.a,self.u,self.w,self.o = put,get,nn.Linear(6, 8),nn.Linear(8, 16),nn.Linear(16,
+            8),nn.Linear(8, 3)
         self.register_buffer('h', torch.zeros(8))
         self.old,self.n,self.box = torch.zeros(8),0,dict(h=[torch.zeros(8)])
     def forward(self, x):
@@ -542,8 +555,10 @@ class Hidden(nn.Module):
 def count(m, h): m.n += 1
 def push(m, h): m.box['h'] = [*m.box['h'], h][-2:]
 
-STATES = dict(buffer=(lambda m, h: setattr(m, 'h', h), lambda m: m.h), in_place=(lambda m, h: m.h.mul_(.5).add_(h), lambda m: m.h),
-    attribute=(lambda m, h: setattr(m, 'old', h), lambda m: m.old), nested=(push, lambda m: sum(m.box['h'])), counter=(count, lambda m: torch.full((8,), float(m.n))))
+STATES = dict(buffer=(lambda m, h: setattr(m, 'h', h), lambda m: m.h),
+    in_place=(lambda m, h: m.h.mul_(.5).add_(h), lambda m: m.h),
+    attribute=(lambda m, h: setattr(m, 'old', h), lambda m: m.old), nested=(push, lambda m: sum(m.box['h'])),
+    counter=(count, lambda m: torch.full((8,), float(m.n))))
 
 @pytest.mark.parametrize('name', STATES)
 def test_state_between_calls(name):
@@ -602,7 +617,8 @@ def test_paths_by_value(net):
     want = silenced(dense, r.plan)
     for y in (x.abs(), -x.abs(), x*20, x*.01, *(torch.randn(4, 6) for _ in range(6))):
         try: near(quietly(m, y), quietly(want, y))
-        except (AssertionError, RuntimeError, IndexError): assert re.search('value|path', str(r).lower()), f"wrong on another path, and no word about it:\n{r}"
+        except (AssertionError, RuntimeError, IndexError): assert re.search('value|path',
+            str(r).lower()), f"wrong on another path, and no word about it:\n{r}"
 
 # ---- what did not run
 
@@ -618,20 +634,23 @@ class OneExpert(nn.Module):
     def __init__(self):
         super().__init__()
         self.a,self.o = nn.Linear(8, 32),nn.Linear(32, 3)
-        self.experts = nn.ModuleDict({k:nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32)) for k in ('text', 'image')})
+        self.experts = nn.ModuleDict({k:nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
+            for k in ('text', 'image')})
     def forward(self, x, kind='text'): return self.o(self.experts[kind](self.a(x)))
 
 class OwnMethod(nn.Module):
     "A head that only another method calls, and a parameter that only an argument uses"
     def __init__(self):
         super().__init__()
-        self.a,self.o,self.project,self.prompt = nn.Linear(8, 32),nn.Linear(32, 3),nn.Linear(32, 6),nn.Parameter(torch.randn(32))
+        self.a,self.o,self.project,self.prompt = nn.Linear(8, 32),nn.Linear(32, 3),nn.Linear(32,
+            6),nn.Parameter(torch.randn(32))
     def features(self, x, prompt=False): return self.a(x).relu()+(self.prompt if prompt else 0)
     def embed(self, x): return self.project(self.features(x))
     def forward(self, x, prompt=False): return self.o(self.features(x, prompt))
 
 @pytest.mark.parametrize('net,names,whole', [(Condition, ['c'], lambda m: m(torch.randn(2,8), torch.randn(2,5))),
-    (OneExpert, ['experts.image.0', 'experts.image.2'], lambda m: m(torch.randn(2,8), 'image')), (OwnMethod, ['project', 'prompt'], lambda m: (m.embed(torch.randn(2,8)), m(torch.randn(2,8), True)))])
+    (OneExpert, ['experts.image.0', 'experts.image.2'], lambda m: m(torch.randn(2,8), 'image')),
+    (OwnMethod, ['project', 'prompt'], lambda m: (m.embed(torch.randn(2,8)), m(torch.randn(2,8), True)))])
 def test_what_did_not_run_is_named(net, names, whole):
     "In the report and in the plan, unless it works as it is; what is its own part of a name is not enough"
     m = fresh(net)
@@ -640,9 +659,11 @@ def test_what_did_not_run_is_named(net, names, whole):
     assert r.removed
     try: whole(m)
     except RuntimeError:
-        for said in (r, plan): assert all(n in words(said) or any(n.startswith(f"{w}.") for w in words(said) if len(w)>2) for n in names), str(said)
+        for said in (r, plan): assert all(n in words(said)
+            or any(n.startswith(f"{w}.") for w in words(said) if len(w)>2) for n in names), str(said)
 
-@pytest.mark.parametrize('net,example', [(Condition, (torch.randn(2,8), torch.randn(2,5))), (OneExpert, (torch.randn(2,8), 'image')), (OwnMethod, (torch.randn(2,8), True))])
+@pytest.mark.parametrize('net,example', [(Condition, (torch.randn(2,8), torch.randn(2,5))),
+    (OneExpert, (torch.randn(2,8), 'image')), (OwnMethod, (torch.randn(2,8), True))])
 def test_what_runs_in_an_example_is_cut_along(net, example):
     x = torch.randn(2, 8)
     m,r,_ = holds(net, x, [example], options=dict(examples=[example]), sparsity=.5)
@@ -676,7 +697,8 @@ class Padded(nn.Module):
     def __init__(self):
         super().__init__()
         self.e,self.t,self.o = nn.Embedding(20, 16),encoder(),nn.Linear(16, 5)
-    def forward(self, ids): return self.o(self.t(self.e(ids), src_key_padding_mask=ids==0).masked_fill((ids==0)[...,None], 0))
+    def forward(self, ids): return self.o(self.t(self.e(ids),
+        src_key_padding_mask=ids==0).masked_fill((ids==0)[...,None], 0))
 class Attended(nn.Module):
     def __init__(self):
         super().__init__()
@@ -686,10 +708,12 @@ class Attended(nn.Module):
 PADS = torch.arange(7).expand(2, 7)>torch.tensor([[6],[3]])
 IDS = torch.tensor([[3,4,5,6,7,8,9],[3,4,5,0,0,0,0]])
 @pytest.mark.parametrize('make,x,others', [(Padded, IDS, [torch.tensor([[5,6,0],[1,2,3],[9,0,0]])]),
-    (encoder, dict(src=torch.randn(2,7,16), src_key_padding_mask=PADS), [dict(src=torch.randn(2,7,16)), torch.randn(3,5,16)]),
-    (Attended, (torch.randn(2,7,16), PADS), [(torch.randn(3,4,16), torch.tensor([[0,0,0,1],[0,0,0,0],[0,1,1,1]]).bool())])])
+    (encoder, dict(src=torch.randn(2,7,16), src_key_padding_mask=PADS),
+    [dict(src=torch.randn(2,7,16)), torch.randn(3,5,16)]),
+    (Attended, (torch.randn(2,7,16), PADS), [(torch.randn(3,4,16),
+    torch.tensor([[0,0,0,1],[0,0,0,0],[0,1,1,1]]).bool())])])
 def test_own_fast_paths(make, x, others):
-    "Padding masks, in evaluation without gradients, where PyTorch takes its fused path, and with them, where it does not"
+    "Padding masks, without gradients, where PyTorch takes its fused path, and with them, where it does not"
     m = fresh(make)
     dense = copy.deepcopy(m)
     r = Pruner(m, x, exact_norms=True).prune(.5)
@@ -713,8 +737,10 @@ class Plain:
     @property
     def y(self): return self.inner.y
 Pair = namedtuple('Pair', 'y more')
-OUTS = dict(slots=Out, property=Plain, deque=lambda y: deque([y]), pair=lambda y: Pair(y, None), nested=lambda y: dict(a=[Out(y)]), closure=lambda y: lambda: y, generator=lambda y: iter([y]))
-FIND = dict(slots=lambda o: o.y, property=lambda o: o.y, deque=lambda o: o[0], pair=lambda o: o.y, nested=lambda o: o['a'][0].y, closure=lambda o: o(), generator=next)
+OUTS = dict(slots=Out, property=Plain, deque=lambda y: deque([y]), pair=lambda y: Pair(y, None),
+    nested=lambda y: dict(a=[Out(y)]), closure=lambda y: lambda: y, generator=lambda y: iter([y]))
+FIND = dict(slots=lambda o: o.y, property=lambda o: o.y, deque=lambda o: o[0], pair=lambda o: o.y,
+    nested=lambda o: o['a'][0].y, closure=lambda o: o(), generator=next)
 
 class Returns(nn.Module):
     def __init__(self, kind):
@@ -791,8 +817,10 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize('net,x,others', [(Image16, torch.randn(2,3,2,2), [torch.randn(2,3,6,6)]),
     (Image16, torch.randn(2,3,4,4), [torch.randn(2,3,6,6), torch.randn(1,3,2,8)]),
-    (Image16, torch.randn(2,3,2,8), [torch.randn(2,3,4,4), torch.randn(1,3,3,5)]), (LikeTokens, torch.randn(8,8,8), [torch.randn(3,5,8)]),
-    (LikeTokens, torch.randn(2,4,8), [torch.randn(4,2,8), torch.randn(3,3,8)]), (Transposed, torch.randn(8,8,6), [torch.randn(3,8,6)]),
+    (Image16, torch.randn(2,3,2,8), [torch.randn(2,3,4,4), torch.randn(1,3,3,5)]),
+    (LikeTokens, torch.randn(8,8,8), [torch.randn(3,5,8)]),
+    (LikeTokens, torch.randn(2,4,8), [torch.randn(4,2,8), torch.randn(3,3,8)]),
+    (Transposed, torch.randn(8,8,6), [torch.randn(3,8,6)]),
     (Outer, torch.randn(5,5,6), [torch.randn(3,7,6)])])
 def test_sizes_that_happen_to_be_equal(net, x, others):
     "An input as large as a layer is wide: dead units go or stay, and other inputs are computed as before"
@@ -888,7 +916,8 @@ def verified(r): return next(l for l in str(r).splitlines() if l.startswith('ver
 
 def test_the_report_lists_its_witnesses():
     "Where the law was checked: the example, another batch and size, training mode"
-    make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 4))
     m,r,_ = holds(make, torch.randn(2,3,32,32), [torch.randn(5,3,17,9)], sparsity=.5)
     said = verified(r)
     shapes = set(re.findall(r"\d+(?:×\d+)+", said))
@@ -906,7 +935,9 @@ def test_a_witness_that_the_model_refuses_is_no_failure():
     m,r,_ = holds(make, torch.randn(2,3,8,8), [torch.randn(5,3,8,8)], sparsity=.5)
     assert '2×3×8×8' in verified(r) and not re.search(r"×3×(?!8×8)\d", verified(r)), verified(r)
     class One(nn.Module):
-        def __init__(self): super().__init__(); self.a,self.o = nn.Linear(6, 16),nn.Linear(16, 3)
+        def __init__(self):
+            super().__init__()
+            self.a,self.o = nn.Linear(6, 16),nn.Linear(16, 3)
         def forward(self, x):
             if len(x)!=1: raise ValueError('one example at a time')
             if self.training: raise NotImplementedError('for inference only')
