@@ -1,7 +1,8 @@
 """Does a pruned attention take longer than one that was built with its sizes? `python benchmarks/attention_cost.py`
 
-Half of the width and half of the heads, or half of each head, are removed; the other one is made by its own class with these numbers.
-Both, and a twin of the second one that says how quiet the machine is, run in turns in one process; time is that of the processor."""
+Half of the width and half of the heads, or half of each head, are removed; the other one is made by its own class with
+these numbers. Both, and a twin of the second one that says how quiet the machine is, run in turns in one process; time
+is that of the processor."""
 import argparse, os, statistics, sys, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
@@ -37,12 +38,14 @@ def bert_attention(d, h, k):
 def llama_attention(d, h, k):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-    c = LlamaConfig(hidden_size=d, num_attention_heads=h, num_key_value_heads=h, head_dim=k, attn_implementation='sdpa')
+    sizes = dict(hidden_size=d, num_attention_heads=h, num_key_value_heads=h, head_dim=k)
+    c = LlamaConfig(**sizes, attn_implementation='sdpa')
     turn = LlamaRotaryEmbedding(c)
     at = turn(torch.zeros(1, 128, d), torch.arange(128)[None])
     return LlamaAttention(c, 0),lambda a, x: a(x, at, None)[0],128
 
-KINDS = dict(timm=timm_attention, torch=torch_attention, torchvision=torchvision_block, bert=bert_attention, llama=llama_attention)
+KINDS = dict(timm=timm_attention, torch=torch_attention, torchvision=torchvision_block, bert=bert_attention,
+    llama=llama_attention)
 
 class Between(nn.Module):
     "An attention between two layers, so that the width that it reads and writes can be cut as well"
@@ -72,7 +75,9 @@ def pair(kind:str, cut:str)->tuple|None:
     if shapes(m.attention)!=shapes(twins[0]): return None
     return m.attention,*twins,run,n
 
-def shapes(m)->list: "Of all parameters, in no order"; return sorted(tuple(p.shape) for p in m.parameters())
+def shapes(m)->list:
+    "Of all parameters, in no order"
+    return sorted(tuple(p.shape) for p in m.parameters())
 
 # measuring
 
@@ -120,7 +125,8 @@ def main()->int:
         for cut in ('heads', 'head widths'):
             for batch in (1, 8):
                 r = measured(kind, cut, batch)
-                if r is None: none.append(f"{kind} {cut}"); break
+                if r is None: none += [f"{kind} {cut}"] if batch==1 else []
+                if r is None: continue
                 ratio,low,high,twin,ms,built = r
                 head = f"| {kind} | {cut} | {batch} | {ms:.2f} | {built:.2f}"
                 print(f"{head} | {ratio:.3f} | {low:.3f} to {high:.3f} | {twin:.3f} |", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent/'.cache'/'coverage.jsonl'
 PEER = HERE/'measured'/'peer.jsonl' # What the peer took where it was measured, with the seconds of a forward pass there
-RATIO,PASSES = .6,12. # Our time over the peer's, and all of `prune()` with its checks in forward passes: medians, at most
+RATIO,PASSES = .6,12. # At most, medians: our time over the peer's, and forward passes that `prune()` and its checks take
 ATTENTION = ('heads', 'head_dim', 'embed')
 
 # running
@@ -30,7 +30,8 @@ def last_json(text:str)->dict|None:
 def run_one(spec:str, timeout:float, peer)->dict: # peer: True, False or 'only'
     "The row of one model; a crash or a hang is a row too"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
-    cmd,start = [sys.executable, str(HERE/'one.py'), spec, {True:'peer', False:'no-peer'}.get(peer, 'only-peer'), str(timeout/6)],time.time()
+    who = {True:'peer', False:'no-peer'}.get(peer, 'only-peer')
+    cmd,start = [sys.executable, str(HERE/'one.py'), spec, who, str(timeout/6)],time.time()
     try:
         p = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=timeout)
         out,err,end = p.stdout,p.stderr,f"exit status {p.returncode}"
@@ -63,16 +64,21 @@ def problems(r:dict)->list:
 
 def behind(r:dict)->bool: "Does the peer reach 40 % where we do not?"; return bool(r.get('peer_works')) and r.get('peer_kept', 1)<=.4<r.get('kept', 0)
 def with_stored_peer(r:dict, stored:dict)->dict:
-    "A row without the peer, and the peer's numbers from elsewhere: its seconds are those of as many forward passes here"
+    "A row without the peer, and the peer's numbers from elsewhere: seconds of as many forward passes here"
     p = stored.get(r['model'])
     if p is None or tried_peer(r) or 'forward_s' not in r: return r
     scale = r['forward_s']/p['forward_s']
-    return {**r, **p, 'peer_s':p['peer_s']*scale, 'peer_all':[t*scale for t in p['peer_all']], 'forward_s':r['forward_s'], 'stored':True}
+    times = dict(peer_s=p['peer_s']*scale, peer_all=[t*scale for t in p['peer_all']])
+    return {**p, **r, **times, 'stored':True}
 
-def peer_of(r:dict)->dict: "What is stored of the peer"; return {k:v for k,v in r.items() if k in ('model', 'forward_s', 'peer_works') or k.startswith('peer_')}
+def peer_of(r:dict)->dict:
+    "What is stored of the peer"
+    return {k:v for k,v in r.items() if k in ('model', 'forward_s') or k.startswith('peer_')}
+
 def passes(r:dict)->float|None:
     "All of `prune()` with its checks, in forward passes of the model"
     return r['law']['seconds']/r['forward_s'] if r.get('law') and r.get('forward_s') else None
+
 def tried_peer(r:dict)->bool: return 'peer_works' in r or 'peer' in r.get('fail', {})
 def weak(r:dict)->bool: "Do the outputs of the pruned model hardly depend on its input?"; s = (r.get('law') or {}).get('signal'); return s is not None and s<1e-6
 def ratio(r:dict)->float|None: "Our time over the peer's, if that did anything"; return r['ours_s']/r['peer_s'] if 'ours_s' in r and r.get('peer_kept', 1)<.99 else None
@@ -138,7 +144,7 @@ def arguments():
     p.add_argument('--timeout', type=float, default=600, help='seconds for a model; each run of an engine gets a sixth')
     p.add_argument('--fresh', action='store_true', help='run again what has a row already')
     p.add_argument('--no-peer', action='store_true', help='leave the peer out')
-    p.add_argument('--only-peer', action='store_true', help=f"only what the peer takes; stored for machines without it ({PEER})")
+    p.add_argument('--only-peer', action='store_true', help=f"only what the peer takes, stored in {PEER}")
     p.add_argument('--jobs', type=int, default=1, help='models at a time; with more than one the seconds say nothing')
     p.add_argument('--report', action='store_true', help='run nothing, print the table of the rows that are there')
     return p.parse_args()

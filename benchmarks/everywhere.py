@@ -1,8 +1,9 @@
 """Every small model of zoo.txt, pruned by half, goes where the dense one goes: `python benchmarks/everywhere.py --help`
 
-compile with and without fullgraph, fx, script, export (also strict), deepcopy, pickle, a second pruning, another batch size, another image
-size or length. A way that the dense model cannot go either is no failure; what a way computes must be what plain eager mode computes."""
-import argparse, inspect, io, json, os, re, signal, subprocess, sys, tempfile, time, warnings
+compile with and without fullgraph, fx, script, export (also strict), deepcopy, pickle, a second pruning, another batch
+size, another image size or length. A way that the dense model cannot go either is no failure; what a way computes must
+be what plain eager mode computes."""
+import argparse, inspect, io, json, os, signal, subprocess, sys, tempfile, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from collections import Counter
 from copy import deepcopy
@@ -18,7 +19,8 @@ from fasterprune.surgery.trace import tensors_in
 from attention import attention
 from coverage import last_json, read_rows, zoo
 from models import batch_of, build, is_detector
-from one import Row, alive, awake, call, first_line, louder
+from one import Row, alive, awake, first_line, louder
+from passes import call, taken
 from unread import unread
 
 HERE = Path(__file__).resolve().parent
@@ -27,10 +29,12 @@ KEPT = HERE/'measured'
 TYPES = 'bert gpt2 llama t5 vit mixtral whisper'.split() # Hugging Face, tiny random configurations
 LARGEST,SLOWEST = 30e6,3. # Parameters and seconds of a forward pass; larger ones are left out
 TOLERANCE = 1e-5
-SAMPLE = 'torchvision:squeezenet1_1 torchvision:shufflenet_v2_x0_5 timm:test_vit timm:levit_128s timm:mobilevit_xxs'.split()
-clock = time.process_time
+SAMPLE = '''torchvision:squeezenet1_1 torchvision:shufflenet_v2_x0_5 timm:test_vit timm:levit_128s
+    timm:mobilevit_xxs'''.split() # Loaded by another process, too
 
-def models()->list: "All of the zoo, and the Hugging Face types"; return list(dict.fromkeys([*zoo(), *(f"transformers:{t}" for t in TYPES)]))
+def models()->list:
+    "All of the zoo, and the Hugging Face types"
+    return list(dict.fromkeys([*zoo(), *(f"transformers:{t}" for t in TYPES)]))
 
 # comparing
 
@@ -103,11 +107,13 @@ def elsewhere(m, x, more)->float:
     "Loaded and run by another process"
     with tempfile.TemporaryDirectory() as d:
         torch.save((m, x, plain(m, x)), Path(d)/'model.pt')
-        p = subprocess.run([sys.executable, __file__, '--load', f"{d}/model.pt"], capture_output=True, text=True, timeout=600)
+        cmd = [sys.executable, __file__, '--load', f"{d}/model.pt"]
+        p = subprocess.run(cmd, capture_output=True, text=True, timeout=600)
     if p.returncode: raise RuntimeError(' '.join(p.stderr.strip().splitlines()[-1:]))
     return float(p.stdout.split()[-1])
 
-WAYS = dict(fullgraph=fullgraph, compile=compiled, fx=fx, script=script, export=export, strict=strict, deepcopy=copied, pickle=pickled, process=elsewhere)
+WAYS = dict(fullgraph=fullgraph, compile=compiled, fx=fx, script=script, export=export, strict=strict,
+    deepcopy=copied, pickle=pickled, process=elsewhere)
 
 def tried(way, small, dense, seconds:float, *xs):
     "Error of a way, 'dense' where the dense model cannot go it either, or what is wrong"
@@ -124,13 +130,14 @@ def tried(way, small, dense, seconds:float, *xs):
 
 def plain_class(small, dense):
     "Each module is an instance of its class with the signature of its forward, and no mode watches its calls"
-    was,modes,hooks = dict(dense.named_modules()),set(),[]
+    was = dict(dense.named_modules())
     for n,m in small.named_modules():
         if n not in was: continue
         if not isinstance(m, type(was[n])): return f"NO: {n or 'the model'} is no {type(was[n]).__name__}"
         a,b = (inspect.signature(k.forward) for k in (m, was[n]))
         if list(a.parameters)!=list(b.parameters): return f"NO: {n or 'the model'}.forward takes {a}, not {b}"
-        if 'forward' in vars(m) and 'forward' not in vars(was[n]): return f"NO: {n or 'the model'} has a forward of its own"
+        if 'forward' in vars(m) and 'forward' not in vars(was[n]):
+            return f"NO: {n or 'the model'} has a forward of its own"
     return 0.
 
 def modes_of(m, x)->set:
@@ -159,14 +166,15 @@ def resized(x)->list:
     def to(more, times):
         def one(t):
             if not isinstance(t, torch.Tensor): return t
-            if t.dim()>=3 and t.is_floating_point() and t.shape[-1]==t.shape[-2]: return t.new_zeros(*t.shape[:-2], *(times*s+more for s in t.shape[-2:]))
-            if t.dim()==2: return t.new_zeros(t.shape[0], t.shape[1]*3//4 if t.dtype==torch.long else t.shape[1]+480)
-            return t
+            if t.dim()>=3 and t.is_floating_point() and t.shape[-1]==t.shape[-2]:
+                return t.new_zeros(*t.shape[:-2], *(times*s+more for s in t.shape[-2:]))
+            if t.dim()!=2: return t
+            return t.new_zeros(t.shape[0], t.shape[1]*3//4 if t.dtype==torch.long else t.shape[1]+480)
         return tree_map(one, x)
     return [to(32, 1), to(64, 1), to(0, 2), to(1, 1)]
 
 def law(wide, small, plan, x)->float:
-    "How far the pruned network is from the one in which nobody reads what is gone, in double precision where that works"
+    "How far the pruned network is from the one in which nobody reads what is gone, in double precision if it can"
     want = unread(wide, small, plan)
     try: return error(plain(deepcopy(small).double(), doubled(x)), plain(want.double(), doubled(x)))
     except RuntimeError: return error(plain(small, x), plain(unread(wide, small, plan), x))/10 # single precision
@@ -185,12 +193,18 @@ def laws(steps:list, x, seconds:float)->dict:
     places = dict(example=fresh(x, 1), batch=fresh(batch_of(x, 3), 2), size=other_size(steps[0][0], x))
     res = {}
     for name,y in places.items():
-        if y is None or res.get('example')=='no oracle': res[name] = 'dense' if y is None else 'no oracle'; continue
-        try:
-            with limit(seconds): e = max(law(*s, y) for s in steps)
-        except Exception as ex: res[name] = 'no oracle' if name=='example' else f"NO: {first_line(ex)}"; continue
-        res[name] = e if e<=TOLERANCE else 'no oracle' if name=='example' else f"NO: differs from the law by {e:.1e}"
+        if y is None: res[name] = 'dense'
+        elif res.get('example')=='no oracle': res[name] = 'no oracle'
+        else: res[name] = lawful(steps, y, seconds)
+        if name=='example' and isinstance(res[name], str): res[name] = 'no oracle'
     return res
+
+def lawful(steps:list, x, seconds:float):
+    "Error of the law at one input, or what is wrong"
+    try:
+        with limit(seconds): e = max(law(*s, x) for s in steps)
+    except Exception as ex: return f"NO: {first_line(ex)}"
+    return e if e<=TOLERANCE else f"NO: differs from the law by {e:.1e}"
 
 # a row
 
@@ -207,12 +221,16 @@ def left_of_attention(model, x, plan)->dict:
     return {n:.5 for k in ('heads', 'head_dim') for n in found['groups'][k] if n not in was}
 
 def ways(*reports)->dict:
-    "How many modules learned their sizes by attributes, by rewritten source and in adapters, and how many layers are pinned"
-    hidden = re.compile('^(groups|num_features|num_groups|normalized_shape|kernel_size|dilation|padding|output_padding|_.*)$')
-    adapters = {m for r in reports for m in r.adapters}
-    return dict(adapters=len(adapters), attributes=len({a.module for r in reports for a in r.plan.attrs if not hidden.match(a.name)}-adapters),
-        rewritten=len({s.module for r in reports for s in r.plan.sized}-adapters),
-        pins=len({n for r in reports for n,_,_,why in r.plan.pins if 'output of the model' not in why}))
+    "How many modules learned their sizes by attributes, by rewritten source and in adapters; how many are pinned"
+    plans,adapters = [r.plan for r in reports],{m for r in reports for m in r.adapters}
+    named = {a.module for p in plans for a in p.attrs if a.name not in USUAL and not a.name.startswith('_')}
+    pins = {n for p in plans for n,_,_,why in p.pins if 'output of the model' not in why}
+    rewritten = {s.module for p in plans for s in p.sized}
+    found = dict(adapters=adapters, attributes=named-adapters, rewritten=rewritten-adapters, pins=pins)
+    return {k:len(v) for k,v in found.items()}
+
+USUAL = '''groups num_features num_groups normalized_shape kernel_size dilation padding
+    output_padding'''.split() # Every standard layer has these set: that is no code that learned a size
 
 def pruned(row, model, x)->tuple:
     "The cuts: (wide, small, plan), and the reports: half of all, then of the heads and their widths that this left"
@@ -222,7 +240,8 @@ def pruned(row, model, x)->tuple:
         again,r = cut(small, x, more)
         if r.removed: steps,reports = [*steps, (small, again, r.plan)],[*reports, r]
     n = [sum(p.numel() for p in m.parameters()) for m in (model, steps[-1][1])]
-    row.update(kept=n[1]/n[0], removed=sum(r.removed for r in reports), law=[r.error for r in reports], ways=ways(*reports), heads=sorted(more))
+    row.update(kept=n[1]/n[0], removed=sum(r.removed for r in reports), law=[r.error for r in reports])
+    row.update(ways=ways(*reports), heads=sorted(more))
     return steps,reports
 
 def again(small, dense, x, way, seconds:float, by_law:bool):
@@ -241,7 +260,7 @@ def run(spec:str, seconds:float=150., skip=())->dict:
     model,x = build(spec)
     row['params'] = sum(p.numel() for p in model.parameters())
     if row['params']>LARGEST: return done(row, left_out=f"{row['params']/1e6:.0f} M parameters")
-    start = clock(); plain(model, x); row['forward_s'] = clock()-start
+    row['forward_s'] = taken(plain, model, x)[0]
     if row['forward_s']>SLOWEST: return done(row, left_out=f"a forward pass takes {row['forward_s']:.1f} s")
     model = awake(model, x)
     if not is_detector(spec): louder(model)
@@ -253,13 +272,16 @@ def run(spec:str, seconds:float=150., skip=())->dict:
     row['laws'] = row.step('laws', laws, steps, x, seconds)
     res = row['ways_to_run'] = {}
     for name,way in WAYS.items():
-        if name in skip or name=='process' and spec not in SAMPLE and not spec.startswith('transformers'): continue
+        sampled = spec in SAMPLE or spec.startswith('transformers')
+        if name in skip or name=='process' and not sampled: continue
         res[name] = row.step(name, tried, way, small, model, seconds, x, fresh(batch_of(x, 3), 5))
     by_law = (row['laws'] or {}).get('example')!='no oracle'
     if 'second' not in skip: res['second'] = row.step('second', again, small, model, x, res['compile'], seconds, by_law)
     return done(row)
 
-def done(row, **kw): row.update(at='done', **kw); return row
+def done(row, **kw):
+    row.update(at='done', **kw)
+    return row
 
 # all of them
 
@@ -271,30 +293,37 @@ def run_one(spec:str, timeout:float)->dict:
     try:
         p = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=timeout)
         out,err,end = p.stdout,p.stderr,f"exit status {p.returncode}"
-    except subprocess.TimeoutExpired as e: out,err,end = (e.stdout or b'').decode(),(e.stderr or b'').decode(),f"stopped after {timeout:.0f} s"
+    except subprocess.TimeoutExpired as e:
+        out,err,end = (e.stdout or b'').decode(),(e.stderr or b'').decode(),f"stopped after {timeout:.0f} s"
     row = last_json(out) or dict(model=spec, at='start')
-    if row['at']!='done': row.setdefault('fail', {})['process'] = ' '.join([f"{end} in step {row['at']!r}", *err.strip().splitlines()[-1:]])
+    last = err.strip().splitlines()[-1:]
+    if row['at']!='done': row.setdefault('fail', {})['process'] = ' '.join([f"{end} in step {row['at']!r}", *last])
     return {**row, 'wall':time.time()-start}
 
 def problems(r:dict)->list:
     "What is wrong with a row: nothing if it passes"
     if r.get('left_out'): return []
     res = [f"{k}: {v}" for k,v in r.get('fail', {}).items()]
-    said = {**(r.get('laws') or {}), **r.get('ways_to_run', {}), 'class':r.get('class', 0.)}
-    res += [f"{k}: {v}" for k,v in said.items() if isinstance(v, str) and v.startswith('NO')]
+    res += [f"{k}: {v}" for k,v in said(r).items() if isinstance(v, str) and v.startswith('NO')]
     if r.get('modes'): res.append(f"modes while it runs: {', '.join(r['modes'])}")
-    if r.get('signal') is not None and r['signal']<1e-6: res.append(f"says little: outputs differ by {r['signal']:.0e} between inputs")
+    if r.get('signal') is not None and r['signal']<1e-6:
+        res.append(f"says little: outputs differ by {r['signal']:.0e} between inputs")
     return res
+
+def said(r:dict)->dict:
+    "Way → error, or why not"
+    return {**(r.get('laws') or {}), **r.get('ways_to_run', {}), 'class':r.get('class')}
 
 COLUMNS = (*(k for k in WAYS), 'second', 'batch', 'size', 'class')
 TITLES = 'attributes', 'rewritten', 'adapters', 'pins'
 
-def cell(v)->str: return '' if v is None else '–' if v=='dense' else '?' if v=='no oracle' else '**no**' if isinstance(v, str) else 'yes'
+def cell(v)->str:
+    if isinstance(v, str): return {'dense':'–', 'no oracle':'?'}.get(v, '**no**')
+    return '' if v is None else 'yes'
 
 def line(r:dict)->str:
     "A row of the table"
-    said = {**(r.get('laws') or {}), **r.get('ways_to_run', {}), 'class':r.get('class')}
-    ways,cells = r.get('ways', {}),[cell(said.get(k)) for k in COLUMNS]
+    ways,cells = r.get('ways', {}),[cell(said(r).get(k)) for k in COLUMNS]
     kept = f"{r['kept']:.2f}" if 'kept' in r else 'no'
     return f"| {' | '.join([r['model'], kept, *(str(ways.get(k, '')) for k in TITLES), *cells])} |"
 
@@ -304,26 +333,30 @@ def table(rows:list)->list:
     "The whole table with its sums, in Markdown"
     run,out = [r for r in rows if not r.get('left_out')],[r for r in rows if r.get('left_out')]
     lines = [*HEAD, *map(line, run), '', *summary(run)]
-    if out: lines += ['', f"Left out: {'; '.join(f'''{r['model']} ({r['left_out']})''' for r in out)}."]
-    return lines
+    names = '; '.join(f"{r['model']} ({r['left_out']})" for r in out)
+    return [*lines, '', f"Left out: {names}."] if out else lines
 
 def summary(rows:list)->list:
     "What was met and what not"
     bad = [r for r in rows if problems(r)]
     need = {k:sum(bool(r.get('ways', {}).get(k)) for r in rows) for k in TITLES}
     free = sum('ways' in r and not any(r['ways'][k] for k in TITLES[:3]) for r in rows)
-    sums = []
-    for k in COLUMNS:
-        c = Counter(cell({**(r.get('laws') or {}), **r.get('ways_to_run', {}), 'class':r.get('class')}.get(k)) for r in rows)
-        sums.append(f"{k} {c['yes']} ({c['–']} dense cannot, {c['**no**']} wrong{f''', {c['?']} without an oracle''' if c['?'] else ''})")
-    return [f"Passed: {len(rows)-len(bad)} of {len(rows)}. Models that need attributes {need['attributes']}, rewritten source {need['rewritten']}, adapters {need['adapters']}; "
-        f"none of these {free}; pins {need['pins']}.", '', f"By way: {'; '.join(sums)}.", *(f"- {r['model']}: {' · '.join(problems(r))}" for r in bad)]
+    of = f"attributes {need['attributes']}, rewritten source {need['rewritten']}, adapters {need['adapters']}"
+    first = f"Passed: {len(rows)-len(bad)} of {len(rows)}. Models that need {of}; none of these {free}; " \
+        f"pins {need['pins']}."
+    sums = '; '.join(tallied(k, Counter(cell(said(r).get(k)) for r in rows)) for k in COLUMNS)
+    return [first, '', f"By way: {sums}.", *(f"- {r['model']}: {' · '.join(problems(r))}" for r in bad)]
+
+def tallied(way:str, c:Counter)->str:
+    "How often a way is gone"
+    unknown = f", {c['?']} without an oracle" if c['?'] else ''
+    return f"{way} {c['yes']} ({c['–']} dense cannot, {c['**no**']} wrong{unknown})"
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--only', nargs='+', metavar='NAME', help='part of a name in zoo.txt, or any source:name')
     p.add_argument('--out', type=Path, default=CACHE, help=f'rows as JSON lines; a second call resumes there ({CACHE})')
-    p.add_argument('--timeout', type=float, default=1800, help='seconds for a model; each way gets a tenth, of the processor')
+    p.add_argument('--timeout', type=float, default=1800, help='seconds for a model; a tenth for each way')
     p.add_argument('--minutes', type=float, default=1e6, help='no model begins after this time; a second call goes on')
     p.add_argument('--fresh', action='store_true', help='run again what has a row already')
     p.add_argument('--again', action='store_true', help='run again what did not pass')
@@ -336,7 +369,8 @@ def arguments():
 def chosen(only)->list:
     "The models to run; a name with a colon may be any model"
     if not only: return models()
-    return list(dict.fromkeys(s for o in only for s in ([o] if ':' in o else [m for m in models() if o in m])))
+    found = [[o] if ':' in o else [m for m in models() if o in m] for o in only]
+    return list(dict.fromkeys(s for f in found for s in f))
 
 def loaded(path:str)->float:
     "How far a model that another process saved is from what it computed there"
@@ -350,8 +384,8 @@ def keep(rows:list):
 
 def main()->int:
     a = arguments()
-    if a.worker: run(a.worker, a.timeout/10).emit(); return 0
-    if a.load: print(loaded(a.load)); return 0
+    if a.worker: return run(a.worker, a.timeout/10).emit() or 0
+    if a.load: return print(loaded(a.load)) or 0
     names,rows,until = chosen(a.only),{} if a.fresh else read_rows(a.out),time.time()+60*a.minutes
     a.out.parent.mkdir(parents=True, exist_ok=True)
     if not a.report: print(*HEAD, sep='\n', flush=True)

@@ -74,7 +74,8 @@ def measure(model, x)->dict:
 
 def warm():
     "What is loaded at the first cut is not the model's"
-    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    convs = nn.Conv2d(3, 8, 3),nn.ReLU(),nn.Conv2d(8, 8, 3)
+    m = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     Pruner(m.eval(), torch.randn(1, 3, 16, 16)).prune(.5)
 
 def row(spec:str)->dict:
@@ -112,7 +113,8 @@ def run_one(spec:str, timeout:float)->dict:
 
 def read_rows(path:Path)->dict:
     "Model → its latest row"
-    return {r['model']:r for l in path.read_text().splitlines() if (r := json.loads(l))} if path.exists() else {}
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {r['model']:r for r in rows}
 
 HEAD = '| model | parameters, M | forward, s | '+' | '.join(f"{s}, s" for s in STAGES)+' | prune, s | passes |'
 
@@ -120,7 +122,8 @@ def line(r:dict)->str:
     "A row of the table"
     if 'fail' in r: return f"| {r['model']} | {r['fail']} |"+' |'*(len(STAGES)+4)
     stages = ' | '.join(f"{r['stages'][s]:.2f}" for s in STAGES)
-    return f"| {r['model']} | {r['params']/1e6:.1f} | {r['forward_s']:.3f} | {stages} | {r['prune_s']:.2f} | {r['passes']:.1f} |"
+    head = f"| {r['model']} | {r['params']/1e6:.1f} | {r['forward_s']:.3f}"
+    return f"{head} | {stages} | {r['prune_s']:.2f} | {r['passes']:.1f} |"
 
 def summary(rows:list)->str:
     "What was met"
@@ -128,8 +131,9 @@ def summary(rows:list)->str:
     if not good: return 'nothing was measured'
     med = lambda f: statistics.median(map(f, good))
     parts = ', '.join(f"{s} {med(lambda r: r['stages'][s]/r['forward_s']):.1f}" for s in STAGES)
-    return f"median over {len(good)} of {len(rows)} models: prune() with its checks takes {med(lambda r: r['passes']):.1f} forward passes " \
-        f"(at most {MOST:.0f}); without, {med(lambda r: r['cut_passes']):.1f}; medians of the steps: {parts}"
+    whole,cut = med(lambda r: r['passes']),med(lambda r: r['cut_passes'])
+    return f"median over {len(good)} of {len(rows)} models: prune() with its checks takes {whole:.1f} forward passes " \
+        f"(at most {MOST:.0f}); without, {cut:.1f}; medians of the steps: {parts}"
 
 def arguments():
     p = argparse.ArgumentParser(description='What prune() with all its checks costs, in forward passes of the model.')
@@ -139,14 +143,14 @@ def arguments():
     p.add_argument('--timeout', type=float, default=600)
     p.add_argument('--fresh', action='store_true', help='run again what has a row already')
     p.add_argument('--report', action='store_true', help='run nothing')
-    p.add_argument('--profile', nargs='+', metavar='NAME', help='instead: where the time of these goes, function by function')
+    p.add_argument('--profile', nargs='+', metavar='NAME', help='where the time of these goes, instead')
     p.add_argument('--worker', help=argparse.SUPPRESS)
     return p.parse_args()
 
 def main()->int:
     a = arguments()
-    if a.worker: print(json.dumps(row(a.worker))); return 0
-    if a.profile: print(*map(profiled, a.profile), sep='\n'); return 0
+    if a.worker: return print(json.dumps(row(a.worker))) or 0
+    if a.profile: return print(*map(profiled, a.profile), sep='\n') or 0
     from coverage import zoo
     names,rows = a.only or (zoo() if a.all else SOME),{} if a.fresh else read_rows(a.out)
     a.out.parent.mkdir(parents=True, exist_ok=True)

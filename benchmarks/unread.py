@@ -18,7 +18,9 @@ def unread(
     if plan.mixed: narrow_norms(m, small, plan)
     return m
 
-def gone(e)->torch.Tensor: "Positions that an edit removes"; return torch.tensor(sorted(set(range(e.n))-set(e.keep)), dtype=torch.long)
+def gone(e)->torch.Tensor:
+    "Positions that an edit removes"
+    return torch.tensor(sorted(set(range(e.n))-set(e.keep)), dtype=torch.long)
 
 def parameter(m, name:str)->nn.Parameter|None:
     "A parameter by its path; None for what is none"
@@ -40,7 +42,9 @@ def is_norm(m)->bool:
     if isinstance(m, (_BatchNorm, _InstanceNorm)): return False
     return isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or 'norm' in type(m).__name__.lower()
 
-def axis_of(m)->int: "Where its channels are"; return 1 if isinstance(m, nn.GroupNorm) or '2d' in type(m).__name__ else -1
+def axis_of(m)->int:
+    "Where its channels are"
+    return 1 if isinstance(m, nn.GroupNorm) or '2d' in type(m).__name__ else -1
 
 def narrowed(own, wide, keep, n:int, dim:int):
     "A forward over the channels that stay; the others are zero"

@@ -1,9 +1,9 @@
-"""Both laws on random graphs: convolutional ones; ones with attention, norms, recurrent layers and several inputs; and programs, with loops,
-branches, state, caches, numbers and dictionaries. All at inputs of other sizes, that the pruner has not seen
+"""Both laws on random graphs, at inputs of other sizes, that the pruner has not seen
 
-The 500 graphs of the second kind, and 1,000 programs: `pytest -m slow tests/test_random_graphs.py`, these alone with `-k programs`,
-another number of them with `GRAPHS=200 pytest ...`"""
-import dataclasses, os, re, subprocess, sys, warnings
+Convolutional graphs; graphs with attention, norms, recurrent layers and several inputs; and programs, with loops,
+branches, state, caches, numbers and dictionaries. The 500 graphs of the second kind, and 1,000 programs:
+`pytest -m slow tests/test_random_graphs.py`, these alone with `-k programs`, others with `GRAPHS=200`"""
+import os, random, re, subprocess, sys, warnings
 from collections import Counter, deque
 from copy import deepcopy
 from pathlib import Path
@@ -35,7 +35,10 @@ def others(m, sizes, make):
         res.append(y)
     return res
 
-def image(batch, side): return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(side), dtype=torch.float64)
+def image(batch, side):
+    "Noise of any size"
+    g = torch.Generator().manual_seed(side)
+    return torch.randn(batch, 3, side, side, generator=g, dtype=torch.float64)
 
 def holds(graph, fraction, roles, seed=0):
     "Both laws on one graph; returns how much was removed by the first, and by the second what was to be removed and what was"
@@ -57,8 +60,8 @@ def holds(graph, fraction, roles, seed=0):
             assert rel(run(small.train(), y), run(sparse.train(), y)) < 1e-9, r2
     return r,zeroed,r2
 
-calm = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
-    phases=(Phase.generate, Phase.shrink)) # without the explanations, which take minutes
+calm = dict(deadline=None, derandomize=True, database=None, report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink)) # explanations take minutes
 
 @settings(max_examples=220, **calm)
 @given(graphs, st.sampled_from([.25, .5, .9]), st.sampled_from([WRITTEN, ('read',)]), st.integers(0, 9))
@@ -227,7 +230,15 @@ def test_both_laws_with_attention_500(): many(500)
 
 # ---- programs: loops, branches, state, caches, numbers, dictionaries
 
-program_graphs = st.tuples(st.lists(st.tuples(st.integers(0, len(Writer.KINDS)-1), number, number, number), min_size=1, max_size=5), st.tuples(*[number]*4))
+def drawn(seed:int, left_out:frozenset):
+    "A graph of one to five steps by a seed, which spreads more widely than numbers that shrink; steps can be left out"
+    r = random.Random(seed)
+    numbers = lambda n: tuple(r.randrange(12) for _ in range(n))
+    steps = [(r.randrange(len(Writer.KINDS)), *numbers(3)) for _ in range(r.randint(1, 5))]
+    return [s for i,s in enumerate(steps) if i not in left_out] or steps[:1],numbers(4)
+
+RUNS = [frozenset(range(a, a+n)) for n in (4, 3, 2, 1) for a in range(6-n)] # Most first: what is simpler comes first
+program_graphs = st.builds(drawn, st.integers(0, 10**6), st.sampled_from([*RUNS, *[frozenset()]*14]))
 
 @torch.no_grad()
 def living(program, ran:bool, seed=0):
@@ -253,7 +264,7 @@ def keeps(m)->dict:
 class Differs(AssertionError): "What was computed is not what the law demands"
 
 def same_on(small, want, program, where:str, says, tol=1e-9):
-    "Both compute the same at the example and at three inputs that the pruner has not seen, one after the other, in both modes; returns how often a report is the excuse"
+    "Both compute the same at the example and at three unseen inputs, in both modes; how often is a report the excuse?"
     excused = 0
     for training in (False, True):
         a,b = (deepcopy(m).train(training) for m in (small, want))
@@ -262,14 +273,17 @@ def same_on(small, want, program, where:str, says, tol=1e-9):
             try: e = rel(run(a, x), run(b, x))
             except Exception as ex: e = f"{type(ex).__name__}: {str(ex)[:300]}"
             if isinstance(e, float) and e<tol: continue
-            if says and (case is not EXAMPLE or 'value' in program.asks): excused += 1; break # what is kept between calls may differ from here on
-            raise Differs(f"{where}, {'training' if training else 'evaluation'}, {case}: {e}")
+            if not says or case is EXAMPLE and 'value' not in program.asks:
+                raise Differs(f"{where}, {'training' if training else 'evaluation'}, {case}: {e}")
+            excused += 1
+            break # what is kept between calls may differ from here on
     return excused
 
 def says_so(r, program)->bool:
     "Does the report name what lies on a path that it has not seen, or say that values decided?"
-    words = set(re.findall(r'[\w.]+', str(r).lower()))
-    return bool(program.asks-{'past','value'} & words) or 'value' in program.asks and bool(words & {'value', 'values', 'path', 'paths'})
+    words = set(re.findall(r'\w+', str(r).lower()))
+    decided = 'value' in program.asks and words & {'value', 'values', 'path', 'paths'}
+    return bool(decided or (program.asks-{'value'}) & words)
 
 def hold_program(graph, fraction, exact, ran, seed=0):
     "Both laws on one program; returns both reports and excuses, or None where there is nothing to see"
@@ -283,23 +297,37 @@ def hold_program(graph, fraction, exact, ran, seed=0):
             warnings.simplefilter('ignore')
             small = deepcopy(m)
             r = Pruner(small, x, **how).prune(fraction, criterion='random')
-            if keeps(small)!=before: raise Differs(f"pruning left something in the model: {keeps(small)}, and not {before}")
-            excused = same_on(small, unseen(m, r.plan), program, "readers' law", says_so(r, program)) if not r.plan.mixed else 0
+            if keeps(small)!=before: raise Differs(f"pruning left something: {keeps(small)}, and not {before}")
+            excused,want = 0,unseen(m, r.plan)
+            if not r.plan.mixed: excused = same_on(small, want, program, "readers' law", says_so(r, program))
             sparse = emptied(m, r.plan)
             small = deepcopy(sparse)
             r2 = Pruner(small, x, **how).prune()
             excused += same_on(small, sparse, program, "masks' law", says_so(r2, program))
         return r,r2,excused
-    except Exception as e: raise AssertionError(f"{type(e).__name__}: {e}\n\n{script(program, fraction, exact, ran, seed)}") from e
+    except Exception as e:
+        again = script(program, fraction, exact, ran, seed)
+        raise AssertionError(f"{type(e).__name__}: {e}\n\n{again}") from e
+
+AGAIN = '''# ---- to see it again, in tests/
+from test_random_graphs import *
+TEXT = """{text}"""
+program = as_program(TEXT, {uses!r}, {form!r})
+m = living(program, {ran}, {seed})
+small = deepcopy(m)
+r = Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune({fraction}, criterion='random')
+print(r)
+if not r.plan.mixed: same_on(small, unseen(m, r.plan), program, "readers' law", False)
+sparse = emptied(m, r.plan)
+small = deepcopy(sparse)
+print(Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune())
+same_on(small, sparse, program, "masks' law", False)
+'''
 
 def script(program, fraction, exact, ran, seed)->str:
     "A small program that shows it: run it in the folder of the tests"
-    form = lambda case: f"program.input(Case{tuple(dataclasses.asdict(case).values())}, 1)"
-    return '\n'.join(['# ---- to see it again, in tests/', 'from test_random_graphs import *', f"TEXT = '''{program.text}'''",
-        f"program = as_program(TEXT, {sorted(program.uses)!r}, {program.form!r})", f"m = living(program, {ran}, {seed})", 'small = deepcopy(m)',
-        f"r = Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune({fraction}, criterion='random'); print(r)",
-        f"same_on(small, unseen(m, r.plan), program, \"readers' law\", False)", 'sparse = emptied(m, r.plan); small = deepcopy(sparse)',
-        f"r = Pruner(small, program.input(EXAMPLE), exact_norms={exact}).prune(); print(r)", "same_on(small, sparse, program, \"masks' law\", False)"])
+    how = dict(fraction=fraction, exact=exact, ran=ran, seed=seed)
+    return AGAIN.format(text=program.text, uses=sorted(program.uses), form=program.form, **how)
 
 def programs(n, **kw):
     "Both laws on `n` programs, of which a large share is cut"
@@ -311,24 +339,32 @@ def programs(n, **kw):
         res = hold_program(graph, fraction, exact, ran, seed)
         if res is None: return
         r,r2,excused = res
-        tally.update(['all', *['removed']*bool(r.removed), *['dead']*bool(r2.removed), *['mixed']*bool(r.plan.mixed), *['excused']*bool(excused)])
+        seen = dict(all=True, removed=r.removed, dead=r2.removed, mixed=r.plan.mixed, excused=excused)
+        tally.update(k for k,v in seen.items() if v)
         tally.update({Writer.KINDS[k] for k,*_ in graph[0]} | {at(Writer.FORMS, graph[1][1])})
     check()
-    assert tally['all']>=.8*tally['asked'] and tally['removed']>=.7*tally['all'] and tally['dead']>=.6*tally['all'], tally
-    assert tally['mixed']<.25*tally['all'] and tally['excused']<.3*tally['all'], tally
+    assert tally['all']>=.8*tally['asked'] and tally['removed']>=.7*tally['all'], tally
+    assert tally['dead']>=.6*tally['all'] and max(tally['mixed'], tally['excused'])<.3*tally['all'], tally
     missing = {*Writer.KINDS, *Writer.FORMS}-set(tally)
-    assert len(missing)<=(0 if n>300 else 5), missing
+    assert len(missing)<=(0 if n>300 else 6), missing
     return tally
 
 def test_both_laws_on_programs(): programs(60)
+
+@pytest.mark.parametrize('kind', dict.fromkeys(Writer.KINDS))
+def test_both_laws_on_each_kind_alone(kind):
+    for n,form in enumerate(Writer.FORMS): # other numbers choose other ways to write it
+        graph = [(Writer.KINDS.index(kind), n, n+1, n+2)],(n, n, n, n)
+        hold_program(graph, .5, n%2==0, n>1, n)
 
 @pytest.mark.slow
 def test_both_laws_on_programs_1000(): programs(int(os.environ.get('GRAPHS', 1000)))
 
 def test_a_failure_prints_a_program_that_runs(tmp_path):
-    program = Program([(Writer.KINDS.index('over_time'), 0, 0, 0), (Writer.KINDS.index('number'), 0, 0, 0)], (0, 2, 0, 1))
-    text = script(program, .5, True, False, 0)
-    (tmp_path/'again.py').write_text(text.split("small = deepcopy(m)")[0] + "\nprint(rel(run(m, program.input(EXAMPLE)), run(m, program.input(EXAMPLE))))")
+    kinds = [(Writer.KINDS.index(k), 0, 0, 0) for k in ('linear', 'mlp')]
+    path = tmp_path/'again.py'
+    path.write_text(script(Program(kinds, (0, 2, 0, 1)), .5, True, False, 0)+"\nprint('the same')")
     here = Path(__file__).resolve().parent
-    p = subprocess.run([sys.executable, tmp_path/'again.py'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(here), str(here.parent)])})
-    assert p.stdout.split()==['0.0'], p.stderr
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(here), str(here.parent)])}
+    p = subprocess.run([sys.executable, path], capture_output=True, text=True, env=env)
+    assert p.stdout.endswith('the same\n'), p.stderr
