@@ -31,14 +31,14 @@ SIGNATURES = {
     'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
     'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn moment * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
-    'Pruner': 'model x * only ignore exact_norms',
+    'Pruner': 'model x * only ignore examples exact_norms',
     'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate rescale verify',
     'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce',
-    'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only attrs', 'apply_': 'model plan optimizer', 'recalibrate_': 'model dl n_batches * n_inp progress',
+    'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only sizes attrs', 'apply_': 'model plan optimizer * later', 'recalibrate_': 'model dl n_batches * n_inp progress',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
     'iterative': 'n kind * start end initial', 'one_shot': 'start initial', 'digits_dls': 'bs valid_pct seed * size device',
-    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio round_to sets parts',
+    'keep_top': 'scores fraction * min_keep', 'allocate': 'scores sparsity * context count costs min_keep max_ratio round_to sets parts classes',
 }
 def get(path):
     o = fp

@@ -300,7 +300,7 @@ def other_weights(
 # %% ../../nbs/surgery/09_apply.ipynb #0000001a
 size_attributes = {'in_channels', 'out_channels', 'groups', 'in_features', 'out_features', 'num_features', 'num_groups', 'num_channels', 'normalized_shape',
     'num_embeddings', 'embedding_dim', 'input_size', 'hidden_size', 'proj_size', 'num_parameters', 'kernel_size', 'dilation', 'padding', 'output_padding',
-    '_reversed_padding_repeated_twice', 'embed_dim', 'num_heads', 'head_dim', 'kdim', 'vdim', 'in1_features', 'in2_features', 'output_size', 'unflattened_size'}
+    '_reversed_padding_repeated_twice', 'embed_dim', 'd_model', 'num_heads', 'head_dim', 'kdim', 'vdim', 'in1_features', 'in2_features', 'output_size', 'unflattened_size'}
 
 def _check_attr(modules, a): # Is this a size of that module?
     m = modules.get(a.module)

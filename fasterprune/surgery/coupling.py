@@ -75,7 +75,7 @@ class Coupling:
         loose:bool=False, # May each group of a grouped convolution lose other positions?
     ):
         self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
-        self._begins = [0]
+        self._begins,self._ids = [0],None # where each run begins; name of a parameter or buffer → its tensor
         traces = (trace, *(t for _,t in others))
         self.varying,self.resized = varying(traces),resized(traces) # what differs between the runs
         vary = self.varying
@@ -155,7 +155,8 @@ class Coupling:
 
     def axes_of(self, name:str)->list:
         "The axes of a parameter or buffer"
-        return next(self.labels.env[i] for i,n in self.trace.names.items() if n==name)
+        if self._ids is None: self._ids = {n:i for i,n in reversed(self.trace.names.items())}
+        return self.labels.env[self._ids[name]]
 
 def couple(
     model:nn.Module, # Any module; not changed

@@ -152,14 +152,17 @@ def _parts(d, comp, units): # The equal parts of each component
 
 def _coarse(comp, tables, units): # Groups that divide the positions of others: all but those that are chosen, once for all that hang together
     sites,never = _sites(comp, tables, units)
-    apart,res = {},set(never) # group → groups that divide the same positions
-    for ks,_ in sites:
+    apart,at,res = {},{},set(never) # group → groups that divide the same positions, and its places in `sites`
+    for i,(ks,_) in enumerate(sites):
         for k in ks:
+            at.setdefault(k, []).append(i)
             if len(ks)>1: apart.setdefault(k, set()).update(ks-{k})
+    order = {k:i for i,k in enumerate(units)}
     for own in _hanging(apart):
-        here = [(ks, n) for ks,n in sites if ks&own]
-        free = sorted((k for k in units if k in own-never), key=lambda k: -len(units[k]))
-        tries = [_independent([k, *free], apart) for k in units if k in free]
+        here = [sites[i] for i in sorted({i for k in own for i in at[k]})]
+        first = sorted((k for k in own-never if k in order), key=order.get)
+        free = sorted(first, key=lambda k: -len(units[k]))
+        tries = [_independent([k, *free], apart) for k in first]
         res |= own-max(tries, key=lambda t: _worth(t, here, units), default=set())
     return res
 

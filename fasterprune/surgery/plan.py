@@ -67,9 +67,9 @@ class Fold:
 class Plan:
     "What will be cut; nothing has been"
     cuts:tuple[Cut,...] # For each group of the model, also where all units stay
-    edits:tuple[Edit,...]=()
-    attrs:tuple[Attr,...]=()
-    folds:tuple[Fold,...]=()
+    edits:tuple[Edit,...]=() # What stays of parameters and buffers
+    attrs:tuple[Attr,...]=() # Numbers on modules
+    folds:tuple[Fold,...]=() # Constants that move
     recoded:tuple[Recoded,...]=() # Modules whose source says other sizes, or that run in an adapter
     pins:tuple[tuple[str,int,int,str],...]=() # (layer, positions that stay, of how many, reason)
     mixed:tuple[tuple[str,str],...]=() # (group, operator): removing units here changes the statistics of others
@@ -166,7 +166,7 @@ def __repr__(self:Plan):
     head = f"Plan: {self.removed} of {self.units} units go, from {len(self.rows())} of {len(self.cuts)} groups; {len(self.edits)} edits, {len(self.folds)} folded constants"
     if self.kernels: head += f"; {len(self.kernels)} smaller kernels"
     if self.branches: head += f"; {len(self.branches)} branches"
-    if (n := sum(k=='exact' for m in self.recoded for k in m.kinds)): head += f"; {n} statistics keep their divisor"
+    if (n := sum(k.kind=='exact' for m in self.recoded for k in m.changes)): head += f"; {n} statistics keep their divisor"
     w = max([len(r[0]) for r in (*self.rows(), *self.pins, *self.kernels)]+[len(b.where) for b in self.branches]+[5])
     gone = [f"  {b.where:<{w}}  a branch goes: {', '.join(g.module for g in b.modules)}" for b in self.branches]
     cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]+[f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels]

@@ -169,9 +169,9 @@ def _kernels(plan): # (size before, after) → layers
 def _modules(names): return f"{names[0] or 'the model'}{f' and {len(names)-1} more' if len(names)>1 else ''}"
 
 def _code(r): # What the source of a module says otherwise, in words
-    exact,others = [k for k in r.kinds if k=='exact'],[k for k in r.kinds if k!='exact']
-    if others: yield 'says the planned sizes in its source'
-    if exact: yield 'keeps its divisor'
+    norms = list(dict.fromkeys(k.values[0] for k in r.changes if k.kind=='exact'))
+    if any(k.kind!='exact' for k in r.changes): yield 'says the planned sizes in its source'
+    if norms: yield f"{', '.join(norms)} {'keep their' if len(norms)>1 else 'keeps its'} divisor"
 
 @patch
 def modules(self:Report)->list[tuple]: # (what was done, names of the modules)

@@ -136,7 +136,7 @@ class Want:
     slot:Slot
     own:object
     wanted:object # A number; for `split` the list of parts
-    free:bool=False # May it be left to PyTorch, as -1?
+    free:bool=False # Is the batch merged into it? Then it is said in proportion
 
 def _sequence(args, kwargs, name): # The argument that holds sizes: (key, its value or None where they are arguments of their own, index of the first)
     for k in ('shape', 'size', 'sizes', 'normalized_shape'):
@@ -206,13 +206,10 @@ def say(
     args,kwargs = list(args),dict(kwargs)
     for w in wants:
         s,box = w.slot,kwargs if isinstance(w.slot.arg, str) else args
-        new = -1 if w.free and not any(v is not w and _says(v)==-1 for v in wants) and False else w.wanted
-        if s.side: box[s.arg] = _with_bound(box[s.arg], s, new)
-        elif s.at is None: box[s.arg] = new
-        else: box[s.arg] = tuple(new if i==s.at else o for i,o in enumerate(box[s.arg]))
+        if s.side: box[s.arg] = _with_bound(box[s.arg], s, w.wanted)
+        elif s.at is None: box[s.arg] = w.wanted
+        else: box[s.arg] = tuple(w.wanted if i==s.at else o for i,o in enumerate(box[s.arg]))
     return tuple(args),kwargs
-
-def _says(w): return w.own
 
 def _with_bound(index, s, new):
     old = index[s.at] if isinstance(index, tuple) else index
@@ -238,6 +235,7 @@ class Place:
     def deviates(self)->bool: return self.part is not None or any(differs(w) for ws in self.said for w in ws)
 
 def differs(w:Want)->bool:
+    "Tell whether the code says something else than it shall"
     if isinstance(w.own, float) or isinstance(w.wanted, float): return w.own is None or abs(w.own-w.wanted)>1e-9*abs(w.wanted)
     return w.own!=w.wanted
 

@@ -43,11 +43,11 @@ class Recoded:
     methods:tuple[Edited,...] # None where the module only has to run in its adapter
 
     @property
-    def kinds(self)->list:
-        "The kinds of its changes, with those in functions that it calls"
+    def changes(self)->list:
+        "Its changes, with those in functions that it calls"
         res,todo = [],list(self.methods)
         for e in todo: # grows
-            res += [c.kind for c in e.changes if c.kind!='call']
+            res += [c for c in e.changes if c.kind!='call']
             todo += [c.inner for c in e.changes if c.inner is not None]
         return res
 
@@ -304,11 +304,6 @@ def _with_keyword(source, at, name, value, alone=False): # An argument more at t
     comma = any(t==',' for t,*_ in _tokens(source, begin, at[2:]))
     end = (at[2], at[3]-1)
     return ((*end, *end), f"{'' if comma or not args and not alone else ', '}{name}={value!r}")
-
-def _as_function(source, at, name): # `x.mean(-1)` → `name(x, -1)`; `torch.mean(x, -1)` → `name(x, -1)`
-    call = _call_in(source, at)
-    f = source.span(call.func)
-    return call,f
 
 def _edits(source, change, helper): # (span, text) that a change makes
     if change.kind in KINDS: return [(change.at, KINDS[change.kind](source.text(change.at), *change.values))]
