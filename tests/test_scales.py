@@ -162,3 +162,26 @@ def test_a_model_that_does_not_repeat_itself_is_told_so(kind):
     was = m.a.weight.clone()
     with pytest.raises(VerificationError, match='two runs of this model on the same input differ') as e: Pruner(m, torch.randn(2,8)).prune(.5)
     assert 'please report' not in str(e.value) and torch.equal(m.a.weight, was)
+
+# ---- numbers that the code asks a layer for
+
+class Asks(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.a,self.b,self.how = nn.Linear(6,16),nn.Linear(16,4),how
+    @property
+    def width(self): return self.a.out_features
+    def scale(self): return 1/self.b.in_features
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.b({'power':lambda: h*self.a.out_features**-.5, 'quotient':lambda: h/self.b.in_features, 'property':lambda: h*self.width**-.5, 'method':lambda: h*self.scale()}[self.how]())
+
+@pytest.mark.parametrize('how', ['power','quotient','property','method'])
+def test_a_number_that_a_layer_says(how):
+    torch.manual_seed(0)
+    m,x = Asks(how).eval(),torch.randn(5,6)
+    with torch.no_grad():
+        m.a.weight[:8],m.a.bias[:8] = 0,0
+        want = m(x)
+        r = Pruner(m, x).prune()
+        assert torch.allclose(m(x), want, atol=1e-6) and r.removed in (0, 8)

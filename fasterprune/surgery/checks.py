@@ -52,7 +52,7 @@ def check_model(
 def check_mode():
     "Refuse to work under inference mode"
     if torch.is_inference_mode_enabled():
-        raise PruningError('this was called under torch.inference_mode(), in which no operator can be followed and no weight changed; call it outside of it, or under torch.no_grad()')
+        raise PruningError('this was called under torch.inference_mode(): weights that are cut there could never be trained again; call it outside of it, or under torch.no_grad()')
 
 # %% ../../nbs/surgery/00_checks.ipynb #0000000b
 def as_example(

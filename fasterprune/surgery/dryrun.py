@@ -16,11 +16,13 @@ from fastcore.basics import patch
 from .apply import cut_copy_, new_attributes, planned_shapes, recode_
 from .trace import Node, Ref, Trace, used_refs
 from .capture import Recorder, clones, fake_trace, record, roughly, size_calls
-from .coupling import Coupling
+from ..core import layer_types
+from .coupling import Coupling, norm_types
 from .labels import Kept
 from .plan import Plan
 from .rules import Site, filled, rule_for, tensors_of
 from .sizes import Director, arithmetic
+from .source import read_in_forward
 from .witness import Witness
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000006
@@ -153,8 +155,14 @@ def notices(
     kept:Kept, # What stays
     plan:Plan,
 )->bool:
-    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one"
-    return any(_notices(c, kept, plan, w) for w in c.walked)
+    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one, of a tensor or of a layer"
+    return _asks_a_layer(c.model) or any(_notices(c, kept, plan, w) for w in c.walked)
+
+_sizes_of_layers = {'in_features', 'out_features', 'in_channels', 'out_channels', 'num_features', 'num_channels', 'normalized_shape', 'embedding_dim', 'hidden_size', 'input_size'}
+
+def _asks_a_layer(model): # Could code other than a layer's own look up `layer.out_features`, which no run shows?
+    kinds = {type(m) for m in model.modules() if not isinstance(m, (*layer_types, *norm_types, nn.Embedding, nn.RNNBase)) and not type(m).__module__.startswith('torch.nn')}
+    return any(_sizes_of_layers&read_in_forward(k) for k in kinds)
 
 def _notices(c, kept, plan, w):
     t = w.trace

@@ -18,7 +18,7 @@ from .norms import EXACT
 # %% auto #0
 __all__ = ['KINDS', 'Change', 'Edited', 'Recoded', 'NoSource', 'FunctionSource', 'source_of', 'unwrapped', 'method_with', 'Link',
            'Site', 'expression_at', 'site_of', 'edited', 'rewritten', 'function_of', 'with_inner', 'recode_module_',
-           'recoded', 'recoding_of']
+           'recoded', 'recoding_of', 'read_in_forward']
 
 # %% ../../nbs/surgery/06_source.ipynb #00000005
 @dataclass(frozen=True)
@@ -503,3 +503,23 @@ def _reduce(self, protocol): # Saved as its class and what was changed in it, wh
 def _again(base, stages): # An instance without its state
     cls = _recoded(base, stages)
     return cls.__new__(cls)
+
+# %% ../../nbs/surgery/06_source.ipynb #00000019
+def read_in_forward(
+    cls:type, # Of a module
+)->set: # Names
+    "What the code may look up that runs when a module of this class is called"
+    names,seen,todo = set(),set(),[getattr(cls, 'forward', None)]
+    for f in todo: # grows
+        f = getattr(f, 'fget', None) or getattr(f, '__func__', None) or getattr(f, '__wrapped__', None) or f
+        if not isinstance(f, types.FunctionType) or f in seen or f.__module__.startswith('torch.'): continue
+        seen.add(f)
+        new = set(_names_in(f.__code__))
+        names |= new
+        todo += [v for n in new if (v := getattr(cls, n, None) or f.__globals__.get(n)) is not None]
+    return names
+
+def _names_in(code): # Also of functions that are written inside of it
+    yield from code.co_names
+    for k in code.co_consts:
+        if isinstance(k, types.CodeType): yield from _names_in(k)
