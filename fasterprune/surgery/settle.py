@@ -17,7 +17,7 @@ from .coupling import Coupling
 from .dryrun import dry_run, notices, predicted
 from .labels import Kept
 from .plan import Plan, cuts_of, spare, with_code
-from .sizes import Director, Place, candidates, differs, merged_places, recodings
+from .sizes import Director, Place, at_odds, candidates, differs, merged_places, recodings
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def taught(
     found,unchanged = recodings(places)
     if unchanged is not None:
         p,why = unchanged
-        return None,Refused(p.axes, f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module)
+        return None,Refused(at_odds(p), f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module)
     plan = with_code(c, cuts, attrs, found)
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)

@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/sizes.html.md"""
 
 # %% auto #0
 __all__ = ['makers', 'arithmetic', 'Said', 'planned', 'implicit_scale', 'Slot', 'Want', 'wants_of', 'number_wants', 'say',
-           'Place', 'differs', 'Director', 'changes_at', 'recodings', 'merged_places', 'candidates', 'Divisor',
-           'keep_divisors']
+           'Place', 'differs', 'Director', 'changes_at', 'at_odds', 'recodings', 'merged_places', 'candidates',
+           'Divisor', 'keep_divisors']
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000002
 import ast, inspect
@@ -228,7 +228,8 @@ class Place:
     why:str='' # Why it cannot be changed
     said:list=field(default_factory=list) # A list of `Want`s for each call
     part:tuple|None=None # Of a norm that keeps its divisor
-    axes:list=field(default_factory=list)
+    axes:list=field(default_factory=list) # That the calls are about
+    planned:list=field(default_factory=list) # For each call the axes of its results, and how many of each will be there
     number_left:bool|None=None # Of an operator: does the number stand on its left?
 
     @property
@@ -266,7 +267,9 @@ class Director:
         p = self.places.setdefault(key, Place(module, name, func, len(args)))
         p.said.append(wants)
         p.part = part or p.part
-        if said is not None: p.axes += [a for a in said.axes if not any(a is b for b in p.axes)]
+        if said is not None:
+            p.axes += [a for a in said.axes if not any(a is b for b in p.axes)]
+            p.planned.append(list(zip(said.axes, said.sizes)) if len(said.axes)==len(said.sizes) else [])
         if p.site is None and not p.why and p.deviates:
             try:
                 p.site = site_of(frame, self.paths)
@@ -391,6 +394,17 @@ def _one(ws): # The one number that a place shall say
     if len(found)>1: raise NoSource('it would have to say another number each time')
     return found.pop()
 
+def at_odds(
+    p:Place,
+)->list: # Axes
+    "Find the axes for which a place would have to say other sizes each time; all that it is about where it is something else"
+    by_slot = {}
+    for ws in p.said:
+        for w in ws: by_slot.setdefault(w.slot, []).append(w)
+    bad = [k for k,ws in by_slot.items() if any(map(differs, ws)) and len({str(w.wanted) for w in ws})>1]
+    dims = {k.at-k.n if k.at is not None else k.arg-p.n_args for k in bad if not isinstance(k.arg, str) or k.at is not None}
+    return [sizes[d][0] for sizes in p.planned for d in dims if len(sizes)>=-d and sizes[d][1] is not None] or p.axes
+
 def _new_number(ws, node):
     "A number, or the code's own by a factor, where that is the same each time"
     if isinstance(ws[0].wanted, list): return 'list',node,_one(ws)
@@ -424,9 +438,10 @@ def merged_places(runs:list)->list: # Of `Director`s: the same place in several 
     res = {}
     for d in runs:
         for key,p in d.places.items():
-            if key not in res: res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part, list(p.axes), p.number_left); continue
+            if key not in res: res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part, list(p.axes), list(p.planned), p.number_left); continue
             q = res[key]
             q.said += p.said
+            q.planned += p.planned
             q.part,q.site,q.why = q.part or p.part,q.site or p.site,q.why or p.why
             q.number_left = p.number_left if q.number_left is None else q.number_left
             q.axes += [a for a in p.axes if not any(a is b for b in q.axes)]
