@@ -61,10 +61,11 @@ def reference(
     w:Witness|None=None, # Which run of the coupling it is; None is the example's
     dtype:torch.dtype|None=torch.float64, # To compute in
     training:tuple|None=None, # Modules in training mode; None: as the run had them
+    steady:bool=False, # As for `outputs`
 )->tuple: # Tensors, and what they were computed in: None is the model's own precision
     "Outputs by the law, in double precision if the model can, else in its own"
     training = (w or c).trace.training if training is None else training
-    kw = dict(training=training, around=decisions and decisions.note, **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
+    kw = dict(training=training, steady=steady, around=decisions and decisions.note, **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
     kw['instead'] = {**(without_taps(model, plan) if law=='readers' and plan else {}), **(instead or {})}
     try: return outputs(model, x, dtype=dtype, **kw),dtype
     except Exception:
@@ -126,13 +127,13 @@ class Further:
     def note_reference(self, model, c, gone, law, plan)->bool:
         "Run the model as the law wants it; False where it does not run so, or what values decide differs"
         self.x,self.law = on_device_of(self.w.x, model),(model, c, gone, law, plan)
-        try: self.want,_ = reference(model, self.x, c, gone, law, None, plan, w=self.w, dtype=None, training=self.training)
+        try: self.want,_ = reference(model, self.x, c, gone, law, None, plan, w=self.w, dtype=None, training=self.training, steady=self.mode)
         except Exception: return False # it is no call that the model takes with real values
         return any(t.numel() and t.isfinite().any() for t in self.want if t.is_floating_point())
 
     def compare(self, model, plan, law)->Checked:
         "Run the pruned model, and compare"
-        run = lambda: outputs(model, self.x, dtype=None, training=self.training)
+        run = lambda: outputs(model, self.x, dtype=None, training=self.training, steady=self.mode)
         error,kind = relative_error(got := run(), self.want),got[0].dtype
         limit = _limit(model, plan, kind)
         where = f", at {self.w.shapes_text}{' in training mode' if self.mode else ''}"

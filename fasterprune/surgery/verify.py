@@ -34,14 +34,28 @@ def outputs(
     around=None, # `Decisions.note` or `.repeat`
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
     state:dict|None=None, # Parameters and buffers in that precision, where they are at hand
+    steady:bool=False, # Let dropout keep everything, as where the law is checked in training mode
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
+    run = _steadily(run) if steady else run
     rec = Recorder(run=run if around is None else around(run), training=training, exact=c is None)
     res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
+
+_steady = {'bernoulli_':lambda x, *a: x.fill_(1), 'bernoulli':lambda x, *a: torch.ones_like(x), 'uniform_':lambda x, *a: x.fill_(.5), 'normal_':lambda x, *a: x.zero_(),
+    'native_dropout':lambda x, *a: (x.clone(), torch.ones_like(x, dtype=torch.bool)), 'rand_like':lambda x, *a: torch.full_like(x, .5), 'randn_like':lambda x, *a: torch.zeros_like(x)}
+
+def _steadily(run):
+    "Run operators that draw random numbers with numbers that are always the same; refuse others"
+    def go(key, func, args, kwargs):
+        name = func.overloadpacket.__name__
+        if name in _steady: return _steady[name](*args)
+        if torch.Tag.nondeterministic_seeded in func.tags: raise RuntimeError(f"{name} draws other numbers in a smaller network")
+        return run(key, func, args, kwargs)
+    return go
 
 def _unread(c, gone, missed, w):
     "Run each reader with zeros for what is gone, and each statistic without it"
