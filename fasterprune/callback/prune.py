@@ -37,6 +37,7 @@ def prune(self:Learner,
     reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
     only=None, # Names or types of layers that may be cut; None is all
     ignore=(), # Names or types of layers that stay
+    examples=(), # Further calls of the model that have to go on working, in the form of `x`
     exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
     x=None, # What the model is called with; None takes two items of a training batch
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
@@ -50,7 +51,7 @@ def prune(self:Learner,
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     masks = [obeyed(c.masks, self.model) for c in keepers]
-    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
+    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, examples=examples, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
         granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
         data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
         optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)

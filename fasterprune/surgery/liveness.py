@@ -335,7 +335,9 @@ def _only_uniform(d, node, out):
     for r,t in zip(node.outs, tensors_in(out)):
         if r.id not in d.dep or not t.numel(): continue
         for i,a in enumerate(d.env[r.id]):
-            if (const := _const(a)).any() and t.shape[i]==a.n>1: d.env[r.id][i] = d._rooted(_axis(const & ~np.isnan(constant_values(t, i, const))), a, slice(None))
+            if not (const := _const(a)).any() or not t.shape[i]==a.n>1: continue
+            uneven = const & np.isnan(constant_values(t, i, const))
+            if uneven.any(): d.env[r.id][i] = d._rooted(_axis(const & ~uneven), a, slice(None))
 
 def _walk(d, s):
     dep = any(r.id in d.dep for r in s.tensors) and s.node.op not in FRESH or 'rand' in s.node.op
