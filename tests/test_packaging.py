@@ -40,7 +40,7 @@ def test_development_requirements_are_separate():
     assert not dev&{name_of(r) for r in CFG['requirements'].split()} and {'nbdev','execnb','pytest','hypothesis'}<=dev
     seen = {n.name.split('.')[0] if isinstance(n, ast.alias) else n for p in (ROOT/'tests').glob('*.py') for t in ast.walk(ast.parse(p.read_text(encoding='utf-8')))
             for n in (t.names if isinstance(t, ast.Import) else [t.module.split('.')[0]] if isinstance(t, ast.ImportFrom) and not t.level else [])}
-    own = {p.stem for p in (ROOT/'tests').glob('*.py')}|{'fasterprune'}
+    own = {p.stem for d in ('tests', 'benchmarks') for p in (ROOT/d).glob('*.py')}|{'fasterprune'}
     known = dev|{name_of(r) for r in CFG['requirements'].split()}|{'torchvision', 'fasttransform', 'pillow'} # fastai brings these
     extra = {PACKAGES.get(m, m) for m in seen}-set(sys.stdlib_module_names)-own-known
     assert not extra, f"tests import {', '.join(sorted(extra))}, which is not in dev_requirements of settings.ini"
