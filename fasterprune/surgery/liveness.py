@@ -219,7 +219,7 @@ def constant_values(
     "The value of each constant position; NaN where it is not the same everywhere, 0 where there is no constant"
     value,at = np.zeros(len(const)),np.flatnonzero(const)
     if not len(at): return value
-    p = v.detach().index_select(dim, torch.as_tensor(at, device=v.device)).movedim(dim, 0).flatten(1).double()
+    p = v.detach().index_select(dim, torch.as_tensor(at, device=v.device)).movedim(dim, 0).reshape(len(at), -1).double()
     lo,hi = _cpu(p.amin(1)),_cpu(p.amax(1))
     value[at] = np.where((hi-lo)<=1e-6*np.maximum(abs(lo), abs(hi)), (lo+hi)/2, np.nan)
     return value
