@@ -148,7 +148,7 @@ def test_a_branch_says_the_same_wherever_its_activation_runs(f, gone, act):
 # --- a width of 1
 
 def heads(s, x): return s.b(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2))
-def functional(s, x): return s.c(F.linear(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2), s.b.weight).relu())
+def functional(s, x): return s.c(F.linear(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2), s.b.weight, s.b.bias).relu())
 def both(s, x): return s.c(s.b(heads_of(s, x)).relu())
 def heads_of(s, x): return s.a(x).reshape(len(x), s.k, 16).transpose(1, 2)
 

@@ -126,14 +126,15 @@ class Further:
 
     def note_reference(self, model, c, gone, law, plan)->bool:
         "Run the model as the law wants it; False where it does not run so, or what values decide differs"
-        self.x,self.law = on_device_of(self.w.x, model),(model, c, gone, law, plan)
-        try: self.want,_ = reference(model, self.x, c, gone, law, None, plan, w=self.w, dtype=None, training=self.training, steady=self.mode)
+        self.x,wide = on_device_of(self.w.x, model),any(p.dtype==torch.float64 for p in model.parameters())
+        self.dtype = torch.float64 if wide else None # code of such a model may compute parts in less
+        try: self.want,self.dtype = reference(model, self.x, c, gone, law, None, plan, w=self.w, dtype=self.dtype, training=self.training, steady=self.mode)
         except Exception: return False # it is no call that the model takes with real values
         return any(t.numel() and t.isfinite().any() for t in self.want if t.is_floating_point())
 
     def compare(self, model, plan, law)->Checked:
         "Run the pruned model, and compare"
-        run = lambda: outputs(model, self.x, dtype=None, training=self.training, steady=self.mode)
+        run = lambda: outputs(model, self.x, dtype=self.dtype, training=self.training, steady=self.mode)
         error,kind = relative_error(got := run(), self.want),got[0].dtype
         limit = _limit(model, plan, kind)
         where = f", at {self.w.shapes_text}{' in training mode' if self.mode else ''}"
