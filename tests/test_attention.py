@@ -81,7 +81,8 @@ def test_half_of_everything(name, fraction):
     m.train()(one).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape==p.shape for p in m.parameters() if p.requires_grad)
 
-@pytest.mark.parametrize('name', ['fused', 'grouped', 'encoder', 'vit', 'swin'])
+ONE_PLACE = pytest.mark.xfail(strict=True, reason='a regression: one expression in a loop serves queries, keys and values, and cannot say two widths of heads')
+@pytest.mark.parametrize('name', ['fused', pytest.param('grouped', marks=ONE_PLACE), 'encoder', 'vit', 'swin'])
 def test_each_group_alone(name):
     "Every free group (heads, head dimensions, MLP) can be cut by itself; without statistics over it the readers' law holds as it stands"
     make,x = NETS[name]
@@ -91,7 +92,6 @@ def test_each_group_alone(name):
     for g in groups:
         m = deepcopy(whole)
         r = Pruner(m, x()).prune({g.name:.5})
-        if "another number each time" in str(r): continue # one expression serves queries, keys and values, and their heads would have other widths
         assert r.removed==g.n//2 and r.error<1e-9 and bool(r.plan.mixed)==bool(g.mixed), (g, r)
         m(x(3))
 
