@@ -232,9 +232,9 @@ def _classes_of(classes, parts, r): # Positions of each class; None where parts 
     even = all(len({np.isin(p, at).sum() for p in ps}) == 1 for ps in parts for at in of)
     return of if len(of) > 1 and even and all(len(at) % r == 0 for at in of) else None
 
-def _counts_of(sizes, share): # How many go of each class: its part rounded down, and one more where all are short of theirs
+def _counts_of(sizes, share): # How many go of each class: its part rounded down, and one more where all are short of theirs, large ones first
     k = [n_removed(n, share) for n in sizes]
-    for i in sorted(range(len(k)), key=lambda i: k[i]-share*sizes[i])[:n_removed(sum(sizes), share)-sum(k)]: k[i] += 1
+    for i in sorted(range(len(k)), key=lambda i: (k[i]-share*sizes[i], -sizes[i]))[:n_removed(sum(sizes), share)-sum(k)]: k[i] += 1
     return k
 
 def _remove_by_class(s, of, share, parts, min_keep, max_ratio, r, cost): # Bool: of each class of units the same part

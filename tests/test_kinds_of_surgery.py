@@ -149,10 +149,11 @@ def test_a_branch_says_the_same_wherever_its_activation_runs(f, gone, act):
 
 def heads(s, x): return s.b(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2))
 def functional(s, x): return s.c(F.linear(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2), s.b.weight, s.b.bias).relu())
+def weight_only(s, x): return s.c(F.linear(s.a(x).reshape(len(x), s.k, 16).transpose(1, 2), s.b.weight).relu())
 def both(s, x): return s.c(s.b(heads_of(s, x)).relu())
 def heads_of(s, x): return s.a(x).reshape(len(x), s.k, 16).transpose(1, 2)
 
-@pytest.mark.parametrize('f', (heads, functional, both), ids=lambda f: f.__name__)
+@pytest.mark.parametrize('f', (heads, functional, weight_only, both), ids=lambda f: f.__name__)
 @pytest.mark.parametrize('k', (2, 3, 4))
 def test_a_width_that_becomes_one(f, k):
     m = fixed(0, lambda: Net(f, k=k, a=L(16,k*16), b=L(k,8), c=L(8,3)))

@@ -325,7 +325,7 @@ def _check_layers(model, plan): # Would the tensors of each layer still fit each
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
     for n,m in model.named_modules():
         own = {k:by_tensor.get(id(t), tuple(t.shape)) for k,t in {**m._parameters, **m._buffers}.items() if t is not None}
-        if n not in counts and not any(id(t) in by_tensor for t in (*m._parameters.values(), *m._buffers.values())): continue
+        if n in plan.apart or n not in counts and not any(id(t) in by_tensor for t in (*m._parameters.values(), *m._buffers.values())): continue
         if why := _unfit(m, own, counts.get(n, {})): raise ValueError(f"this plan is of another model, or was changed: {n!r} would have {why}")
 
 def _unfit(m, own, counts): # What would be wrong with a layer

@@ -26,18 +26,58 @@ from .guard import as_plain, cloned, fixed_seeds, plain_operators_, preserved, s
 from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['size_calls', 'size_questions', 'Recorder', 'numbers_in', 'plainly', 'roughly', 'mutated', 'caller', 'CallLog',
-           'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'clones', 'record_in', 'quiet', 'fake_trace',
-           'capture', 'capture_all']
+__all__ = ['size_calls', 'size_questions', 'Runner', 'Recorder', 'numbers_in', 'plainly', 'roughly', 'mutated', 'caller',
+           'CallLog', 'PlainNorms', 'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'clones', 'record_in',
+           'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000006
-class Recorder(TorchDispatchMode):
-    "Write down each operator that passes; `run(key, func, args, kwargs)` runs it in its own way, `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0):
+class Runner(TorchDispatchMode):
+    "Run a copy of a model, each operator by `run(key, func, args, kwargs)`, and write nothing down"
+    def __init__(self, run:Callable|None=None, training:tuple=(), exact:bool=True):
         super().__init__()
-        self.training,self.exact,self.direct = training,exact,None # direct: may change a call that says sizes before it is made
-        self.trace,self.refs,self.stack,self.count = Trace(base=base),WeakIdKeyDictionary(),[],0
-        self.listen,self.run,self.seen,self.at,self.paths = listen,run or plainly,{},{},{}
+        self.run,self.training,self.exact = run or plainly,training,exact # not exact: norms that keep their divisor run as plain ones
+        self.stack,self.seen,self.paths,self.direct = [],{},{},None # direct: may change a call that says sizes before it is made
+
+    @property
+    def watches(self)->bool: "Does it ask which module an operator runs in?"; return self.run is not plainly
+
+    @property
+    def modes(self)->list: "What is entered while the copy runs"; return [PlainNorms()]*(not self.exact) + [self]*self.watches
+
+    def key(self, op:str)->tuple:
+        "Name an operator that runs now: (path of the module, its name, how many there were before)"
+        where = (str(self.stack[-1]) if self.stack else '', op)
+        n = self.seen.get(where, 0)
+        self.seen[where] = n+1
+        return (*where, n)
+
+    def begin(self, state:dict, call): "Be told the tensors of the copy, by name, and what it is called with"
+    def end(self, copy:nn.Module, state:dict, found:list): "Be told the tensors that it returned"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.run(self.key(func.overloadpacket.__name__), func, args, kwargs or {})
+
+class Recorder(Runner):
+    "Write down each operator that passes; `listen(node, args, out)` sees its results"
+    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0):
+        super().__init__(run, training, exact)
+        self.trace,self.refs,self.count,self.listen,self.at = Trace(base=base),WeakIdKeyDictionary(),0,listen,{}
+
+    watches = True
+    @property
+    def modes(self): return [CallLog(self), self]
+
+    def begin(self, state, call):
+        self.trace.training = self.training
+        for n,t in state.items(): self.trace.names[self.ref(t).id] = n
+        self.count += self.trace.base
+        self.trace.inputs = [self.ref(t) for t in tensors_in(call)]
+
+    def end(self, copy, state, found):
+        written = {r.id for n in self.trace.nodes for r in n.mutates}
+        now = state_of(copy)
+        self.trace.state = {n for i,n in self.trace.names.items() if i in written or now.get(n) is not state[n]}
+        self.trace.outputs = [self.ref(t) for t in found]
 
     def ref(self, t:Tensor)->Ref:
         "The number of tensor `t`"
@@ -70,12 +110,10 @@ class Recorder(TorchDispatchMode):
         op = func.overloadpacket.__name__
         if op=='device': return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **kwargs)
         ra,rk = self.as_refs(args),self.as_refs(kwargs)
-        where = (str(self.stack[-1]) if self.stack else '', op)
-        key = (*where, self.seen.get(where, 0))
-        self.seen[where] = key[2]+1
+        key = self.key(op)
         out = self.run(key, func, args, kwargs)
-        value = numbers_in(args[0]) if where[1]=='lift_fresh' and type(args[0]) is Tensor else ()
-        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), where[0], key, value)
+        value = numbers_in(args[0]) if op=='lift_fresh' and type(args[0]) is Tensor else ()
+        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), key[0], key, value)
         self.trace.nodes.append(node)
         if self.listen is not None: self.listen(node, args, out)
         return out
@@ -153,6 +191,13 @@ class CallLog(TorchFunctionMode):
             tuple(as_ref(a) for a in args), {k:as_ref(v) for k,v in kwargs.items()}))
         return out
 
+class PlainNorms(TorchFunctionMode):
+    "Let norms that keep their divisor run as the norms that they stand for"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if hasattr(func, 'plain'): return func.plain(*args, **{k:v for k,v in kwargs.items() if k!='part'})
+        return func(*args, **kwargs)
+
 def _has_number(args, kwargs): return any(isinstance(a, float) for a in args) or bool(kwargs) and any(isinstance(a, float) for a in kwargs.values())
 
 class Frame(str):
@@ -180,44 +225,39 @@ def watch_modules_(
 def record(
     model:nn.Module, # Any module; a copy of it runs
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
-    rec:Recorder, # Is given every operator
+    rec:Runner, # Runs every operator
     state:dict[str,Tensor]|None=None, # Stand-ins for the parameters and buffers, by name; None are those of the model
     tensor:Callable=cloned, # `(tensor)` → the stand-in of all others
     change:Callable|None=None, # `(copy)`: changes it before it runs
 )->list: # The tensors that it returns
-    "Run a copy of `model` under the recorder"
+    "Run a copy of `model`"
     state = state_of(model) if state is None else state
-    with structural_copy(model, state, tensor) as copied, preserved():
+    with structural_copy(model, state, tensor) as copied, preserved(), contextlib.ExitStack() as modes:
         copy,(args,kwargs) = copied(model),copied(as_call(x))
         prepare_(copy, rec)
         if change is not None: change(copy)
-        for n,t in state.items(): rec.trace.names[rec.ref(t).id] = n
-        rec.count += rec.trace.base
-        rec.trace.inputs = [rec.ref(t) for t in tensors_in((args, kwargs))]
+        rec.begin(state, (args, kwargs))
         plain_operators_()
         fixed_seeds()
-        with CallLog(rec), rec: out = copy(*args, **kwargs)
-        found = tensors_in(out)
-        written = {r.id for n in rec.trace.nodes for r in n.mutates}
-        now = state_of(copy)
-        rec.trace.state = {n for i,n in rec.trace.names.items() if i in written or now.get(n) is not state[n]}
-    rec.trace.outputs = [rec.ref(t) for t in found]
+        for m in rec.modes: modes.enter_context(m)
+        found = tensors_in(out := copy(*args, **kwargs))
+        modes.close()
+        rec.end(copy, state, found)
     if not found: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return found
 
 def prepare_(
     copy:nn.Module, # Of a model
-    rec:Recorder,
+    rec:Runner,
 ):
     "Set modes, let adapted modules run through their adapters, and watch"
-    rec.trace.training = rec.training
     rec.stack.clear()
     rec.paths.update((id(m), n) for n,m in modules_of(copy))
     if rec.direct is not None: rec.direct.paths = rec.paths
     for n,m in modules_of(copy):
         m.__dict__['training'] = n in rec.training
         if (adapted := adapted_class(type(m))) is not None: m.__class__ = adapted
-    watch_modules_(copy, rec.stack)
+    if rec.watches: watch_modules_(copy, rec.stack)
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000f
 def probe(
@@ -260,12 +300,12 @@ def clones(
 def record_in(
     model:nn.Module, # Not changed
     x, # What it is called with; its values are replaced by `probe`
-    rec:Recorder,
+    rec:Runner,
     dtype:torch.dtype|None, # To compute in; None is the model's own
     instead:dict|None=None, # As for `clones`
     state:dict|None=None, # From `clones`, where that has been made; it is not written to
 )->list: # The tensors that it returns
-    "Run a copy of a model on a probe, in another precision, under a recorder"
+    "Run a copy of a model on a probe, in another precision"
     return record(model, probe(x, dtype), rec, clones(model, dtype, instead) if state is None else state)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000011

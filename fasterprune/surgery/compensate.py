@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from ..core import as_call
 from .trace import tensors_in
-from .capture import clones, Recorder, record
+from .capture import clones, record, Recorder, Runner
 from .coupling import Coupling
 from .plan import Fold, fold_targets
 from .recalibrate import batches_of, inputs_of
@@ -98,7 +98,7 @@ def answers(
     x, # What it is called with; its values matter
 )->list: # Tensors
     "All outputs of a model, in eval mode and in its own precision"
-    return [t.detach().clone() for t in tensors_in(record(model, x, Recorder(), clones(model))) if t.is_floating_point()]
+    return [t.detach().clone() for t in tensors_in(record(model, x, Runner(), clones(model))) if t.is_floating_point()]
 
 def distance(
     a:list, # Tensors

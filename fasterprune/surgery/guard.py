@@ -35,6 +35,8 @@ def state_of(model:nn.Module)->dict[str,Tensor]:
 _shared = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Generator, functools._lru_cache_wrapper)
 _atoms = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), torch.Size, frozenset}
 
+_registries = {k for k,v in vars(nn.Module()).items() if isinstance(v, dict)} # PyTorch's own: no two modules share one
+
 class StructuralCopy:
     "Copy a model's modules and whatever they keep state in, with other tensors in the places of its tensors"
     def __init__(self,
@@ -66,7 +68,7 @@ class StructuralCopy:
 
     def _module(self, m):
         new = self._note(m, object.__new__(type(m)))
-        for k,v in vars(m).items(): new.__dict__[k] = v if type(v) in _atoms else self(v)
+        for k,v in vars(m).items(): new.__dict__[k] = v if type(v) in _atoms else type(v)() if k in _registries and not v else self(v)
         for k,v in _slots(m): object.__setattr__(new, k, self(v))
         return new
 

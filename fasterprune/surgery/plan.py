@@ -77,6 +77,7 @@ class Plan:
     kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=() # (layer, size of its kernel before, after), where rows or columns of it are cut off
     branches:tuple[Branch,...]=() # They go before anything is cut; of their parameters, `edits` keep nothing
     factors:tuple[tuple[str,str,int],...]=() # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
+    apart:tuple[str,...]=() # Layers that are cut and of which code uses some tensors only: the others stay as they are
 
     @property
     def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
@@ -356,7 +357,12 @@ def with_code(
     new += tuple(Attr(n, 'use_nested_tensor', False) for n,m in types.items() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor and any(k.startswith(f"{n}." if n else '') for k in adapted))
     found = {r.module for r in recoded}
     recoded = (*recoded, *(Recoded(m, ()) for m in sorted(adapted-found)))
-    return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded)
+    return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded, apart=_apart(types, sorted(cut), c.trace.used))
+
+def _apart(modules, cut, used): # Layers that are cut and of which no run has used a tensor
+    own = lambda m: {**m._parameters, **m._buffers}
+    left = lambda n: any(own(modules[n]).get(k) is not None and f"{n}.{k}".lstrip('.') not in used for k in ('weight', 'bias', 'running_mean', 'running_var'))
+    return tuple(n for n in cut if n in modules and left(n))
 
 def make_plan(
     c:Coupling,

@@ -10,6 +10,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from torch import Tensor
 from .guard import slots_of
@@ -77,7 +78,7 @@ class Trace:
         "Parameter or buffer name, or None"
         return self.names.get(ref.id)
 
-    @property
+    @cached_property
     def used(self)->set:
         "Names of the parameters and buffers that an operator met"
         return {self.names[r.id] for r in used_refs(self) if r.id in self.names}

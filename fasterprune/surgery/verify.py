@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..core import PruningError, VerificationError
 from .adapters import ADAPTERS
 from .trace import tensors_in
-from .capture import Recorder, clones, plainly, probe, record, record_in
+from .capture import Runner, clones, plainly, probe, record, record_in
 from .coupling import Coupling
 from .witness import Witness
 
@@ -40,7 +40,7 @@ def outputs(
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     run = _steadily(run) if steady else run
-    rec = Recorder(run=run if around is None else around(run), training=training, exact=c is None)
+    rec = Runner(run if around is None else around(run), training, exact=c is None or not c.exact)
     res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
@@ -156,7 +156,7 @@ def _compare_adapters(model, x, training, dtype):
     def watch(copy):
         for m in copy.modules():
             if type(m).__mro__[1] in ADAPTERS: m.register_forward_hook(check, with_kwargs=True)
-    record(model, probe(x, dtype), Recorder(training=training), clones(model, dtype), change=watch)
+    record(model, probe(x, dtype), Runner(training=training), clones(model, dtype), change=watch)
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000010
 def relative_error(
