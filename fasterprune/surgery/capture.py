@@ -22,6 +22,7 @@ from . import recurrent # registers adapters
 from .shapes import Shapes
 from ..core import as_call, modules_of, PruningError
 from .adapters import adapted_class
+from .caches import caches_kept
 from .guard import as_plain, cloned, fixed_seeds, plain_operators_, preserved, state_of, structural_copy
 from .trace import Call, Node, Ref, Trace, tensors_in
 
@@ -232,7 +233,7 @@ def record(
 )->list: # The tensors that it returns
     "Run a copy of `model`"
     state = state_of(model) if state is None else state
-    with structural_copy(model, state, tensor) as copied, preserved(), contextlib.ExitStack() as modes:
+    with structural_copy(model, state, tensor) as copied, preserved(), caches_kept(model), contextlib.ExitStack() as modes:
         copy,(args,kwargs) = copied(model),copied(as_call(x))
         prepare_(copy, rec)
         if change is not None: change(copy)

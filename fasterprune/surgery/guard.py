@@ -131,15 +131,21 @@ def _reference(c, o):
     return weakref.ref(c(to)) if isinstance(to, (nn.Module, Tensor)) else o
 
 def _function(c, f):
-    "A function whose closure holds state gets cells of its own"
-    kinds = (Tensor, nn.Module, list, dict, set, collections.deque)
-    held = {i:v for i,v in enumerate(f.__closure__ or ()) if _filled(v) and isinstance(v.cell_contents, kinds)}
-    if not held: return f
-    cells = tuple(types.CellType() if i in held else v for i,v in enumerate(f.__closure__))
+    "A function whose closure holds state gets cells of its own, which it shares with the functions that it shared them with"
+    if not f.__closure__: return f
+    cells = tuple(map(c, f.__closure__))
+    if all(a is b for a,b in zip(cells, f.__closure__)): return f
     new = c._note(f, types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells))
     new.__kwdefaults__,new.__qualname__ = f.__kwdefaults__,f.__qualname__
     new.__dict__.update(f.__dict__)
-    for i,v in held.items(): cells[i].cell_contents = c(v.cell_contents)
+    return new
+
+_state = (Tensor, nn.Module, list, dict, set, collections.deque, int, float, str, type(None))
+
+def _cell(c, o): # What a function that is written in a function shares with it
+    if not (_filled(o) and isinstance(o.cell_contents, _state)): return o
+    new = c._note(o, types.CellType())
+    new.cell_contents = c(o.cell_contents)
     return new
 
 def _filled(cell):
@@ -148,7 +154,7 @@ def _filled(cell):
     return True
 
 _copiers = {list:_list, dict:_dict, collections.OrderedDict:_dict, collections.defaultdict:_dict, set:_set, tuple:_tuple, collections.deque:_deque, np.ndarray:_array,
-    types.FunctionType:_function, types.MethodType:_method, functools.partial:_partial, weakref.ref:_reference}
+    types.FunctionType:_function, types.MethodType:_method, functools.partial:_partial, weakref.ref:_reference, types.CellType:_cell}
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000008
 @contextlib.contextmanager

@@ -380,7 +380,7 @@ def changes_at(
     sequences = {}
     for slot,ws in by_slot.items():
         if not any(map(differs, ws)): continue
-        if slot.arg=='scale' and ws[0].own is None: res.append(('keyword', call, ('scale', _one(ws))))
+        if slot.arg=='scale' and ws[0].own is None: res.append(_scale_of_its_own(call, _one(ws)))
         else:
             node,inside = _argument(p, slot)
             if inside is None: res.append((*_new_number(ws, node),))
@@ -388,6 +388,11 @@ def changes_at(
     res += [('items', node, (kind, n, *sorted(new))) for node,((n,kind),new) in sequences.items()]
     if p.part is not None: res.append(('exact', call, (p.name, _offset(p, call)==1, p.part)))
     return [(p.site, r) for r in res]
+
+def _scale_of_its_own(call, scale): # What says the scale of an attention whose code leaves it to PyTorch, or passes None
+    given = {k.arg:k.value for k in call.keywords}
+    if None in given: raise NoSource('its keyword arguments are not written there')
+    return ('number', given['scale'], (scale,)) if 'scale' in given else ('keyword', call, ('scale', scale))
 
 def _one(ws): # The one number that a place shall say
     found = {w.wanted if not isinstance(w.wanted, list) else tuple(w.wanted) for w in ws}

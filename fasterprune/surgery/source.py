@@ -171,7 +171,7 @@ def site_of(
     while frame is not None:
         node = expression_at(frame)
         outer = frame
-        while (up := next((f for f in _up(outer.f_back) if _contains(f.f_code, outer.f_code)), None)) is not None: outer = up
+        while _held_by(outer, paths) is None and (up := next((f for f in _until_called(outer.f_back) if _contains(f.f_code, outer.f_code)), None)) is not None: outer = up
         links.append(Link(outer.f_code, node, _form(frame, node, before)))
         before = outer
         m = _first_argument(outer)
@@ -203,6 +203,11 @@ def _up(frame, most=40):
     while frame is not None and most:
         yield frame
         frame,most = frame.f_back,most-1
+
+def _until_called(frame): # As far as the code of one module goes
+    for f in _up(frame):
+        if f.f_code.co_name=='_call_impl' and _is_torch(f): return
+        yield f
 
 def _is_torch(f): return f.f_code.co_filename.startswith(_torch)
 _torch = sys.modules['torch'].__file__.rpartition('__init__')[0]
