@@ -14,7 +14,7 @@ from torch import nn
 from ..core import PruningError
 from .trace import Trace
 from .coupling import Coupling
-from .dryrun import dry_run, notices, predicted
+from .dryrun import dry_run, notices, predicted, what_ran
 from .labels import Kept
 from .plan import Plan, cuts_of, spare, with_code
 from .sizes import Director, Place, at_odds, candidates, differs, merged_places, recodings
@@ -32,16 +32,16 @@ def directed(
     gone, # Bool by label
     plan:Plan,
     witnesses=None, # Which runs; None is all
-)->tuple: # (`Refused` or None, `Director`s, the example's trace)
+)->tuple: # (`Refused` or None, `Director`s, traces)
     "Run the smaller network with the numbers in its code corrected, and note where"
-    runs,trace = [],None
+    runs,traces = [],[]
     for w in c.witnesses if witnesses is None else witnesses:
         d = Director(c, w, gone)
         out = dry_run(c.model, w, c, gone, plan, d)
         runs.append(d)
-        trace = out.trace if trace is None else trace
-        if not out.works: return Refused(out.axes, out.reason, out.module),runs,trace
-    return None,runs,trace
+        traces.append(out.trace)
+        if not out.works: return Refused(out.axes, out.reason, out.module),runs,traces
+    return None,runs,traces
 
 def _deviations(places): # Module whose method says it → what it says and should not: (method, name, place, what)
     res = {}
@@ -56,37 +56,43 @@ def attributes_for(
     plan:Plan, # By `cuts_of`, with the attributes that are set already
     attrs:dict, # Those: module path → {attribute: value}
     places:list, # `Place`s where the code says other sizes than it should
+    traces:list, # What ran, with these sizes corrected
 )->dict: # The same with those that are shown to be sizes
     "Find attributes that hold sizes: with them set the planned sizes change, and nothing else"
     before = _deviations(places)
     tried = {m:{k:v for k,v in found[0].items() if k not in attrs.get(m, {})} for m in before if (found := candidates(c, gone, m))}
     tried = {m:a for m,a in tried.items() if a}
-    better = _improved(c, gone, plan, attrs, tried, before) if tried else {}
+    ran = [*map(what_ran, traces)]
+    better = _improved(c, gone, plan, attrs, tried, before, ran) if tried else {}
     for i in range(max([len(a) for a in better.values()], default=0)): # each has to be needed
         without = {m:{k:v for j,(k,v) in enumerate(a.items()) if j!=i} for m,a in better.items() if len(a)>1 and i<len(a)}
         if not without: continue
-        less = _after(c, gone, plan, _both(attrs, {**better, **without}))
-        full = _after(c, gone, plan, _both(attrs, better))
+        less = _after(c, gone, plan, _both(attrs, {**better, **without}), ran)
+        full = _after(c, gone, plan, _both(attrs, better), ran)
         for m,a in without.items():
             if less is not None and full is not None and less.get(m, set())<=full.get(m, set()): better[m] = {**a, list(better[m])[i]:None}
     return _both(attrs, {m:{k:v for k,v in a.items() if v is not None} for m,a in better.items()})
 
 def _both(a, b): return {m:{**a.get(m, {}), **b.get(m, {})} for m in {**a, **b}}
 
-def _after(c, gone, plan, attrs): # What deviates with these attributes; None where it does not run
+def _after(c, gone, plan, attrs, ran): # What deviates with these attributes; None where it does not run, or where something else runs than did
     attrs = {m:{k:v for k,v in a.items() if v is not None} for m,a in attrs.items()}
-    bad,runs,_ = directed(c, gone, with_code(c, plan, attrs))
-    return None if bad else _deviations(merged_places(runs))
+    bad,runs,traces = directed(c, gone, with_code(c, plan, attrs))
+    return None if bad or [*map(what_ran, traces)]!=ran else _deviations(merged_places(runs))
 
-def _improved(c, gone, plan, attrs, tried, before):
+def _improved(c, gone, plan, attrs, tried, before, ran):
     "Of the attributes tried, those of modules where something is right now and nothing is wrong that was not"
-    after = _after(c, gone, plan, _both(attrs, tried))
-    if after is None and len(tried)>1: # one of them is no size: each class alone
-        kinds = {}
-        for m in tried: kinds.setdefault(type(c.model.get_submodule(m)), []).append(m)
-        return {m:a for ms in kinds.values() if len(kinds)>1 for m,a in _improved(c, gone, plan, attrs, {m:tried[m] for m in ms}, before).items()}
-    if after is None: return {}
-    return {m:a for m,a in tried.items() if after.get(m, set())<before[m]}
+    after = _after(c, gone, plan, _both(attrs, tried), ran)
+    if after is not None: return {m:a for m,a in tried.items() if after.get(m, set())<before[m]}
+    kinds = {}
+    for m in tried: kinds.setdefault(type(c.model.get_submodule(m)), []).append(m) # one of them is no size: each class alone, then without each name
+    less = lambda part: _improved(c, gone, plan, attrs, part, before, ran)
+    if len(kinds)>1: return {m:a for ms in kinds.values() for m,a in less({m:tried[m] for m in ms}).items()}
+    names = dict.fromkeys(k for a in tried.values() for k in a)
+    parts = [{m:{k:v for k,v in a.items() if k!=name} for m,a in tried.items()} for name in names] if 1<len(names)<=_most_names else []
+    return next((part for part in parts if (after := _after(c, gone, plan, _both(attrs, part), ran)) is not None and all(after.get(m, set())<before[m] for m in part)), {})
+
+_most_names = 8 # attributes of a class of which one is no size
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000007
 def taught(
@@ -98,24 +104,24 @@ def taught(
     kept,attrs = Kept(c.labels, gone),{}
     plan = with_code(c, cuts, {})
     if not notices(c, kept, plan): return (plan, predicted(c, kept)),None
-    bad,runs,trace = directed(c, gone, plan)
+    bad,runs,traces = directed(c, gone, plan)
     while bad: # perhaps a module insists on a size that an attribute of it holds
         found = {m:f[0] for m in _of_one_class(c, bad.module) if m not in attrs and (f := candidates(c, gone, m))}
         if bad.module not in found: return None,bad
         again,more,small = directed(c, gone, with_code(c, cuts, {**attrs, **found}))
         if again and again.module==bad.module: return None,bad
-        attrs,bad,runs,trace = {**attrs, **found},again,more,small
+        attrs,bad,runs,traces = {**attrs, **found},again,more,small
     places = merged_places(runs)
     if any(p.deviates for p in places):
-        attrs = attributes_for(c, gone, cuts, attrs, places)
-        bad,runs,trace = directed(c, gone, with_code(c, cuts, attrs))
+        attrs = attributes_for(c, gone, cuts, attrs, places, traces)
+        bad,runs,traces = directed(c, gone, with_code(c, cuts, attrs))
         if bad: return None,bad
         places = merged_places(runs)
     found,unchanged = recodings(places)
     if unchanged is not None:
         p,why = unchanged
         return None,Refused(at_odds(p), f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module)
-    plan = with_code(c, cuts, attrs, found)
+    plan,trace = with_code(c, cuts, attrs, found),traces[0]
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)
         trace = out.trace if w is c.witnesses[0] else trace
