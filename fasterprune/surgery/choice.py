@@ -146,7 +146,7 @@ def shares_of(
     return [(c.by_name[g].labels, v) for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
 
 def _by_group(c, shares): # Group → part, for those that there are by now
-    return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, labels).any()}
+    return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, c.labels.find(labels)).any()}
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000009
 def per_cost(

@@ -141,6 +141,15 @@ class Coupling:
         if found or decks: self.refresh()
         return bool(found or decks)
 
+    def join(self,
+        axes:list, # Of which one expression says the size
+    )->bool: # Was there anything to join?
+        "Let axes of the same size lose the same positions"
+        d,before = self.labels,len(self.groups)
+        for n in dict.fromkeys(a.n for a in axes): d.alike([a for a in axes if a.n==n], 'one expression')
+        self.refresh()
+        return len(self.groups)<before
+
     @property
     def walked(self)->tuple: "The runs whose operators were walked through: the others run the same"; return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
 

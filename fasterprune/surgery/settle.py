@@ -26,6 +26,7 @@ class Refused:
     axes:list # To pin
     reason:str
     module:str # Whose code it was
+    one:list=field(default_factory=list) # Axes of which one expression says the size, and which would have several
 
 def directed(
     c:Coupling,
@@ -120,7 +121,7 @@ def taught(
     found,unchanged = recodings(places)
     if unchanged is not None:
         p,why = unchanged
-        return None,Refused(at_odds(p), f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module)
+        return None,Refused(at_odds(p) or p.axes, f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module, at_odds(p))
     plan,trace = with_code(c, cuts, attrs, found),traces[0]
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)
@@ -145,7 +146,7 @@ def settle(
         cuts = cuts_of(c, gone, folds(gone))
         done,bad = taught(c, gone, cuts) if cuts.edits else ((cuts, c.trace),None)
         if done: return done[0],gone,done[1]
-        if c.tie(bad.axes): continue
+        if c.tie(bad.axes) or c.join(bad.one): continue
         pinned = c.labels.pinned.sum()
         for a in bad.axes: c.labels.pin_axis(a, bad.reason)
         if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it

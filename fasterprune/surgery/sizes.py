@@ -402,13 +402,13 @@ def _one(ws): # The one number that a place shall say
 def at_odds(
     p:Place,
 )->list: # Axes
-    "Find the axes for which a place would have to say other sizes each time; all that it is about where it is something else"
+    "Find the axes for which a place would have to say other sizes each time"
     by_slot = {}
     for ws in p.said:
         for w in ws: by_slot.setdefault(w.slot, []).append(w)
     bad = [k for k,ws in by_slot.items() if any(map(differs, ws)) and len({str(w.wanted) for w in ws})>1]
     dims = {k.at-k.n if k.at is not None else k.arg-p.n_args for k in bad if not isinstance(k.arg, str) or k.at is not None}
-    return [sizes[d][0] for sizes in p.planned for d in dims if len(sizes)>=-d and sizes[d][1] is not None] or p.axes
+    return [sizes[d][0] for sizes in p.planned for d in dims if len(sizes)>=-d and sizes[d][1] is not None]
 
 def _new_number(ws, node):
     "A number, or the code's own by a factor, where that is the same each time"

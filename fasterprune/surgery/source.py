@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 import executing
-from torch import nn
+from torch import nn, Tensor
 from .adapters import ADAPTERS, adapted_class
 from .norms import EXACT
 
@@ -120,9 +120,13 @@ def unwrapped(
         yield f
         for inner in _wrapped(f): yield from unwrapped(inner, seen)
 
+_PARTIAL = 'partial_' # The name of `functools.partial` in changed sources
+_HELPER = 'planned_' # How the names begin of functions that stand in for others; no wrapper has them
+
 def _wrapped(f):
     if isinstance(w := f.__dict__.get('__wrapped__'), types.FunctionType): yield w
-    for cell in f.__closure__ or ():
+    for name,cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        if name.startswith(_HELPER): continue
         try: v = cell.cell_contents
         except ValueError: continue
         if isinstance(v, (types.FunctionType, staticmethod, classmethod)): yield v
@@ -147,7 +151,7 @@ class Link:
     "A function that runs, and the expression that it is at"
     code:types.CodeType # Of the whole function, where a comprehension or a function in it runs
     node:ast.AST
-    form:str='' # How the next function inwards is called: 'bound' as a method of the first argument, 'partial' with arguments of its own, or as it is
+    form:str='' # How the next function inwards is called: 'bound' as a method of the first argument, 'method' as that of another object, 'object' where that is called itself, 'class' as a method of a class, 'partial' with arguments of its own, or as it is
 
 @dataclass(frozen=True)
 class Site:
@@ -185,8 +189,16 @@ def _form(frame, node, inner): # How a frame calls the one inside of it
     if inner is None or not isinstance(node, ast.Call): return ''
     if isinstance(_seen(node.func, frame), functools.partial): return 'partial'
     m = _first_argument(inner)
-    own = isinstance(m, nn.Module) and m is _first_argument(frame) and isinstance(node.func, ast.Attribute)
-    return 'bound' if own and not (node.args and _seen(node.args[0], frame) is m) else ''
+    if isinstance(m, type) and isinstance(node.func, ast.Attribute) and _is_classmethod(m, node.func.attr): return 'class'
+    if not _has_methods(type(m)) or node.args and _seen(node.args[0], frame) is m: return ''
+    named = node.func.attr if isinstance(node.func, ast.Attribute) else None
+    if m is _first_argument(frame) and isinstance(m, nn.Module) and named: return 'bound'
+    name = method_with(type(m), inner.f_code)
+    return 'method' if name==named is not None else 'object' if name=='__call__' else ''
+
+def _is_classmethod(kind, name): return isinstance(inspect.getattr_static(kind, name, None), classmethod)
+
+def _has_methods(kind): return isinstance(kind, type) and bool(kind.__flags__ & 1<<9) and not issubclass(kind, Tensor) # written in Python
 
 def _seen(node, frame): # What a name, with dots or without, is in a frame
     if isinstance(node, ast.Name): return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
@@ -249,6 +261,7 @@ def _function_with(code): # The function that has this code
 
 def _callee(source, node, f): # Where a call says which function it calls
     if not isinstance(node, ast.Call): raise NoSource(f"{f.__name__} is called by an operator")
+    if isinstance(node.func, ast.Call) and isinstance(node.func.func, ast.Name) and node.func.func.id==_PARTIAL: return source.span(node.func.args[0]) # changed before
     places = [node.func, *node.args, *(k.value for k in node.keywords)]
     if isinstance(node.func, ast.Name) or isinstance(node.func, ast.Attribute): 
         direct = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
@@ -317,14 +330,18 @@ def _edits(source, change, helper): # (span, text) that a change makes
     if change.kind=='exact': return _exact(source, change, helper)
     raise NoSource(f"there is no change of kind {change.kind!r}")
 
+_of_object = ('bound', 'method', 'object', 'class') # forms in which a function is given an object as its first argument
+
 def _called(source, change, helper):
     "Another function is called; a bound one gets its object as the first argument"
     form,*name = change.values or ('',)
-    if form=='partial': return [(change.at, f"partial_({helper}, *({source.text(change.at)}).args, **({source.text(change.at)}).keywords)")]
-    if form!='bound': return [(change.at, helper)]
+    if form=='partial': return [(change.at, f"{_PARTIAL}({helper}, *({source.text(change.at)}).args, **({source.text(change.at)}).keywords)")]
+    if form not in _of_object: return [(change.at, helper)]
     call = next(n for n in ast.walk(source.node) if isinstance(n, ast.Call) and source.span(n.func)==change.at)
     opens = next(t for t in _tokens(source, change.at[2:], source.span(call)[2:]) if t[0]=='(')
-    return [((*change.at[:2], *opens[2]), f"{helper}({name[0]}{', ' if call.args or call.keywords else ''}")]
+    first = name[0] if form=='bound' else source.text(source.span(call.func if form=='object' else call.func.value))
+    if form=='class': first = f"{source.text(change.at)}.__self__"
+    return [((*change.at[:2], *opens[2]), f"{helper}({first}{', ' if call.args or call.keywords else ''}")]
 
 def _exact(source, change, helper):
     "Another function is called, which is told the divisor as well; a method's object becomes its first argument"
@@ -359,7 +376,7 @@ def rewritten(
         name = _helper_name(c, f.__code__, helpers)
         edits += _edits(source, c, name)
         if name: helpers[name] = EXACT[c.values[0]] if c.kind=='exact' else rewritten(function_of(f, source, c), c.inner)
-    if any(c.values[:1]==('partial',) for c in e.changes): helpers['partial_'] = functools.partial
+    if any(c.values[:1]==('partial',) for c in e.changes): helpers[_PARTIAL] = functools.partial
     lines = _replaced(source.lines, edits)
     return _compiled(f, lines, helpers)
 
@@ -367,7 +384,7 @@ def _helper_name(c, code, taken):
     if c.kind not in ('call', 'exact'): return None
     name = c.inner.name.rpartition(':')[2].rpartition('.')[2] if c.kind=='call' else f"exact_{c.values[0]}"
     used = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars, *taken}
-    n = f"{name}_planned" if c.kind=='call' else name
+    n = f"{_HELPER}{name.strip('_')}" if c.kind=='call' else name
     while n in used and c.kind=='call': n += '_'
     return n
 
@@ -496,7 +513,11 @@ def _recoded(base, stages):
     made = {e.name:_method(inspect.getattr_static(before, e.name, None), e) for e in stages[-1]}
     old = {k:v for k,v in vars(before).items() if k in _kept(before, base)}
     names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__, __reduce_ex__=_reduce, _recoding=(base, stages))
-    return type(base.__name__, (base,), {**old, **made, **names})
+    tells = getattr(base.__init_subclass__, '__func__', None) is not None
+    return type(base.__name__, (_Quiet, base) if tells else (base,), {**old, **made, **names})
+
+class _Quiet: # Before a class that tells somebody of its subclasses
+    def __init_subclass__(cls, **kwargs): pass
 
 def _kept(before, base): return () if before is base else [k for k,v in vars(before).items() if isinstance(v, (types.FunctionType, staticmethod, classmethod)) and k!='__reduce_ex__']
 
