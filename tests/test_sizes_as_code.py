@@ -375,7 +375,7 @@ def test_plan_in_another_process(tmp_path):
 @pytest.mark.parametrize('name,how', HOW)
 def test_stays_an_instance_of_its_class(name, how):
     "Instances of their classes, with their signature, docstring, annotations and defaults, and nothing new on them"
-    m,_,_,dense = pruned(name, how)
+    m,_,_,dense = pruned.__wrapped__(name, how) # others compile and script the one that is kept, which leaves something on it
     for (n,a),b in zip(m.named_modules(), dense.modules()):
         assert isinstance(a, type(b)) and type(a).__name__==type(b).__name__, n
         s,t = inspect.signature(a.forward),inspect.signature(b.forward)

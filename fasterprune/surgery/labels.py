@@ -270,12 +270,12 @@ def _join(self:Labels, ra, rb):
     if ra.shape[1]==1 and rb.shape[1]==1: return self.union(ra[:,0], rb[:,0])
     sa,sb = {c.tobytes() for c in ra.T},{c.tobytes() for c in rb.T}
     ca,cb = [c for c in ra.T if c.tobytes() not in sb],[c for c in rb.T if c.tobytes() not in sa]
-    for c in list(ca):
-        i = next((i for i,d in enumerate(cb) if _parts(c)==_parts(d)), None)
-        if i is not None: self.union(c, cb.pop(i)); ca = [o for o in ca if o is not c]
     if len(ca)==1 and len(cb)>1: self.bind(ca[0], np.stack(cb, 1))
     elif len(cb)==1 and len(ca)>1: self.bind(cb[0], np.stack(ca, 1))
     else:
+        for c in list(ca):
+            i = next((i for i,d in enumerate(cb) if _parts(c)==_parts(d)), None)
+            if i is not None: self.union(c, cb.pop(i)); ca = [o for o in ca if o is not c]
         for c,d in zip(ca, cb): self.union(c, d)
         for c in ca[len(cb):]+cb[len(ca):]: self.pin(c, f"{self.here} joins dimensions that are divided in different ways")
 
