@@ -125,7 +125,7 @@ def test_widths_that_disagree_are_named():
 def test_nothing_is_said_where_nothing_is_stale():
     m = nn.Sequential(C(3,8,3), nn.BatchNorm2d(8), nn.ReLU(), C(8,4,3)).eval()
     r = cut(m, torch.randn(2,3,8,8))
-    assert r.removed and not r.mended and not r.named and not r.unseen
+    assert r.removed and not r.mended and not r.named and not r.plan.unseen
     assert stale_sizes(m, Plan(())) == ((),())
 
 def test_the_head_of_a_model():
@@ -159,11 +159,11 @@ class Aux(nn.Module): # with a head for training, and a token
 @pytest.mark.parametrize('m,want', [(Conditional(), {'c'}), (Experts(), {'e.0.0','e.0.2','e.2.0','e.2.2'}), (Aux(), {'aux','token'})])
 def test_layers_that_did_not_run(m, want):
     r = cut(m.eval(), torch.randn(2,8))
-    assert r.removed and set(r.unseen)==want
+    assert r.removed and set(r.plan.unseen)==want
 
 def test_all_ran():
     m = Conditional().eval()
-    assert cut(m, (torch.randn(2,8), torch.randn(2,5))).unseen==()
+    assert cut(m, (torch.randn(2,8), torch.randn(2,5))).plan.unseen==()
     m = Conditional().eval()
     assert never_ran(couple(m, torch.randn(2,8)), m, Plan(()))==() # nothing is cut
 

@@ -28,8 +28,8 @@ from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
 __all__ = ['size_calls', 'size_questions', 'Runner', 'Recorder', 'numbers_in', 'plainly', 'roughly', 'mutated', 'caller',
-           'CallLog', 'PlainNorms', 'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'clones', 'record_in',
-           'quiet', 'fake_trace', 'capture', 'capture_all']
+           'CallLog', 'PlainNorms', 'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'in_precision', 'clones',
+           'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000006
 class Runner(TorchDispatchMode):
@@ -288,6 +288,13 @@ def _of_its_kind(t, gen): # Other values than those of a tensor, as good for who
         if not torch.equal(own, own.round()): new = (new+.05*own.std()*torch.randn(n, generator=gen, dtype=torch.float64)).clamp(lo, hi)
     return v.masked_scatter(there, new)
 
+def in_precision(
+    x, # What the model is called with
+    dtype:torch.dtype|None, # For floating point tensors; None keeps theirs
+):
+    "The same values in another precision"
+    return tree_map(lambda t: t.to(dtype or t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
+
 def clones(
     model:nn.Module,
     dtype:torch.dtype|None=None, # For floating point numbers; None keeps theirs
@@ -305,9 +312,10 @@ def record_in(
     dtype:torch.dtype|None, # To compute in; None is the model's own
     instead:dict|None=None, # As for `clones`
     state:dict|None=None, # From `clones`, where that has been made; it is not written to
+    own:bool=False, # On the values of `x` themselves, where these decide what runs
 )->list: # The tensors that it returns
     "Run a copy of a model on a probe, in another precision"
-    return record(model, probe(x, dtype), rec, clones(model, dtype, instead) if state is None else state)
+    return record(model, in_precision(x, dtype) if own else probe(x, dtype), rec, clones(model, dtype, instead) if state is None else state)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000011
 @contextlib.contextmanager

@@ -288,7 +288,7 @@ def observe(
     return res
 
 def _observe(model, x, c, w, terms, instead, dtype):
-    d,facts,reads,nodes = Constants(),{},{},c.labels.trace.nodes
+    d,facts,reads,nodes,sized = Constants(),{},{},c.labels.trace.nodes,{} # sized: tensor → its dimensions that have another size in another run
     mine = range(w.first_node, w.first_node+len(w.trace.nodes))
     for i,r in enumerate(c.labels.reads):
         if r.node in mine: reads.setdefault(nodes[r.node].key, []).append((i,r))
@@ -297,6 +297,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         d.before = args[0].clone() if func.overloadpacket.__name__ in forgets else None
         return func(*args, **kwargs)
     def listen(node, args, out):
+        if not d.dep: sized.update(_sizes_of_inputs(c, w, rec.trace))
         if not d.dep: d.dep |= {r.id for r in rec.trace.inputs} | {i for i,n in rec.trace.names.items() if n in w.trace.state}
         s = _site(d, rec.trace, node, args)
         for i,r in reads.get(node.key, ()): facts[i] = facts_of(s, r, Site(nodes[r.node], c.labels.trace, {}))
@@ -305,9 +306,11 @@ def _observe(model, x, c, w, terms, instead, dtype):
         if node.op in FRESH or places: d.fresh |= {r.id for r in node.outs}
         _walk(d, s)
         if node.key in c.varying and not places: _only_zeros(d, node, out)
+        elif _adds_up(node, s, sized): _only_zeros(d, node, out)
         elif c.resized: _not_averaged(d, node, s.tensors, out)
+        sized.update({r.id:{k for j,k in other if j==i} for other in [c.resized.get(node.key, set())-{None}] for i,r in enumerate(node.outs)})
     rec = Recorder(listen, run, w.trace.training)
-    record_in(model, x, rec, dtype, instead)
+    record_in(model, x, rec, dtype, instead, own=not c.trace.fake)
     if len(facts)<sum(map(len, reads.values())): raise ValueError('the model ran other operators than it did while it was captured')
     return facts
 
@@ -330,6 +333,24 @@ def _only_zeros(d, node, out):
         d.dep.add(r.id)
         if len(d.env[r.id])!=t.dim(): d.env[r.id] = [fixed(n) for n in t.shape]
         d.env[r.id] = [_axis(_const(a) & _cpu((t==0).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
+
+_SUMS = ('sum', 'nansum', 'cumsum', 'prod', 'cumprod', 'logsumexp', 'linalg_vector_norm', 'norm')
+_CONTRACTIONS = {'mm':('self', 'mat2'), 'bmm':('self', 'mat2'), 'addmm':('mat1', 'mat2'), 'baddbmm':('batch1', 'batch2')}
+
+def _sizes_of_inputs(c, w, trace): # As `sized`, for what the model is called with
+    others = [[v.trace.shapes[r.id] for r in v.trace.inputs] for v in c.witnesses if v is not w]
+    mine = [trace.shapes[r.id] for r in trace.inputs]
+    return {r.id:{k for o in others if len(o)==len(mine) and len(o[i])==len(mine[i]) for k,(m,n) in enumerate(zip(o[i], mine[i])) if m!=n} for i,r in enumerate(trace.inputs)}
+
+def _adds_up(node, s, sized): # Does it add up as many numbers as there are places, of which there are more in another run?
+    if node.op in _CONTRACTIONS:
+        a,b = (s[k] for k in _CONTRACTIONS[node.op])
+        return len(s.shape('self'))-1 in sized.get(a.id, ()) or len(s.axes(b))-2 in sized.get(b.id, ())
+    if node.op not in _SUMS: return False
+    x,dims = s['self'],s['dim']
+    n = len(s.axes(x))
+    dims = range(n) if dims is None or dims==[] else [dims] if isinstance(dims, int) else dims
+    return any(k%n in sized.get(x.id, ()) for k in dims) if n else False
 
 def _not_averaged(d, node, tensors, out):
     "A constant that was not the same everywhere, and is one number now, is another number where there are more places"

@@ -77,6 +77,7 @@ class Plan:
     kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=() # (layer, size of its kernel before, after), where rows or columns of it are cut off
     branches:tuple[Branch,...]=() # They go before anything is cut; of their parameters, `edits` keep nothing
     factors:tuple[tuple[str,str,int],...]=() # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
+    unseen:tuple[str,...]=() # Layers, and parameters, that no run has touched and that have a size which is cut
     apart:tuple[str,...]=() # Layers that are cut and of which code uses some tensors only: the others stay as they are
 
     @property
@@ -174,7 +175,8 @@ def __repr__(self:Plan):
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
     mixed = [f"  {n:<{w}}  statistics change, so this is not equal to the model before: {why}" for n,why in self.mixed]
     held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
-    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *held])
+    unseen = [f"  {n:<{w}}  did not run, is not cut along, and may not fit any more" for n in self.unseen]
+    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *held, *unseen])
 
 def with_branches(
     plan:Plan, # Of the model without them

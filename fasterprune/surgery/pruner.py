@@ -122,7 +122,8 @@ def plan(self:Pruner,
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
     self.couple(loose=how is None)
-    return self._chosen(how)[0] if how is not None else self._clean()
+    plan = self._chosen(how)[0] if how is not None else self._clean()
+    return replace(plan, unseen=never_ran(self.coupling, self.model, plan))
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
@@ -193,7 +194,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     mended,stale = stale_sizes(self.model, plan)
-    plan,unseen = replace(plan, attrs=(*plan.attrs, *mended)),never_ran(self.coupling, self.model, plan)
+    plan = replace(plan, attrs=(*plan.attrs, *mended), unseen=never_ran(self.coupling, self.model, plan))
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
     try:
         done = op.run_()
@@ -202,7 +203,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     except BaseException:
         op.restore_()
         raise
-    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, unseen=unseen, stale=stale, notes=self.coupling.tried, **done)
+    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, stale=stale, notes=self.coupling.tried, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''

@@ -108,7 +108,6 @@ class Report:
     measured:object=None # `Measured`: what a budget in time came to; None where it was not asked for
     witnesses:tuple=() # `Checked`: the calls at which the law was checked, the example first
     notes:tuple=() # What could not be seen, in words
-    unseen:tuple=() # Layers that no run has touched and that have a size which was cut
     stale:tuple=() # (module, attribute, number): what still says an old size
 
     @property
@@ -197,7 +196,7 @@ def _counts(self):
 def _elsewhere(self): # What no run has shown
     if self.plan.recoded: yield 'loading', 'a pickle of the whole model needs fasterprune, which makes the changed classes again; weights alone do not'
     for n in self.notes: yield 'not seen', n
-    if self.unseen: yield 'not run', f"{_listed(self.unseen)}: no run of the example touched {'them' if len(self.unseen)>1 else 'it'}, so {'they were' if len(self.unseen)>1 else 'it was'} not cut along and may not fit any more"
+    if self.plan.unseen: yield 'not run', f"{_listed(self.plan.unseen)}: no run of the example touched {'them' if len(self.plan.unseen)>1 else 'it'}, so {'they were' if len(self.plan.unseen)>1 else 'it was'} not cut along and may not fit any more"
     by,places = {},{}
     for m,k,v in self.stale: by.setdefault((m, re.split(r'[.[]', k)[0]), {})[str(v)] = True
     for (m,k),vs in by.items(): places.setdefault((k, tuple(vs)), []).append(m)

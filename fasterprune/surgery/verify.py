@@ -35,13 +35,14 @@ def outputs(
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
     state:dict|None=None, # Parameters and buffers in that precision, where they are at hand
     steady:bool=False, # Let dropout keep everything, as where the law is checked in training mode
+    own:bool=False, # As for `record_in`
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     run = _steadily(run) if steady else run
     rec = Runner(run if around is None else around(run), training, exact=c is None or not c.exact)
-    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state)]
+    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state, own)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
 

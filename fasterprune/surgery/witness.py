@@ -12,14 +12,15 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import as_call
+from ..core import as_call, modules_of
 from .checks import of_example
 from .capture import Recorder, capture, fake_trace
 from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of', 'capture_witnesses']
+__all__ = ['FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of', 'capture_witnesses',
+           'asks_for_training']
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000004
 @dataclass(frozen=True)
@@ -195,12 +196,19 @@ def varying(
 
 def resized(
     traces:tuple, # Of several runs, the example's first
-)->set: # Keys of nodes
+)->dict: # Key of a node → (result, dimension) of the sizes; None where a result has other dimensions
     "Find the operators of which the results have other sizes in another run"
     first,*others = traces
     shape = lambda t, n: [t.shapes[r.id] for r in n.outs]
-    by_key = {n.key:shape(first, n) for n in first.nodes}
-    return {n.key for t in others for n in t.nodes if by_key.get(n.key)!=shape(t, n)}
+    by_key,res = {n.key:shape(first, n) for n in first.nodes},{}
+    for t in others:
+        for n in t.nodes:
+            if (was := by_key.get(n.key))!=(now := shape(t, n)): res.setdefault(n.key, set()).update(_other_sizes(was, now))
+    return res
+
+def _other_sizes(was, now): # (which, dimension) of the shapes that differ
+    if was is None or [*map(len, was)]!=[*map(len, now)]: return [None]
+    return [(i, k) for i,(s,t) in enumerate(zip(was, now)) for k,(m,n) in enumerate(zip(s, t)) if m!=n]
 
 def _same_numbers(n, o):
     if n.op in FRESH: return n.args[1:]==o.args[1:] or 'full' not in n.op
@@ -244,7 +252,25 @@ def capture_witnesses(
         if not _sensible(trace, t): continue
         res.append((y, t))
         break
+    last = res[-1][0] if res else x
+    if (t := _in_training(model, last, trace, [t for _,t in res], base())) is not None: res.append((last, t))
     return tuple(res),tuple(tried)
+
+def asks_for_training(
+    model:nn.Module,
+)->bool:
+    "Tell whether code that is not PyTorch's asks for training mode"
+    kinds = {type(m) for _,m in modules_of(model)}
+    own = {k for k in kinds if not k.__module__.startswith('torch.')}
+    codes = [v.__code__ for k in own for b in k.__mro__ if not b.__module__.startswith('torch.') for v in vars(b).values() if hasattr(v, '__code__')]
+    return any('training' in code.co_names for code in codes)
+
+def _in_training(model, x, trace, traces, base): # A run in training mode, where code says other sizes and numbers than in those runs
+    if not asks_for_training(model): return None
+    try: t = fake_trace(model, x, rec=Recorder(training=tuple(n for n,_ in modules_of(model)), base=base))
+    except Exception: return None # it does not run so
+    seen = {k.place for r in (trace, *traces) for k in r.calls}
+    return t if any(k.place not in seen for k in t.calls) else None
 
 def _sensible(a:Trace, b:Trace)->bool: # Does each sample still give one? Code may run on, with parts of images for images
     first = lambda t, refs: [t.shapes[r.id][:1] for r in refs]
