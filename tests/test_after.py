@@ -278,9 +278,9 @@ def test_a_copy_that_fails_takes_all_back(monkeypatch):
     copies = [deepcopy(m), AveragedModel(m)]
     before = [everything(c) for c in (m, *copies)]
     calls,plain = [],operation_module.relative_error
-    monkeypatch.setattr(operation_module, 'relative_error', lambda *a: calls.append(1) or (plain(*a) if len(calls)<5 else .5)) # the model at two witnesses, the first copy twice, then
+    monkeypatch.setattr(operation_module, 'relative_error', lambda *a: calls.append(1) or (plain(*a) if len(calls)<6 else .5)) # the model at two calls and in training mode, the first copy twice, then
     with pytest.raises(VerificationError): Pruner(m, x).prune(.5, optimizer=opt, also=copies)
-    assert all(same(everything(c), b) for c,b in zip((m, *copies), before)) and len(calls)==5
+    assert all(same(everything(c), b) for c,b in zip((m, *copies), before)) and len(calls)==6
     step(m, opt)
 
 def test_what_is_no_copy_is_refused():

@@ -170,9 +170,9 @@ def test_all_ran():
 # ---- in words
 
 def test_the_report_says_both():
-    r = Report(Plan(()), (1,1), (1,1), 'masks', None, '', unseen=('c','aux'), stale=(('','worms',32), ('','info[0].chs',16), ('','info[1].chs',32), ('b','dim',8), ('c','dim',8)))
+    r = Report(Plan((), unseen=('c','aux')), (1,1), (1,1), 'masks', None, '', stale=(('','worms',32), ('','info[0].chs',16), ('','info[1].chs',32), ('b','dim',8), ('c','dim',8)))
     lines = str(r).splitlines()
     assert 'not run     c and aux: no run of the example touched them, so they were not cut along and may not fit any more' in lines
     for l in ('still says  32: worms of the model', 'still says  16 and 32: info of the model', 'still says  8: dim of b and 1 more'): assert l in lines
     assert 'c' in [w.strip(':,') for w in str(r).split()]
-    assert 'not run' not in str(replace(r, unseen=())) and 'still' not in str(replace(r, stale=()))
+    assert 'not run' not in str(replace(r, plan=Plan(()))) and 'still' not in str(replace(r, stale=()))

@@ -345,7 +345,7 @@ def _sizes_of_inputs(c, w, trace): # As `sized`, for what the model is called wi
 def _adds_up(node, s, sized): # Does it add up as many numbers as there are places, of which there are more in another run?
     if node.op in _CONTRACTIONS:
         a,b = (s[k] for k in _CONTRACTIONS[node.op])
-        return len(s.shape('self'))-1 in sized.get(a.id, ()) or len(s.axes(b))-2 in sized.get(b.id, ())
+        return len(s.axes(a))-1 in sized.get(a.id, ()) or len(s.axes(b))-2 in sized.get(b.id, ())
     if node.op not in _SUMS: return False
     x,dims = s['self'],s['dim']
     n = len(s.axes(x))

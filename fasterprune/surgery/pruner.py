@@ -78,13 +78,14 @@ def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that ca
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
     plan,gone,trace = settle(c, lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    return shrink_kernels(c, self.x, replace(plan, held=tuple(held(c, seen, foldable, gone))), trace, self._may_layer),gone,trace
+    plan = replace(plan, held=tuple(held(c, seen, foldable, gone)), unseen=never_ran(c, self.model, plan))
+    return shrink_kernels(c, self.x, plan, trace, self._may_layer),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
     plan,gone,small,self.measured = chosen(self.model, self.x, self.coupling, how)
     if how.context!='local' or how.budget is not None: warn_of_emptied(plan, stacklevel=4)
-    return plan,gone,small
+    return replace(plan, unseen=never_ran(self.coupling, self.model, plan)),gone,small
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000009
 def _choice(p, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, *how): # None removes what is dead
@@ -122,8 +123,7 @@ def plan(self:Pruner,
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
     self.couple(loose=how is None)
-    plan = self._chosen(how)[0] if how is not None else self._clean()
-    return replace(plan, unseen=never_ran(self.coupling, self.model, plan))
+    return self._chosen(how)[0] if how is not None else self._clean()
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
@@ -194,7 +194,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
         return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     mended,stale = stale_sizes(self.model, plan)
-    plan = replace(plan, attrs=(*plan.attrs, *mended), unseen=never_ran(self.coupling, self.model, plan))
+    plan = replace(plan, attrs=(*plan.attrs, *mended))
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
     try:
         done = op.run_()
