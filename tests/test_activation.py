@@ -311,7 +311,7 @@ def test_hrank_tol(bad):
 def test_thinet_entries(bad):
     with pytest.raises(ValueError, match='thinet: entries is a whole number of at least 1, not '): thinet(bad)
 
-@pytest.mark.parametrize('c', [*FAMILY, apoz(.1), entropy(10), hrank(.01), thinet(3)], ids=str)
+@pytest.mark.parametrize('c', [*FAMILY, apoz(.1), entropy(10), hrank(.01), thinet(3)], ids=lambda c: getattr(c, 'name', c))
 def test_they_pickle(c):
     c = criteria[c] if isinstance(c, str) else c
     assert pickle.loads(pickle.dumps(c)) == c or c.name in ('apoz', 'entropy', 'hrank', 'thinet') and pickle.loads(pickle.dumps(c)).name == c.name

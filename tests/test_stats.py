@@ -406,7 +406,7 @@ def broken(kind, at):
     return loss
 
 @pytest.mark.parametrize('kind', [None, Stop, KeyboardInterrupt])
-@pytest.mark.parametrize('by', ['gradient', 'sample', curvature], ids=str)
+@pytest.mark.parametrize('by', ['gradient', 'sample', curvature], ids=lambda by: getattr(by, '__name__', by))
 def test_the_model_is_as_before(kind, by):
     torch.manual_seed(1)
     m = Noisy(); m.train(); m.bn.eval(); m.c.weight.requires_grad_(False)
@@ -711,7 +711,7 @@ def test_each_row_heard_in_training_is_a_samples_gradient(): # scaled to the sum
     fit(learn, 2, [cb, Check()])
     assert seen[0]==pytest.approx(got[0], rel=1e-4)
 
-@pytest.mark.parametrize('by', ['sample', curvature, 'flow'], ids=str)
+@pytest.mark.parametrize('by', ['sample', curvature, 'flow'], ids=lambda by: getattr(by, '__name__', by))
 def test_what_steps_do_not_give_is_gathered_on_their_batches(by):
     def g2(b): return dict(wg=b.g.square().double())
     c = Criterion('c', _weigh, stats=(Statistic('wg', g2, at='weight', by=by),))

@@ -326,7 +326,7 @@ def test_what_they_need(name):
     assert c.stats[0].by == NEEDS[name] and c.family in ('taylor', 'curvature') and c.note and (c.source or name == 'weight_change')
     assert ('gradients' in c.needs) == (NEEDS[name] in ('gradient', 'sample')) and ('training' in c.needs) == (name in ('movement', 'weight_change'))
 
-@pytest.mark.parametrize('c', [*NEEDS, 'grasp', 'obd', 'hap_trace', taylor_act(False), grasp(1), obd(2, 3), hap_trace(2, by='weights')], ids=str)
+@pytest.mark.parametrize('c', [*NEEDS, 'grasp', 'obd', 'hap_trace', taylor_act(False), grasp(1), obd(2, 3), hap_trace(2, by='weights')], ids=lambda c: getattr(c, 'name', c))
 def test_they_pickle(c):
     c = criteria[c] if isinstance(c, str) else c
     assert pickle.loads(pickle.dumps(c)).stats[0].name == c.stats[0].name

@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/adapters.html.md"""
 __all__ = ['ADAPTERS', 'adapter', 'adapted_class', 'multihead_attention']
 
 # %% ../../nbs/surgery/00_adapters.ipynb #00000002
+import inspect, types, typing
 from collections.abc import Callable
 from functools import lru_cache
 import torch
@@ -37,7 +38,16 @@ def adapted_class(
 )->type|None: # A subclass of the same name that computes by the adapter; None where there is no adapter
     "The class of a module that runs through its adapter"
     if kind not in ADAPTERS: return None
-    return type(kind.__name__, (kind,), dict(forward=ADAPTERS[kind], __module__=kind.__module__, __doc__=kind.__doc__))
+    forward = _signed(ADAPTERS[kind], kind.forward)
+    return type(kind.__name__, (kind,), dict(forward=forward, __module__=kind.__module__, __doc__=kind.__doc__))
+
+def _signed(f, like): # A function of its own with the annotations and the docstring of another
+    if not isinstance(f, types.FunctionType): return f
+    new = types.FunctionType(f.__code__, f.__globals__, like.__name__, f.__defaults__, f.__closure__)
+    new.__kwdefaults__,new.__doc__,new.__module__,new.__qualname__ = f.__kwdefaults__,like.__doc__,like.__module__,like.__qualname__
+    new.__annotations__ = typing.get_type_hints(like)
+    new.__signature__ = inspect.signature(like)
+    return new
 
 # %% ../../nbs/surgery/00_adapters.ipynb #00000007
 def _project(m, q, k, v):

@@ -6,10 +6,11 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/capture.html.md"""
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000002
 from __future__ import annotations
-import contextlib, gc, logging, sys, weakref
+import ast, contextlib, logging, sys, types, weakref
 from functools import lru_cache
 from typing import Callable
 
+import executing
 import torch
 from torch import nn, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -52,29 +53,37 @@ class Runner(TorchDispatchMode):
         self.seen[where] = n+1
         return (*where, n)
 
+    again = False # Has the copy been called before?
+    def forget(self): "Be told that what ran so far was another call"
     def begin(self, state:dict, call): "Be told the tensors of the copy, by name, and what it is called with"
-    def end(self, copy:nn.Module, state:dict, found:list): "Be told the tensors that it returned"
+    def end(self, model:nn.Module, copy:nn.Module, state:dict, found:list): "Be told the tensors that it returned"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(self.key(func.overloadpacket.__name__), func, args, kwargs or {})
 
 class Recorder(Runner):
     "Write down each operator that passes; `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0):
+    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0, again:bool=False):
         super().__init__(run, training, exact)
+        self.again = again
         self.trace,self.refs,self.count,self.listen,self.at = Trace(base=base),WeakIdKeyDictionary(),0,listen,{}
 
     watches = True
+    def forget(self):
+        t = self.trace
+        for o in (t.nodes, t.calls, t.asked, t.given, self.seen): o.clear()
+
     @property
     def modes(self): return [CallLog(self), self]
 
     def begin(self, state, call):
-        self.trace.training = self.training
+        self.trace.training,self.trace.again = self.training,self.again
         for n,t in state.items(): self.trace.names[self.ref(t).id] = n
         self.count += self.trace.base
         self.trace.inputs = [self.ref(t) for t in tensors_in(call)]
 
-    def end(self, copy, state, found):
+    def end(self, model, copy, state, found):
+        self.trace.counts = any(_numbers_on(m)!=_numbers_on(c) for (_,m),(_,c) in zip(modules_of(model), modules_of(copy)))
         written = {r.id for n in self.trace.nodes for r in n.mutates}
         now = state_of(copy)
         self.trace.state = {n for i,n in self.trace.names.items() if i in written or now.get(n) is not state[n]}
@@ -116,8 +125,18 @@ class Recorder(Runner):
         value = numbers_in(args[0]) if op=='lift_fresh' and type(args[0]) is Tensor else ()
         node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), key[0], key, value)
         self.trace.nodes.append(node)
+        if op=='lift_fresh' and not _is_written_there(): self.trace.given.update(r.id for r in node.outs)
         if self.listen is not None: self.listen(node, args, out)
         return out
+
+def _is_written_there(): # Do the numbers of a new tensor stand in the code that makes it, and not on an object?
+    f = sys._getframe(2)
+    while f is not None and _is_ours(f.f_code.co_filename): f = f.f_back
+    node = executing.Source.executing(f).node if f is not None else None
+    return node is not None and not any(isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and not isinstance(_named(f, n.value.id), types.ModuleType) for a in getattr(node, 'args', ()) for n in ast.walk(a))
+
+def _named(f, name): return f.f_locals.get(name, f.f_globals.get(name))
+def _is_ours(file): return file.startswith(_ours) # of PyTorch and of this file
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000007
 def numbers_in(
@@ -136,6 +155,7 @@ def roughly(key, func, args, kwargs):
     return torch.cat([func(args[0][:_few], *args[1:], **kwargs)]*-(-n//_few))[:n]
 
 _few = 8
+_ours = (torch.__file__.rpartition('__init__')[0], __file__)
 
 def mutated(
     func, # An `OpOverload`
@@ -241,9 +261,12 @@ def record(
         plain_operators_()
         fixed_seeds()
         for m in rec.modes: modes.enter_context(m)
+        if rec.again:
+            copy(*args, **kwargs)
+            rec.forget()
         found = tensors_in(out := copy(*args, **kwargs))
         modes.close()
-        rec.end(copy, state, found)
+        rec.end(model, copy, state, found)
     if not found: raise PruningError(f"the model returned {type(out).__name__}, in which no tensor was found")
     return found
 
@@ -359,6 +382,8 @@ def capture(
     return rec.trace
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000001e
+def _numbers_on(m): return {k:v for k,v in vars(m).items() if type(v) in (int, float)}
+
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

@@ -221,7 +221,7 @@ def dry_run(
     director:Director|None=None, # Corrects what the code says, and notes it; None: the code speaks for itself
 )->Outcome:
     "Run the network as it would be, on fake tensors, and compare every shape"
-    rec,look,found = Recorder(run=roughly, training=w.trace.training),Comparison(c, gone, w),[]
+    rec,look,found = Recorder(run=roughly, training=w.trace.training, again=w.trace.again),Comparison(c, gone, w),[]
     rec.direct = director
     attrs,params = new_attributes(model, plan) if w.trace.fake else [],dict(model.named_parameters())
     def listen(node, *_):

@@ -9,6 +9,7 @@ __all__ = ['AVERAGES', 'Constants', 'reaches', 'Facts', 'constant_values', 'fact
            'dead_labels', 'held']
 
 # %% ../../nbs/surgery/05_liveness.ipynb #00000002
+import functools
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -305,8 +306,8 @@ def _observe(model, x, c, w, terms, instead, dtype):
         places = c.varying.get(node.key) and all(r.id in d.dep or r.id in d.fresh for r in s.tensors) # numbers that only say where, of what has no other value elsewhere
         if node.op in FRESH or places: d.fresh |= {r.id for r in node.outs}
         _walk(d, s)
-        if node.key in c.varying and not places: _only_zeros(d, node, out)
-        elif _adds_up(node, s, sized): _only_zeros(d, node, out)
+        if node.key in c.varying and not places: _only_zeros(d, node, out, _zeros_of(node, s, out))
+        elif _adds_up(node, s, sized): _only_zeros(d, node, out, tensors_in(out))
         elif c.resized: _not_averaged(d, node, s.tensors, out)
         sized.update({r.id:{k for j,k in other if j==i} for other in [c.resized.get(node.key, set())-{None}] for i,r in enumerate(node.outs)})
     rec = Recorder(listen, run, w.trace.training)
@@ -322,17 +323,25 @@ def _site(d, trace, node, args):
         d.learn(r, trace)
         if r.id in d.dep or r.id in d.env: continue
         d.env[r.id] = [_axis(np.ones(n, bool)) for n in trace.shapes[r.id]]
-        if r.id in trace.names or node.op=='lift_fresh': continue
+        if r.id in trace.names or node.op=='lift_fresh' and node.outs[0].id not in trace.given: continue
         d.dep.add(r.id) # it comes from elsewhere: an attribute, an array
         d.env[r.id] = [fixed(n) for n in trace.shapes[r.id]]
     return s
 
-def _only_zeros(d, node, out):
-    "Of what was computed with numbers of this input, only zeros are the same for another"
+_FROM_NUMBERS = (*FRESH, 'scalar_tensor', 'add', 'add_', 'sub', 'sub_', 'rsub', 'fill', 'fill_', 'masked_fill', 'masked_fill_', 'where', 'clamp', 'clamp_') # a zero may be that of a number
+_PRODUCTS = ('mul', 'mul_', 'div', 'div_') # with a number that another run has not, zero stays zero
+
+def _zeros_of(node, s, out): # The tensors of which zeros stay zero, whatever the numbers are
+    if node.op in _FROM_NUMBERS: return []
+    return [v for v in s.values.values() if isinstance(v, Tensor)] if node.op in _PRODUCTS else tensors_in(out)
+
+def _only_zeros(d, node, out, zeros):
+    "Of what was computed with numbers of this input, only zeros are the same for another, where one of these tensors is zero as well"
+    zeros = [v==0 for v in zeros]
     for r,t in zip(node.outs, tensors_in(out)):
         d.dep.add(r.id)
         if len(d.env[r.id])!=t.dim(): d.env[r.id] = [fixed(n) for n in t.shape]
-        d.env[r.id] = [_axis(_const(a) & _cpu((t==0).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
+        d.env[r.id] = [_axis(_const(a) & _cpu(_all_zero(t, zeros).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
 
 _SUMS = ('sum', 'nansum', 'cumsum', 'prod', 'cumprod', 'logsumexp', 'linalg_vector_norm', 'norm')
 _CONTRACTIONS = {'mm':('self', 'mat2'), 'bmm':('self', 'mat2'), 'addmm':('mat1', 'mat2'), 'baddbmm':('batch1', 'batch2')}
@@ -352,6 +361,9 @@ def _adds_up(node, s, sized): # Does it add up as many numbers as there are plac
     dims = range(n) if dims is None or dims==[] else [dims] if isinstance(dims, int) else dims
     return any(k%n in sized.get(x.id, ()) for k in dims) if n else False
 
+def _all_zero(t, zeros): # Where a result is zero because an operand is
+    return (t==0) & functools.reduce(torch.logical_or, [z for z in zeros if z.shape==t.shape], torch.zeros_like(t, dtype=torch.bool))
+
 def _not_averaged(d, node, tensors, out):
     "A constant that was not the same everywhere, and is one number now, is another number where there are more places"
     uneven = any(r.id in d.uneven for r in tensors)
@@ -364,6 +376,10 @@ def _not_averaged(d, node, tensors, out):
             if uneven and (const & (value!=0) & ~np.isnan(value)).any(): d.env[r.id][i] = d._rooted(_axis(const & ((value==0) | np.isnan(value))), a, slice(None))
 
 def _walk(d, s):
+    if given := [r for r in s.node.outs if r.id in s.trace.given]:
+        d.dep.update(r.id for r in given)
+        d.env.update({r.id:[fixed(n) for n in s.trace.shapes[r.id]] for r in given})
+        return
     dep = any(r.id in d.dep for r in s.tensors) and s.node.op not in FRESH or 'rand' in s.node.op
     before = {m.id:d.env.get(m.id) for m in s.node.mutates}
     at = s.trace.storage.get

@@ -72,6 +72,9 @@ class Trace:
     base:int = 0 # What is added to the numbers of all tensors but parameters and buffers, so that two traces share only these
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
+    given:set = field(default_factory=set) # `Ref` ids of tensors that were made of numbers which the code keeps elsewhere, such as in a list or an array
+    again:bool = False # Had it been called before, since the code counts its calls?
+    counts:bool = False # Did the code set a number on a module?
     state:set = field(default_factory=set) # Names of buffers and parameters that the code assigned or wrote to
 
     def name_of(self, ref:Ref)->str|None:

@@ -119,6 +119,7 @@ def joined(
         whole.shapes.update(t.shapes)
         whole.storage.update(t.storage)
         whole.inputs += t.inputs
+        whole.given |= t.given
         whole.outputs += t.outputs
     return whole,tuple(res)
 
@@ -227,7 +228,7 @@ def inputs_of(
 )->set: # Ids
     "Find what a model is given: its arguments, what it keeps between calls, and tensors that are neither its parameters nor made by it"
     known = {r.id for n in trace.nodes for r in n.outs}
-    res = {r.id for r in trace.inputs} | {i for i,n in trace.names.items() if n in trace.state}
+    res = {r.id for r in trace.inputs} | trace.given | {i for i,n in trace.names.items() if n in trace.state}
     for n in trace.nodes:
         if n.op!='lift_fresh': res |= {r.id for r in tensors_of(n) if r.id not in known and r.id not in trace.names}
     return res
@@ -246,7 +247,7 @@ def capture_witnesses(
         with of_example(model, y): res.append((y, capture(model, y, training=trace.training, base=base())))
     if not trace.fake: return tuple(res),('which path the code takes depends on values; only the path of this example is known, and no other sizes were tried',)
     for y in variants(x):
-        rec = Recorder(training=trace.training, base=base())
+        rec = Recorder(training=trace.training, base=base(), again=trace.counts)
         try: t = fake_trace(model, y, rec=rec)
         except Exception: continue # the model does not take it
         if not _sensible(trace, t): continue
