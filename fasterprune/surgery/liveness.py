@@ -233,7 +233,9 @@ def facts_of(
 )->Facts:
     "Note what a reader sees"
     named = lambda ref: [k for k,a in was.args.items() if a==ref]
+    if not named(r.data) or r.weight is not None and not named(r.weight): raise ValueError(_OTHERS)
     data = named(r.data)[0]
+    if r.dim>=len(s.axes(data)): raise ValueError(_OTHERS)
     const = _const(s.axes(data)[r.dim])
     value = constant_values(s.values[data], r.dim, const)
     if r.weight is None: return Facts(const, value, None, None)
@@ -244,6 +246,8 @@ def facts_of(
     uneven = conv and (r.transposed or s.node.op=='deform_conv2d' or any(s['padding'])) or not conv and w.ndim>2
     if const.any() and not uneven: fold = _weight_sum(w.detach().double(), conv, r.groups)
     return Facts(const, value, reaches(w, conv, r.transposed, r.groups), fold)
+
+_OTHERS = 'the model ran other operators than it did while it was captured, so nothing can be said of what is dead in it; call it once before, if its first call builds something'
 
 def _weight_sum(w, conv, groups): # `(groups, out per group, in per group)`: weights summed over the kernel
     w = _cpu(w.flatten(2).sum(2)) if conv else _cpu(w).T
@@ -312,7 +316,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         sized.update({r.id:{k for j,k in other if j==i} for other in [c.resized.get(node.key, set())-{None}] for i,r in enumerate(node.outs)})
     rec = Recorder(listen, run, w.trace.training)
     record_in(model, x, rec, dtype, instead, own=not c.trace.fake)
-    if len(facts)<sum(map(len, reads.values())): raise ValueError('the model ran other operators than it did while it was captured')
+    if len(facts)<sum(map(len, reads.values())): raise ValueError(_OTHERS)
     return facts
 
 def _site(d, trace, node, args):

@@ -82,8 +82,9 @@ def _said(c, call, kept):
     axes = tuple(a for r in call.outs for a in kept.axes(r))
     if call.name=='scaled_dot_product_attention':
         q = call.args[0] if call.args else call.kwargs['query']
-        if implicit_scale(call) and kept.of(q)[-1] is not None:
-            return Said(call.name, scale=kept.trace.shapes[q.id][-1]**-.5, axes=(kept.axes(q)[-1],))
+        width = kept.trace.shapes[q.id][-1]
+        if implicit_scale(call) and kept.of(q)[-1] not in (None, width):
+            return Said(call.name, scale=width**-.5, axes=(kept.axes(q)[-1],))
     elif call.name=='split':
         dim = call.kwargs.get('dim', call.args[2] if len(call.args)>2 else 0)
         if any(o[dim] is not None for o in outs):

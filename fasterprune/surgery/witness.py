@@ -19,8 +19,8 @@ from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of', 'capture_witnesses',
-           'asks_for_training']
+__all__ = ['SIZED', 'FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of',
+           'capture_witnesses', 'asks_for_training']
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000004
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Witness:
     def shapes_text(self)->str: "In words: 2×3×32×32"; return ' and '.join('×'.join(map(str, s)) for s in self.shapes)
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000006
-_sized = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 'repeat'} # what their numbers mean is seen in the shapes
+SIZED = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 'repeat'} # what their numbers mean is seen in the shapes
 _placed = {'slice', 'split', 'split_with_sizes', 'unsafe_split', 'select', 'unbind', 'roll'} # numbers that are positions of one dimension
 _spatial = ('upsample', '_upsample', 'adaptive', '_adaptive', 'max_pool', 'avg_pool') # of dimensions in which nothing can be cut
 
@@ -62,14 +62,14 @@ def runs_alike(
         if n.func is not o.func or n.module!=o.module or len(n.outs)!=len(o.outs): return False
         if not _same_args(n, o, ours, lambda r, k: labelled(r.id, k)): return False
         if not all(r.id==ours(q) and same_shape(r, q) for r,q in zip(n.outs, o.outs)): return False
-        if n.op in _sized and not _regrouped_alike(a, b, n, o, labelled): return False
+        if n.op in SIZED and not _regrouped_alike(a, b, n, o, labelled): return False
     return [r.id for r in a.outputs]==[ours(r) for r in b.outputs]
 
 def _merged(axis): # Does each label stand at several positions, as where a batch is merged into heads?
     return len(np.unique(axis.rows, axis=0))<axis.n
 
 def _same_args(n:Node, o:Node, ours, labelled)->bool:
-    free = n.op in _sized or n.op.startswith(_spatial) or rule_for(n) in (pointwise, filled) or n.op in ('arange', 'full', 'lift_fresh', 'linspace', 'eye')
+    free = n.op in SIZED or n.op.startswith(_spatial) or rule_for(n) in (pointwise, filled) or n.op in ('arange', 'full', 'lift_fresh', 'linspace', 'eye')
     if n.op in _placed and n.args[1:]!=o.args[1:]:
         names = signature(n.func)[0]
         dim = n.args[names.index('dim')] if 'dim' in names and len(n.args)>names.index('dim') else n.kwargs.get('dim', 0)
@@ -192,7 +192,7 @@ def varying(
     for t in others:
         for n in t.nodes:
             o = by_key.get(n.key)
-            if o is not None and n.op not in _sized and (n.value!=o.value or not _same_numbers(n, o)): res[n.key] = n.op in _placed or n.op.startswith(_spatial)
+            if o is not None and n.op not in SIZED and (n.value!=o.value or not _same_numbers(n, o)): res[n.key] = n.op in _placed or n.op.startswith(_spatial)
     return res
 
 def resized(
