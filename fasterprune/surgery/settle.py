@@ -17,7 +17,7 @@ from .coupling import Coupling
 from .dryrun import dry_run, notices, predicted, what_ran
 from .labels import Kept
 from .plan import Plan, cuts_of, spare, with_code
-from .sizes import Director, Place, at_odds, candidates, differs, merged_places, recodings
+from .sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, recodings
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ def taught(
     if any(p.deviates for p in places):
         attrs = attributes_for(c, gone, cuts, attrs, places, traces)
         bad,runs,traces = directed(c, gone, with_code(c, cuts, attrs))
-        if bad: return None,bad
+        if bad: return None,replace(bad, one=in_one_expression(places))
         places = merged_places(runs)
     found,unchanged = recodings(places)
     if unchanged is not None:
         p,why = unchanged
-        return None,Refused(at_odds(p) or p.axes, f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module, at_odds(p))
+        return None,Refused(at_odds(p) or p.axes, f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module, at_odds(p) or in_one_expression(places))
     plan,trace = with_code(c, cuts, attrs, found),traces[0]
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)
         trace = out.trace if w is c.witnesses[0] else trace
-        if not out.works: return None,Refused(out.axes, out.reason, out.module)
+        if not out.works: return None,Refused(out.axes, out.reason, out.module, in_one_expression(places))
     return (plan, trace),None
 
 def _of_one_class(c, module): # Paths of the modules of this one's class

@@ -6,12 +6,12 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/sizes.html.md"""
 
 # %% auto #0
 __all__ = ['makers', 'arithmetic', 'Said', 'planned', 'implicit_scale', 'Slot', 'Want', 'wants_of', 'number_wants', 'say',
-           'Place', 'differs', 'Director', 'changes_at', 'at_odds', 'recodings', 'merged_places', 'candidates',
-           'Divisor', 'keep_divisors']
+           'Place', 'differs', 'Director', 'changes_at', 'at_odds', 'in_one_expression', 'recodings', 'merged_places',
+           'candidates', 'Divisor', 'keep_divisors']
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000002
 import ast, inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Real
 import numpy as np
@@ -232,6 +232,7 @@ class Place:
     axes:list=field(default_factory=list) # That the calls are about
     planned:list=field(default_factory=list) # For each call the axes of its results, and how many of each will be there
     number_left:bool|None=None # Of an operator: does the number stand on its left?
+    at:tuple=() # The expression: (code, instruction); several calls may lead there
 
     @property
     def deviates(self)->bool: return self.part is not None or any(differs(w) for ws in self.said for w in ws)
@@ -265,7 +266,7 @@ class Director:
 
     def _note(self, frame, module, name, func, args, wants, part, said):
         key = (module, name, *_raw(frame))
-        p = self.places.setdefault(key, Place(module, name, func, len(args)))
+        p = self.places.setdefault(key, Place(module, name, func, len(args), at=key[2:3]))
         p.said.append(wants)
         p.part = part or p.part
         if said is not None:
@@ -411,6 +412,14 @@ def at_odds(
     dims = {k.at-k.n if k.at is not None else k.arg-p.n_args for k in bad if not isinstance(k.arg, str) or k.at is not None}
     return [sizes[d][0] for sizes in p.planned for d in dims if len(sizes)>=-d and sizes[d][1] is not None]
 
+def in_one_expression(
+    places:list, # `Place`s of all runs, merged
+)->list: # Axes
+    "Find the axes of which one expression says the size, to which several calls lead, and which would have several"
+    by = {}
+    for p in places: by.setdefault((p.module, p.name, p.at), []).append(p)
+    return [a for ps in by.values() if len(ps)>1 for a in at_odds(replace(ps[0], said=[w for p in ps for w in p.said], planned=[k for p in ps for k in p.planned]))]
+
 def _new_number(ws, node):
     "A number, or the code's own by a factor, where that is the same each time"
     if isinstance(ws[0].wanted, list): return 'list',node,_one(ws)
@@ -444,7 +453,7 @@ def merged_places(runs:list)->list: # Of `Director`s: the same place in several 
     res = {}
     for d in runs:
         for key,p in d.places.items():
-            if key not in res: res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part, list(p.axes), list(p.planned), p.number_left); continue
+            if key not in res: res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part, list(p.axes), list(p.planned), p.number_left, p.at); continue
             q = res[key]
             q.said += p.said
             q.planned += p.planned
