@@ -225,7 +225,7 @@ def ways(*reports)->dict:
     plans,adapters = [r.plan for r in reports],{m for r in reports for m in r.adapters}
     named = {a.module for p in plans for a in p.attrs if a.name not in USUAL and not a.name.startswith('_')}
     pins = {n for p in plans for n,_,_,why in p.pins if 'output of the model' not in why}
-    rewritten = {s.module for p in plans for s in p.sized}
+    rewritten = {r.module for p in plans for r in p.recoded if r.changes}
     found = dict(adapters=adapters, attributes=named-adapters, rewritten=rewritten-adapters, pins=pins)
     return {k:len(v) for k,v in found.items()}
 
