@@ -6,12 +6,12 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/caches.html.md"""
 
 # %% ../../nbs/surgery/00_caches.ipynb #00000002
 from __future__ import annotations
-import collections, contextlib, functools, gc, sys, types
+import collections, contextlib, contextvars, functools, gc, sys, types
 from torch import nn, Tensor
 from ..core import modules_of
 
 # %% auto #0
-__all__ = ['Places', 'holds_tensor', 'Kept', 'caches_kept']
+__all__ = ['Places', 'holds_tensor', 'Kept', 'caches_kept', 'searched_once']
 
 # %% ../../nbs/surgery/00_caches.ipynb #00000005
 _not_searched = {*sys.stdlib_module_names, *sys.builtin_module_names, 'torch', 'numpy', 'fasterprune'}-{'__main__'}
@@ -151,7 +151,7 @@ def caches_kept(
     model:nn.Module, # Of which a copy runs
 ):
     "Let code keep tensors outside of the model for a while; afterwards, and after an interrupt, they are gone"
-    found = Places(model)
+    found = _found(model)
     for o in found.whole:
         if isinstance(o, functools._lru_cache_wrapper) and _remembers_tensors(o): o.cache_clear() # each run computes what it needs
     kept = [Kept(o) for o in found.whole]+[Kept(ns, names) for ns,names in found.names.values()]
@@ -159,6 +159,22 @@ def caches_kept(
         try: yield
         finally: _restore(kept)
     finally: _restore(kept) # an interrupt may have stopped the first
+
+_searches = contextvars.ContextVar('searches', default=None) # What was found for models of which classes, while an operation is under way
+
+@contextlib.contextmanager
+def searched_once():
+    "Let all runs inside search the code of a model once"
+    token = _searches.set({})
+    try: yield
+    finally: _searches.reset(token)
+
+def _found(model):
+    known = _searches.get()
+    if known is None: return Places(model)
+    kinds = frozenset(type(m) for _,m in modules_of(model))
+    if kinds not in known: known[kinds] = Places(model)
+    return known[kinds]
 
 def _restore(kept):
     for k in kept: k.restore_()

@@ -17,6 +17,7 @@ from .checks import as_example, check_model
 from ..criteria.base import as_criterion, has_values
 from .branch import Removed, silent_branches
 from .budget import Budget
+from .caches import searched_once
 from .capture import capture
 from .choice import Choice, is_of, layers_of, warn_of_emptied
 from .choose import evidence_for
@@ -122,8 +123,9 @@ def plan(self:Pruner,
     "What `prune` would do; nothing is changed"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
-    self.couple(loose=how is None)
-    return self._chosen(how)[0] if how is not None else self._clean()
+    with searched_once():
+        self.couple(loose=how is None)
+        return self._chosen(how)[0] if how is not None else self._clean()
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
@@ -164,20 +166,21 @@ def prune(self:Pruner,
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate, rescale)
     _check_values(self.model, how, extras)
     if rescale and how is None: warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget', NoEffectWarning, stacklevel=2)
-    self.couple(loose=how is None)
-    before,first,left = self._counts(),None,()
-    try:
-        if how is None:
-            branches,left,facts = self._silent()
-            if branches:
-                first = Removal(self.model, self.x, self.coupling, branches, extras)
-                first.run_(); self.couple(loose=True)
-            plan,gone,small = self._dead(None if branches else facts, bool(compensate))
-        else: plan,gone,small = self._chosen(how)
-        return self._carry_out(replace(plan, held=plan.held+left), gone, small, 'masks' if how is None else 'readers', extras, before, first)
-    except BaseException:
-        if first is not None: first.restore_()
-        raise
+    with searched_once():
+        self.couple(loose=how is None)
+        before,first,left = self._counts(),None,()
+        try:
+            if how is None:
+                branches,left,facts = self._silent()
+                if branches:
+                    first = Removal(self.model, self.x, self.coupling, branches, extras)
+                    first.run_(); self.couple(loose=True)
+                plan,gone,small = self._dead(None if branches else facts, bool(compensate))
+            else: plan,gone,small = self._chosen(how)
+            return self._carry_out(replace(plan, held=plan.held+left), gone, small, 'masks' if how is None else 'readers', extras, before, first)
+        except BaseException:
+            if first is not None: first.restore_()
+            raise
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000e
 @patch

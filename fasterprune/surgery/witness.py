@@ -134,7 +134,9 @@ def variants(
     spatial,batch = [s for s in sizes if s[1]=='space'],[s for s in sizes if s[1]=='batch']
     length = [s for s in sizes if s[1]=='length']
     for numbers in (True, False) if _has_numbers((args, kwargs)) else (False,):
-        for groups in (batch+spatial+length, batch+spatial, batch+length, spatial+length, batch): yield _changed(x, {s[0]:s[2] for s in groups}, numbers)
+        for groups in (batch+spatial+length, batch+spatial, batch+length, spatial+length, batch):
+            for half in (True, False) if any(_half(k[1])!=n for k,kind,n in groups if kind=='space') else (False,):
+                yield _changed(x, {k:_half(k[1]) if half and kind=='space' else n for k,kind,n in groups}, numbers)
 
 def _has_numbers(v):
     if isinstance(v, (list, tuple)): return any(map(_has_numbers, v))
@@ -145,12 +147,14 @@ def _sizes_of(call): # (size, what it may be, another one)
     ts = [t for t in tensors_in(call) if t.dim()]
     if not ts: return []
     b = ts[0].shape[0]
-    res = {('batch', b):(('batch', b), 'batch', b+1 if b<8 else max(b//2, 1))}
+    res = {('batch', b):(('batch', b), 'batch', b+1 if b<3 else b-1 if b<8 else b//2)}
     for t in ts:
         if t.is_floating_point() and t.dim()>=4:
             for n in t.shape[2:]: res[('space', n)] = (('space', n), 'space', _other_size(n))
         elif t.dim()>=2 and t.shape[0]==b and not (t.dim()==2 and t.is_floating_point()): res[('length', t.shape[1])] = (('length', t.shape[1]), 'length', t.shape[1]+3)
     return list(res.values())
+
+def _half(n): return -(-n//64)*32 if n>=96 and n%32==0 else _other_size(n) # Of an image: half as large, which costs less to run, if that is a multiple of 32
 
 def _other_size(n): # Of an image: a little smaller if that is a multiple of 32, as many networks want it; else larger
     if n>=96 and n%32==0: return n-32
