@@ -34,7 +34,7 @@ from .measure.metrics import Comparison, compare
 from .schedule import Schedule, as_schedule
 from .sparse.sparsifier import Sparsifier
 from .surgery.budget import Budget
-from .surgery.choice import Choice
+from .surgery.choice import Choice, layers_with
 from .surgery.pruner import Pruner, Report
 from .surgery.verify import relative_error
 
@@ -115,7 +115,8 @@ def goal(
     pruner = Pruner(learn.model, x if how.budget and how.budget.latency else x[:1])
     try: p = pruner.plan(how.sparsity, budget=how.budget, criterion=how.criterion, granularity=how.granularity, context=how.context, round_to=how.round_to, per=how.per)
     except ValueError as e: raise PruningError(*e.args) from e
-    return {n:(a-b)/a for n,a,b in p.rows()} or 0.
+    named = {n:n if how.granularity=='filter' else layers_with(pruner.coupling.by_name[n], 'read')[0] for n,*_ in p.rows()} # a layer means what it reads there
+    return {named[n]:(a-b)/a for n,a,b in p.rows()} or 0.
 
 # %% ../nbs/10_job.ipynb #0000000e
 def learner_for(
