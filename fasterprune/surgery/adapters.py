@@ -68,7 +68,7 @@ def _more_keys(m, k, v, *masks):
 
 def _mask(m, t, heads, like):
     if t is None: return 0.
-    t = t if t.is_floating_point() else torch.zeros_like(t, dtype=like.dtype).masked_fill(t, float('-inf'))
+    t = t.to(like.dtype) if t.is_floating_point() else torch.zeros_like(t, dtype=like.dtype).masked_fill(t, float('-inf'))
     return t.view(-1, heads, *t.shape[1:]) if t.dim()==3 and heads else t
 
 # %% ../../nbs/surgery/00_adapters.ipynb #00000008
@@ -81,11 +81,14 @@ def multihead_attention(m, query, key, value, key_padding_mask=None, need_weight
     k,v,attn_mask,key_padding_mask = _more_keys(m, k, v, attn_mask, key_padding_mask)
     b,t,s,h = q.shape[0],q.shape[1],k.shape[1],m.num_heads
     q,k,v = (x.reshape(b, n, h, m.head_dim).transpose(1, 2) for x,n in ((q,t),(k,s),(v,s)))
-    a = (q*m.head_dim**-.5) @ k.transpose(-2, -1)
-    a = a+_mask(m, attn_mask, h, a) if attn_mask is not None else a
-    if key_padding_mask is not None: a = a+_mask(m, key_padding_mask, 0, a).view(b, 1, 1, s)
-    a = F.dropout(a.softmax(-1), m.dropout, m.training)
-    y = m.out_proj((a @ v).transpose(1, 2).reshape(b, t, h*m.head_dim))
+    mask = None if attn_mask is None else _mask(m, attn_mask, h, q)
+    if key_padding_mask is not None: mask = _mask(m, key_padding_mask, 0, q).view(b, 1, 1, s)+(0. if mask is None else mask)
+    if need_weights:
+        a = (q*m.head_dim**-.5) @ k.transpose(-2, -1)
+        a = F.dropout((a if mask is None else a+mask).softmax(-1), m.dropout, m.training)
+        y = a @ v
+    else: y = F.scaled_dot_product_attention(q, k, v, mask, m.dropout if m.training else 0., scale=m.head_dim**-.5)
+    y = m.out_proj(y.transpose(1, 2).reshape(b, t, h*m.head_dim))
     y = y[0] if alone else y.transpose(0, 1) if seq_first else y
     if not need_weights: return y,None
     a = a.mean(1) if average_attn_weights else a
