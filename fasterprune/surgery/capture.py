@@ -131,12 +131,12 @@ class Recorder(Runner):
 
 def _is_written_there(): # Do the numbers of a new tensor stand in the code that makes it, and not on an object?
     f = sys._getframe(2)
-    while f is not None and _is_ours(f.f_code.co_filename): f = f.f_back
+    while f is not None and _is_ours(f.f_code): f = f.f_back
     node = executing.Source.executing(f).node if f is not None else None
     return node is not None and not any(isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and not isinstance(_named(f, n.value.id), types.ModuleType) for a in getattr(node, 'args', ()) for n in ast.walk(a))
 
 def _named(f, name): return f.f_locals.get(name, f.f_globals.get(name))
-def _is_ours(file): return file.startswith(_ours) # of PyTorch and of this file
+def _is_ours(code): return code.co_name in ('__torch_dispatch__', '__torch_function__') or code.co_filename.startswith(_torch) # of a mode or of PyTorch
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000007
 def numbers_in(
@@ -155,7 +155,7 @@ def roughly(key, func, args, kwargs):
     return torch.cat([func(args[0][:_few], *args[1:], **kwargs)]*-(-n//_few))[:n]
 
 _few = 8
-_ours = (torch.__file__.rpartition('__init__')[0], __file__)
+_torch = torch.__file__.rpartition('__init__')[0]
 
 def mutated(
     func, # An `OpOverload`

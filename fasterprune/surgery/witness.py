@@ -274,8 +274,10 @@ def _in_training(model, x, trace, traces, base): # A run in training mode, where
     if not asks_for_training(model): return None
     try: t = fake_trace(model, x, rec=Recorder(training=tuple(n for n,_ in modules_of(model)), base=base))
     except Exception: return None # it does not run so
-    seen = {k.place for r in (trace, *traces) for k in r.calls}
-    return t if any(k.place not in seen for k in t.calls) else None
+    runs = (trace, *traces)
+    seen,ops = {k.place for r in runs for k in r.calls},{n.op for r in runs for n in r.nodes}
+    unknown = any(rule_for(n) is None for n in t.nodes if n.op not in ops) # such as what draws the masks of a dropout: of this run nothing would follow
+    return t if not unknown and any(k.place not in seen for k in t.calls) else None
 
 def _sensible(a:Trace, b:Trace)->bool: # Does each sample still give one? Code may run on, with parts of images for images
     first = lambda t, refs: [t.shapes[r.id][:1] for r in refs]
