@@ -129,6 +129,8 @@ class Recorder(Runner):
         if self.listen is not None: self.listen(node, args, out)
         return out
 
+def _numbers_on(m): return {k:v for k,v in vars(m).items() if type(v) in (int, float)}
+
 def _is_written_there(): # Do the numbers of a new tensor stand in the code that makes it, and not on an object?
     f = sys._getframe(2)
     while f is not None and _is_ours(f.f_code): f = f.f_back
@@ -382,8 +384,6 @@ def capture(
     return rec.trace
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000001e
-def _numbers_on(m): return {k:v for k,v in vars(m).items() if type(v) in (int, float)}
-
 def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with

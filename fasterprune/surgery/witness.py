@@ -276,7 +276,8 @@ def _in_training(model, x, trace, traces, base): # A run in training mode, where
     except Exception: return None # it does not run so
     runs = (trace, *traces)
     seen,ops = {k.place for r in runs for k in r.calls},{n.op for r in runs for n in r.nodes}
-    unknown = any(rule_for(n) is None for n in t.nodes if n.op not in ops) # such as what draws the masks of a dropout: of this run nothing would follow
+    wide = lambda n: any(k>1 for r in n.outs for k in t.shapes[r.id][1:])
+    unknown = any(rule_for(n) is None and wide(n) for n in t.nodes if n.op not in ops) # such as what draws the masks of a dropout: channels would stay for nothing
     return t if not unknown and any(k.place not in seen for k in t.calls) else None
 
 def _sensible(a:Trace, b:Trace)->bool: # Does each sample still give one? Code may run on, with parts of images for images
