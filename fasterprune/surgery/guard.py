@@ -16,8 +16,8 @@ from ..core import modules_of
 from .adapters import ADAPTERS
 
 # %% auto #0
-__all__ = ['state_of', 'StructuralCopy', 'slots_of', 'structural_copy', 'cloned', 'as_plain', 'TorchState', 'preserved',
-           'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
+__all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'as_plain', 'TorchState',
+           'preserved', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
 
 # %% ../../nbs/surgery/00_guard.ipynb #0000000b
 def state_of(model:nn.Module)->dict[str,Tensor]:
@@ -100,7 +100,13 @@ def _slots(o): return [(k, getattr(o, k)) for k in slots_of(type(o)) if hasattr(
 def _is_plain(cls): # May an instance be made again without its constructor?
     if cls.__module__.partition('.')[0] in ('torch', 'threading', 'logging', 'io', '_io', 'enum', 'weakref', 'multiprocessing', 'concurrent'): return False
     base = next((c for c in cls.__mro__ if c.__module__=='builtins'), object)
-    return bool(cls.__flags__ & 1<<9) and base in (object, dict, list, set) # a class made by Python code
+    return made_in_python(cls) and base in (object, dict, list, set)
+
+def made_in_python(
+    cls:type,
+)->bool:
+    "Tell whether a class is made by Python code"
+    return bool(cls.__flags__ & 1<<9)
 
 def _blank(o): # An instance without its contents
     cls = type(o)

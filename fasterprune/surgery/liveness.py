@@ -313,7 +313,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         if node.key in c.varying and not places: _only_zeros(d, node, out, _zeros_of(node, s, out))
         elif _adds_up(node, s, sized): _only_zeros(d, node, out, tensors_in(out))
         elif c.resized: _not_averaged(d, node, s.tensors, out)
-        sized.update({r.id:{k for j,k in other if j==i} for other in [c.resized.get(node.key, set())-{None}] for i,r in enumerate(node.outs)})
+        for i,k in filter(None, c.resized.get(node.key, ())): sized.setdefault(node.outs[i].id, set()).add(k)
     rec = Recorder(listen, run, w.trace.training)
     record_in(model, x, rec, dtype, instead, own=not c.trace.fake)
     if len(facts)<sum(map(len, reads.values())): raise ValueError(_OTHERS)

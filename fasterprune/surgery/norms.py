@@ -111,6 +111,10 @@ def _over(x:Tensor, dim:Dims, axis:Dims)->List[int]: # The dimensions that `torc
     if isinstance(dim, int): return [dim]
     return [int(i) for i in dim] if len(dim) else [i for i in range(x.dim())]
 
+def _asked(x:Tensor, dim:Dims, unbiased:bool, axis:Dims, correction:Optional[int])->Tuple[List[int],int]: # The same, and what is taken from their number
+    if not torch.jit.is_scripting() and isinstance(dim, bool): dim,unbiased = None,dim
+    return _over(x, dim, axis),int(unbiased) if correction is None else correction
+
 def _variance(x:Tensor, dims:List[int], keepdim:bool, correction:int, part:Tuple[int,int])->Tuple[Tensor,Tensor]: # And mean
     mean,_,var = statistics(_wide(x), dims, part, correction)
     if not keepdim: mean,var = mean.squeeze(dims),var.squeeze(dims)
@@ -122,22 +126,19 @@ def var_mean(
     part:Tuple[int,int]=(1, 1), # How many channels there are, and how many there were
 )->Tuple[Tensor,Tensor]:
     "Compute `torch.var_mean` over the channels that there were"
-    if not torch.jit.is_scripting() and isinstance(dim, bool): dim,unbiased = None,dim
-    dims,c = _over(x, dim, axis),int(unbiased) if correction is None else correction
+    dims,c = _asked(x, dim, unbiased, axis, correction)
     if has_torch_function_unary(x): return handle_torch_function(var_mean, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)
 
 def var(x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None, part:Tuple[int,int]=(1, 1))->Tensor:
     "Compute `torch.var` over the channels that there were"
-    if not torch.jit.is_scripting() and isinstance(dim, bool): dim,unbiased = None,dim
-    dims,c = _over(x, dim, axis),int(unbiased) if correction is None else correction
+    dims,c = _asked(x, dim, unbiased, axis, correction)
     if has_torch_function_unary(x): return handle_torch_function(var, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)[0]
 
 def std(x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None, part:Tuple[int,int]=(1, 1))->Tensor:
     "Compute `torch.std` over the channels that there were"
-    if not torch.jit.is_scripting() and isinstance(dim, bool): dim,unbiased = None,dim
-    dims,c = _over(x, dim, axis),int(unbiased) if correction is None else correction
+    dims,c = _asked(x, dim, unbiased, axis, correction)
     if has_torch_function_unary(x): return handle_torch_function(std, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)[0].sqrt()
 

@@ -121,7 +121,8 @@ def taught(
     found,unchanged = recodings(places)
     if unchanged is not None:
         p,why = unchanged
-        return None,Refused(at_odds(p) or p.axes, f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself, and its source cannot be changed: {why}", p.module, at_odds(p) or in_one_expression(places))
+        odd,said = at_odds(p),f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself"
+        return None,Refused(odd or p.axes, f"{said}, and its source cannot be changed: {why}", p.module, odd or in_one_expression(places))
     plan,trace = with_code(c, cuts, attrs, found),traces[0]
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import executing
 from torch import nn, Tensor
 from .adapters import ADAPTERS, adapted_class
+from .guard import made_in_python
 from .norms import EXACT
 
 # %% auto #0
@@ -198,7 +199,7 @@ def _form(frame, node, inner): # How a frame calls the one inside of it
 
 def _is_classmethod(kind, name): return isinstance(inspect.getattr_static(kind, name, None), classmethod)
 
-def _has_methods(kind): return isinstance(kind, type) and bool(kind.__flags__ & 1<<9) and not issubclass(kind, Tensor) # written in Python
+def _has_methods(kind): return made_in_python(kind) and not issubclass(kind, Tensor)
 
 def _seen(node, frame): # What a name, with dots or without, is in a frame
     if isinstance(node, ast.Name): return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
