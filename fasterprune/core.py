@@ -154,13 +154,14 @@ def module_of(
 # %% ../nbs/00_core.ipynb #00000023
 def modules_of(model:nn.Module)->list:
     "(name, module) as `named_modules` gives them, at once"
-    res,seen = [],set()
-    def walk(m, name):
-        if m is None or id(m) in seen: return
+    res,seen,todo = [],set(),[('', model)]
+    while todo:
+        name,m = todo.pop()
+        if m is None or id(m) in seen: continue
         seen.add(id(m))
         res.append((name, m))
-        for k,c in m._modules.items(): walk(c, f"{name}.{k}" if name else k)
-    walk(model, '')
+        path = f"{name}." if name else ''
+        todo += [(path+k, c) for k,c in reversed(m._modules.items())]
     return res
 
 # %% ../nbs/00_core.ipynb #00000026

@@ -607,13 +607,16 @@ class Recurrent(nn.Module):
         self.rnn,self.n,self.o = nn.GRU(6, 8, batch_first=True),nn.LayerNorm(8),nn.Linear(8, 3)
     def forward(self, x): return self.o(self.n(self.rnn(x)[0]))
 
-CASES = dict(residual=(Residual, (2,3,8,8), {}, None), heads=(nets.Methods, (2,5,32), {}, .5),
-    recurrent=(Recurrent, (2,4,6), dict(exact_norms=True), .5))
+ALONE = dict(verify=False, also=()) # Nothing to go back to is kept
+CASES = dict(residual=(Residual, (2,3,8,8), {}, None, {}), heads=(nets.Methods, (2,5,32), {}, .5, {}),
+    recurrent=(Recurrent, (2,4,6), dict(exact_norms=True), .5, {}),
+    unchecked=(Residual, (2,3,8,8), {}, None, dict(verify=False)),
+    alone=(nets.Methods, (2,5,32), {}, .5, ALONE), alone_recurrent=(Recurrent, (2,4,6), {}, {'rnn':.5}, ALONE))
 
 class Case:
     "A model that has been trained for a step, its optimizer, a copy of it, and a cut of all of them"
     def __init__(self, name):
-        make,shape,self.options,self.how = CASES[name]
+        make,shape,self.options,self.how,self.extras = CASES[name]
         torch.manual_seed(0)
         self.model,self.x = make(),torch.randn(shape)
         zeros = {n:p==0 for n,p in self.model.named_parameters()}
@@ -624,8 +627,9 @@ class Case:
             for n,p in self.model.named_parameters(): p[zeros[n]] = 0
         self.model.eval()
         self.copy = copy.deepcopy(self.model)
-    def cut(self): return Pruner(self.model, self.x, **self.options).prune(self.how, optimizer=self.opt,
-        also=[self.copy])
+    def cut(self):
+        how = dict(optimizer=self.opt, also=[self.copy])|self.extras
+        return Pruner(self.model, self.x, **self.options).prune(self.how, **how)
     def same(self): # by which the very objects are known again
         ps = list(self.model.parameters())
         return dict(model=photo(self.model), copy=photo(self.copy), memory=photo(self.memory()), torch=torch_state(),

@@ -35,16 +35,19 @@ __all__ = ['size_calls', 'size_questions', 'Runner', 'Recorder', 'numbers_in', '
 # %% ../../nbs/surgery/01_capture.ipynb #00000006
 class Runner(TorchDispatchMode):
     "Run a copy of a model, each operator by `run(key, func, args, kwargs)`, and write nothing down"
-    def __init__(self, run:Callable|None=None, training:tuple=(), exact:bool=True):
+    def __init__(self,
+        run:Callable|None=None, # None: as they are
+        training:tuple=(), # Modules in training mode
+        exact:bool=True, # False: norms that keep their divisor run as plain ones
+        watches:bool=True, # Does `run` ask which module an operator runs in?
+    ):
         super().__init__()
-        self.run,self.training,self.exact = run or plainly,training,exact # not exact: norms that keep their divisor run as plain ones
+        self.run,self.training,self.exact = run or plainly,training,exact
+        self.watches = watches and self.run is not plainly
         self.stack,self.seen,self.paths,self.direct = [],{},{},None # direct: may change a call that says sizes before it is made
 
     @property
-    def watches(self)->bool: "Does it ask which module an operator runs in?"; return self.run is not plainly
-
-    @property
-    def modes(self)->list: "What is entered while the copy runs"; return [PlainNorms()]*(not self.exact) + [self]*self.watches
+    def modes(self)->list: "What is entered while the copy runs"; return [PlainNorms()]*(not self.exact) + [self]*(self.run is not plainly)
 
     def key(self, op:str)->tuple:
         "Name an operator that runs now: (path of the module, its name, how many there were before)"
@@ -65,10 +68,9 @@ class Recorder(Runner):
     "Write down each operator that passes; `listen(node, args, out)` sees its results"
     def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0, again:bool=False):
         super().__init__(run, training, exact)
-        self.again = again
+        self.again,self.watches = again,True
         self.trace,self.refs,self.count,self.listen,self.at = Trace(base=base),WeakIdKeyDictionary(),0,listen,{}
 
-    watches = True
     def forget(self):
         t = self.trace
         for o in (t.nodes, t.calls, t.asked, t.given, self.seen): o.clear()
@@ -301,17 +303,22 @@ def probe(
     return tree_map(one, x)
 
 def _of_its_kind(t, gen): # Other values than those of a tensor, as good for whoever takes it
-    v = None if isinstance(t, FakeTensor) or t.is_meta or t.layout!=torch.strided else t.detach().double().cpu()
+    kind = torch.float64 if t.dtype==torch.float64 else torch.float32
+    v = None if isinstance(t, FakeTensor) or t.is_meta or t.layout!=torch.strided else t.detach().to('cpu', kind)
     there = v is not None and v.isfinite()
-    own = v[there] if v is not None else None
-    if v is not None and len(own)<v.numel() and not v.isnan().any() and not own.any(): return v # a mask of 0 and -inf
-    if v is None or v.isnan().any() or not own.any(): return torch.randn(t.shape, generator=gen, dtype=torch.float64)
-    lo,hi,n = own.min(),own.max(),own.numel()
-    if lo==hi: new = own*(.5+torch.rand(n, generator=gen, dtype=torch.float64))
-    else:
-        new = own[torch.randint(n, (n,), generator=gen)]
-        if not torch.equal(own, own.round()): new = (new+.05*own.std()*torch.randn(n, generator=gen, dtype=torch.float64)).clamp(lo, hi)
-    return v.masked_scatter(there, new)
+    whole = v is not None and bool(there.all())
+    own = v.flatten() if whole else v[there] if v is not None else None
+    if v is not None and not whole and not v.isnan().any() and not own.any(): return v # a mask of 0 and -inf
+    if v is None or not whole and v.isnan().any() or not own.any(): return torch.randn(t.shape, generator=gen, dtype=kind)
+    new = _redrawn(own, gen)
+    return new.view(v.shape) if whole else v.masked_scatter(there, new)
+
+def _redrawn(own, gen): # Numbers of the same kind: others of them, between the smallest and the largest, whole ones if they are
+    (lo,hi),n = own.aminmax(),own.numel()
+    if lo==hi: return own*(.5+torch.rand(n, generator=gen, dtype=own.dtype))
+    new = own[torch.randint(n, (n,), generator=gen)]
+    if torch.equal(own, own.round()): return new
+    return torch.randn(n, generator=gen, dtype=own.dtype).mul_(.05*own.std()).add_(new).clamp_(lo, hi)
 
 def in_precision(
     x, # What the model is called with
@@ -332,15 +339,14 @@ def clones(
 
 def record_in(
     model:nn.Module, # Not changed
-    x, # What it is called with; its values are replaced by `probe`
+    x, # What it is called with
     rec:Runner,
     dtype:torch.dtype|None, # To compute in; None is the model's own
     instead:dict|None=None, # As for `clones`
-    state:dict|None=None, # From `clones`, where that has been made; it is not written to
-    own:bool=False, # On the values of `x` themselves, where these decide what runs
+    change:Callable|None=None, # As for `record`
 )->list: # The tensors that it returns
-    "Run a copy of a model on a probe, in another precision"
-    return record(model, in_precision(x, dtype) if own else probe(x, dtype), rec, clones(model, dtype, instead) if state is None else state)
+    "Run a copy of a model in another precision"
+    return record(model, in_precision(x, dtype), rec, clones(model, dtype, instead), change=change)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000011
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from ..core import layer_types
 from .checks import check_model, of_example
 from .trace import Trace
-from .capture import capture_all
+from .capture import capture_all, probe
 from .labels import distinct
 from .rules import Site, step
-from .witness import Witness, capture_witnesses, inputs_of, joined, resized, runs_alike, varying
+from .witness import Others, Witness, capture_witnesses, inputs_of, joined, resized, runs_alike, varying
 from .shuffle import connected, flow_of, key_of
 from .coupler import Coupler
 from .groups import layer_of, make_groups
@@ -71,16 +71,17 @@ class Coupling:
         model:nn.Module, # Any module; not changed
         trace:Trace, # From `capture`
         x=None, # What the model was called with
-        others:tuple=(), # ((what it was called with, its trace), ...) of further runs, whose relations count as well
+        others:Others=Others(), # Further runs, whose relations count as well
         loose:bool=False, # May each group of a grouped convolution lose other positions?
     ):
-        self.model,self.trace,self.exact,self.tried = model,trace,(),() # exact: norms that keep their divisor
+        self.model,self.trace,self.exact = model,trace,() # exact: norms that keep their divisor
+        self.notes,self.trains = others.notes,others.trains
         self._begins,self._ids = [0],None # where each run begins; name of a parameter or buffer → its tensor
-        traces = (trace, *(t for _,t in others))
+        traces = (trace, *(t for _,t in others.runs))
         self.varying,self.resized = varying(traces),resized(traces) # what differs between the runs
         vary = self.varying
         d = self.labels = _walked(model, trace, vary, loose=loose)
-        self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others))
+        self.witnesses = (Witness(x, trace), *(Witness(y, t, runs_alike(trace, t, d)) for y,t in others.runs))
         if not all(w.alike for w in self.witnesses):
             trace,self.witnesses = joined(self.witnesses)
             self._begins = [w.first_node for w in self.walked]
@@ -150,6 +151,12 @@ class Coupling:
         self.refresh()
         return len(self.groups)<before
 
+    def values(self,
+        x, # What the model is called with
+    ): # The same nest
+        "Give an input the values that runs compute with: others of their kind, or its own where these decide what runs"
+        return probe(x) if self.trace.fake else x
+
     @property
     def walked(self)->tuple: "The runs whose operators were walked through: the others run the same"; return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
 
@@ -176,10 +183,7 @@ def couple(
     "Find out which channels of which layers must go together"
     model = check_model(model, 'couple')
     with of_example(model, x): trace = capture_all(model, x)
-    others,tried = capture_witnesses(model, x, trace, examples)
-    c = Coupling(model, trace, x, others, loose)
-    c.tried = tried
-    return c
+    return Coupling(model, trace, x, capture_witnesses(model, x, trace, examples), loose)
 
 # %% ../../nbs/surgery/05_coupling.ipynb #0000000b
 @patch

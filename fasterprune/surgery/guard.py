@@ -17,7 +17,7 @@ from .adapters import ADAPTERS
 
 # %% auto #0
 __all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'as_plain', 'TorchState',
-           'preserved', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
+           'preserved', 'collector_paused', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
 
 # %% ../../nbs/surgery/00_guard.ipynb #0000000b
 def state_of(model:nn.Module)->dict[str,Tensor]:
@@ -35,7 +35,7 @@ def state_of(model:nn.Module)->dict[str,Tensor]:
 _shared = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Generator, functools._lru_cache_wrapper)
 _atoms = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), torch.Size, frozenset}
 
-_registries = {k for k,v in vars(nn.Module()).items() if isinstance(v, dict)} # PyTorch's own: no two modules share one
+_registries = {k for k,v in vars(nn.Module()).items() if isinstance(v, (dict, set))} # PyTorch's own: no two modules share one
 
 class StructuralCopy:
     "Copy a model's modules and whatever they keep state in, with other tensors in the places of its tensors"
@@ -68,7 +68,11 @@ class StructuralCopy:
 
     def _module(self, m):
         new = self._note(m, object.__new__(type(m)))
-        for k,v in vars(m).items(): new.__dict__[k] = v if type(v) in _atoms else type(v)() if k in _registries and not v else self(v)
+        own = new.__dict__
+        own.update(vars(m))
+        for k,v in vars(m).items():
+            if type(v) in _atoms: continue
+            own[k] = type(v)() if not v and k in _registries else self(v)
         for k,v in _slots(m): object.__setattr__(new, k, self(v))
         return new
 
@@ -125,7 +129,8 @@ def _dict(c, o):
     return new
 
 def _set(c, o): return c._note(o, {c(v) for v in o})
-def _tuple(c, o): return c._note(o, tuple(map(c, o)))
+def _tuple(c, o): return o if _holds_atoms(o) else c._note(o, tuple(map(c, o)))
+def _holds_atoms(o): return _atoms.issuperset(map(type, o))
 def _named_tuple(c, o): return c._note(o, tuple.__new__(type(o), map(c, o)))
 def _deque(c, o): return c._note(o, collections.deque(map(c, o), o.maxlen))
 def _array(c, o): return c._note(o, o.copy())
@@ -222,6 +227,16 @@ def preserved():
             with torch.inference_mode(False), _no_autocast(): yield
         finally: was.restore_()
     finally: was.restore_() # an interrupt may have stopped the first
+
+@contextlib.contextmanager
+def collector_paused():
+    "Search for no cyclic garbage for a while: what stands for a network are many objects that live on, and each search looks at all of them"
+    was = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if was: gc.enable()
 
 @contextlib.contextmanager
 def _no_autocast():

@@ -287,7 +287,7 @@ def observe(
     res = {}
     for w in c.walked:
         first = w is c.witnesses[0]
-        how = (model, x if first else w.x, c, w, terms if first else None, instead)
+        how = (model, c.values(x if first else w.x), c, w, terms if first else None, instead)
         try: res.update(_observe(*how, torch.float64))
         except Exception: res.update(_observe(*how, None)) # code that insists on its own precision
     return res
@@ -315,7 +315,7 @@ def _observe(model, x, c, w, terms, instead, dtype):
         elif c.resized: _not_averaged(d, node, s.tensors, out)
         for i,k in filter(None, c.resized.get(node.key, ())): sized.setdefault(node.outs[i].id, set()).add(k)
     rec = Recorder(listen, run, w.trace.training)
-    record_in(model, x, rec, dtype, instead, own=not c.trace.fake)
+    record_in(model, x, rec, dtype, instead)
     if len(facts)<sum(map(len, reads.values())): raise ValueError(_OTHERS)
     return facts
 

@@ -25,6 +25,7 @@ from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
 from .groups import Group, Member
+from .guard import collector_paused
 from .coupling import Coupling, couple
 from .kernel_shape import shrink_kernels
 from .liveness import held, observe
@@ -123,7 +124,7 @@ def plan(self:Pruner,
     "What `prune` would do; nothing is changed"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
-    with searched_once():
+    with searched_once(), collector_paused():
         self.couple(loose=how is None)
         return self._chosen(how)[0] if how is not None else self._clean()
 
@@ -159,14 +160,14 @@ def prune(self:Pruner,
     recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
     compensate=None, # True for the example input, or a data loader: the means of what is removed move into biases
     rescale=None, # True for the example input, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
-    verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt leaves the model half cut
+    verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt comes when all is cut
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
     extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate, rescale)
     _check_values(self.model, how, extras)
     if rescale and how is None: warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget', NoEffectWarning, stacklevel=2)
-    with searched_once():
+    with searched_once(), collector_paused():
         self.couple(loose=how is None)
         before,first,left = self._counts(),None,()
         try:
@@ -206,7 +207,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     except BaseException:
         op.restore_()
         raise
-    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, stale=stale, notes=self.coupling.tried, **done)
+    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, stale=stale, notes=self.coupling.notes, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''

@@ -87,6 +87,7 @@ class Checked:
     shapes:tuple # Of the tensors that it was called with
     training:bool # In training mode?
     error:float|None # Largest difference; None where the outputs were empty
+    dtype:str='' # What it was computed in
 
 @dataclass(frozen=True)
 class Report:
@@ -149,10 +150,16 @@ def _equal(self):
     if self.error is None: return f"not verified{': ' if self.dtype else ''}{self.dtype}"
     to = 'the model before' if self.law=='masks' else 'the model in which nobody reads them'
     if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
-    return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype}){_where(self.witnesses)}"
+    return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype}{_exactly(self.witnesses, self.dtype)}){_where(self.witnesses)}"
+
+def _shapes(w): return ' and '.join('×'.join(map(str, s)) or 'a number' for s in w.shapes)
+
+def _exactly(witnesses, dtype): # Which call that precision was for, if it is not the example; that was in the model's own
+    if not witnesses or witnesses[0].dtype in (dtype, ''): return ''
+    return f" at {next(_shapes(w) for w in witnesses if w.dtype==dtype)}"
 
 def _where(witnesses): # The calls at which a law was checked, in words
-    said = [' and '.join('×'.join(map(str, s)) or 'a number' for s in w.shapes) for w in witnesses if not w.training]
+    said = [_shapes(w) for w in witnesses if not w.training]
     said += ['in training mode']*any(w.training for w in witnesses)
     return f"; checked at {', at '.join(said)}".replace(', at in ', ' and in ') if len(said)>1 else ''
 

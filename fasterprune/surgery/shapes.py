@@ -55,10 +55,11 @@ def elementwise(*args, **kwargs):
 # %% ../../nbs/surgery/00_shapes.ipynb #00000009
 @formula('native_batch_norm')
 def batch_norm(x, weight, bias, mean, var, training, momentum, eps):
-    "As its input"
-    if training or mean is None or mean.dtype!=x.dtype: return
+    "As its input, and in training mode two numbers for each channel"
+    if mean is None or mean.dtype!=x.dtype: return
     out = torch.empty_like(x, memory_format=suggest_memory_format(x)) # as the processor's kernel does, whatever the strides are
-    return out,empty(x, (0,)),empty(x, (0,))
+    n = x.shape[1] if training else 0
+    return out,empty(x, (n,)),empty(x, (n,))
 
 @formula('native_layer_norm')
 def layer_norm(x, normalized_shape, weight, bias, eps):

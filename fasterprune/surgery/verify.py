@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..core import PruningError, VerificationError
 from .adapters import ADAPTERS
 from .trace import tensors_in
-from .capture import Runner, clones, plainly, probe, record, record_in
+from .capture import Runner, plainly, record_in
 from .coupling import Coupling
 from .witness import Witness
 
@@ -33,16 +33,14 @@ def outputs(
     training:tuple=(), # Modules to put in training mode
     around=None, # `Decisions.note` or `.repeat`
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
-    state:dict|None=None, # Parameters and buffers in that precision, where they are at hand
     steady:bool=False, # Let dropout keep everything, as where the law is checked in training mode
-    own:bool=False, # As for `record_in`
 )->list[Tensor]:
     "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     run = _steadily(run) if steady else run
-    rec = Runner(run if around is None else around(run), training, exact=c is None or not c.exact)
-    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead, state, own)]
+    rec = Runner(run if around is None else around(run), training, c is None or not c.exact, watches=c is not None or around is not None)
+    res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
 
@@ -142,9 +140,8 @@ def check_adapters(
 ):
     "Refuse an adapter that does not compute what its module does"
     if not any(type(m) in ADAPTERS for m in model.modules()): return
-    try: _compare_adapters(model, x, training, torch.float64)
-    except VerificationError: raise
-    except Exception: _compare_adapters(model, x, training, None) # code that insists on its own precision
+    try: _compare_adapters(model, x, training, None)
+    except VerificationError: _compare_adapters(model, x, training, torch.float64) # the model's own precision may be too rough
 
 def _compare_adapters(model, x, training, dtype):
     def check(m, args, kwargs, out):
@@ -157,7 +154,7 @@ def _compare_adapters(model, x, training, dtype):
     def watch(copy):
         for m in copy.modules():
             if type(m).__mro__[1] in ADAPTERS: m.register_forward_hook(check, with_kwargs=True)
-    record(model, probe(x, dtype), Runner(training=training), clones(model, dtype), change=watch)
+    record_in(model, x, Runner(training=training), dtype, change=watch)
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000010
 def relative_error(

@@ -19,10 +19,17 @@ from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['SIZED', 'FRESH', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of',
+__all__ = ['SIZED', 'FRESH', 'Others', 'Witness', 'runs_alike', 'joined', 'variants', 'varying', 'resized', 'inputs_of',
            'capture_witnesses', 'asks_for_training']
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000004
+@dataclass(frozen=True)
+class Others:
+    "The further runs of a model"
+    runs:tuple=() # (what it was called with, its trace)
+    notes:tuple=() # What could not be seen, in words
+    trains:bool=False # Does the same code run in training mode, too?
+
 @dataclass(frozen=True)
 class Witness:
     "A call of the model, and what ran"
@@ -154,7 +161,7 @@ def _sizes_of(call): # (size, what it may be, another one)
         elif t.dim()>=2 and t.shape[0]==b and not (t.dim()==2 and t.is_floating_point()): res[('length', t.shape[1])] = (('length', t.shape[1]), 'length', t.shape[1]+3)
     return list(res.values())
 
-def _half(n): return -(-n//64)*32 if n>=96 and n%32==0 else _other_size(n) # Of an image: half as large, which costs less to run, if that is a multiple of 32
+def _half(n): return max(64, 3*n//7//32*32) if n>=96 else _other_size(n) # Of an image: less than half as large, which costs less to run, and a multiple of 32
 
 def _other_size(n): # Of an image: a little smaller if that is a multiple of 32, as many networks want it; else larger
     if n>=96 and n%32==0: return n-32
@@ -243,13 +250,13 @@ def capture_witnesses(
     x, # What it is called with
     trace:Trace, # From `capture_all`
     examples=(), # Other calls of the model that have to go on working
-)->tuple: # ((what it was called with, its trace), ...), and what else was tried, in words
+)->Others:
     "Capture the user's own further calls, and one that differs from the example in all that may differ"
-    res,tried = [],[]
+    res = []
     base = lambda: (1<<24)*(1+len(res))
     for y in examples:
         with of_example(model, y): res.append((y, capture(model, y, training=trace.training, base=base())))
-    if not trace.fake: return tuple(res),('which path the code takes depends on values; only the path of this example is known, and no other sizes were tried',)
+    if not trace.fake: return Others(tuple(res), ('which path the code takes depends on values; only the path of this example is known, and no other sizes were tried',))
     for y in variants(x):
         rec = Recorder(training=trace.training, base=base(), again=trace.counts)
         try: t = fake_trace(model, y, rec=rec)
@@ -258,8 +265,11 @@ def capture_witnesses(
         res.append((y, t))
         break
     last = res[-1][0] if res else x
-    if (t := _in_training(model, last, trace, [t for _,t in res], base())) is not None: res.append((last, t))
-    return tuple(res),tuple(tried)
+    if not asks_for_training(model): return Others(tuple(res), trains=True)
+    runs = (trace, *(t for _,t in res))
+    if (t := _in_training(model, last, base())) is None: return Others(tuple(res))
+    trains = {k.place for k in runs[-1].calls}<={k.place for k in t.calls} and {n.module for n in runs[-1].nodes}<={n.module for n in t.nodes}
+    return Others((*res, (last, t)) if _says_more(t, runs) else tuple(res), trains=trains)
 
 def asks_for_training(
     model:nn.Module,
@@ -270,15 +280,17 @@ def asks_for_training(
     codes = [v.__code__ for k in own for b in k.__mro__ if not b.__module__.startswith('torch.') for v in vars(b).values() if hasattr(v, '__code__')]
     return any('training' in code.co_names for code in codes)
 
-def _in_training(model, x, trace, traces, base): # A run in training mode, where code says other sizes and numbers than in those runs
-    if not asks_for_training(model): return None
-    try: t = fake_trace(model, x, rec=Recorder(training=tuple(n for n,_ in modules_of(model)), base=base))
+def _in_training(model, x, base):
+    try: return fake_trace(model, x, rec=Recorder(training=tuple(n for n,_ in modules_of(model)), base=base))
     except Exception: return None # it does not run so
-    runs = (trace, *traces)
+
+def _says_more(t, runs): # Does code say sizes and numbers in this run which it does not say in those?
     seen,ops = {k.place for r in runs for k in r.calls},{n.op for r in runs for n in r.nodes}
-    wide = lambda n: any(k>1 for r in n.outs for k in t.shapes[r.id][1:])
+    def wide(n): return any(k>1 for r in n.outs for k in t.shapes[r.id][1:])
     unknown = any(rule_for(n) is None and wide(n) for n in t.nodes if n.op not in ops) # such as what draws the masks of a dropout: channels would stay for nothing
-    return t if not unknown and any(k.place not in seen for k in t.calls) else None
+    return not unknown and any(k.place not in seen and wide(k) and _says_numbers((*k.args, *k.kwargs.values())) for k in t.calls)
+
+def _says_numbers(vs): return any(_says_numbers(v) if isinstance(v, (list, tuple)) else isinstance(v, Real) and not isinstance(v, bool) for v in vs)
 
 def _sensible(a:Trace, b:Trace)->bool: # Does each sample still give one? Code may run on, with parts of images for images
     first = lambda t, refs: [t.shapes[r.id][:1] for r in refs]
