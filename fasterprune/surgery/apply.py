@@ -151,7 +151,7 @@ def bare(
         model = inner[0]
     return model
 
-# %% ../../nbs/surgery/09_apply.ipynb #0000000a
+# %% ../../nbs/surgery/09_apply.ipynb #0000001c
 class Step:
     "A part of a change to a model that can be made again after an interrupt: what it puts where is computed once"
     def __init__(self,
@@ -178,6 +178,7 @@ def carry_out_(
             interrupt = e
     if interrupt is not None: raise interrupt
 
+# %% ../../nbs/surgery/09_apply.ipynb #0000000a
 @torch.no_grad()
 def fold_(
     model:nn.Module, # Has been cut
@@ -234,11 +235,18 @@ def apply_(
 )->nn.Module:
     "Carry a plan out: slice parameters and buffers, set the attributes of standard layers, fold constants"
     whole,model = model,bare(model, check_values(plan))
-    _prepare_(model, plan, optimizer)
-    if others := other_weights(model, plan):
-        plan = replace(plan, folds=_room(plan.folds))
-        if not later: warnings.warn(_told(others), PruningWarning, stacklevel=3)
-    carry_out_(steps_of(model, plan, optimizer))
+    undo,begun = [],[]
+    try:
+        if plan.branches: remove_(model, plan, undo, optimizer)
+        check_plan(model, plan, optimizer)
+        if others := other_weights(model, plan):
+            plan = replace(plan, folds=_room(plan.folds))
+            if not later: warnings.warn(_told(others), PruningWarning, stacklevel=3)
+        begin = partial(begun.append, True)
+        carry_out_([lambda: [begin], *steps_of(model, plan, optimizer)])
+    except BaseException:
+        for u in () if begun else reversed(undo): u.restore_()
+        raise
     return whole
 
 def steps_of(
@@ -269,15 +277,6 @@ def _shrunk(w, g, d, before): # The factor of a `weight_norm` times what is left
     ratio = torch.where(before>0, _norms(w, d)/before, 1.)
     return [partial(_hold_, g, (g.double()*ratio.view(g.shape)).to(g.dtype))]
 
-def _prepare_(model, plan, optimizer): # Take branches out, and see whether the rest can be carried out; else all is as before
-    saved = OptimizerSnapshot(optimizer) if plan.branches and optimizer is not None else None
-    out = remove_(model, plan, optimizer) if plan.branches else None
-    try: check_plan(model, plan, optimizer)
-    except BaseException:
-        if out is not None: out.restore_()
-        if saved is not None: saved.restore_()
-        raise
-
 def _room(folds): # The biases that a plan makes, to be filled by what is loaded
     return tuple(replace(f, value=(0.,)*len(f.value)) for f in folds if f.kind=='new')
 
@@ -289,20 +288,24 @@ def _told(others): # What is wrong with constants of other weights, in words
 def remove_(
     model:nn.Module, # Changed in place
     plan:Plan, # With branches
+    undo:list, # Gets what puts things back, in order, before they change
     optimizer=None, # Forgets what goes, and trains what is new
-)->Removed: # Can put them back; the optimizer has a snapshot of its own
+):
     "Take the branches of a plan out"
     state,modules = state_of(model),{n for n,_ in model.named_modules()}
     for b in plan.branches:
         missing = [n for n,k in b.params if n not in state or len(state[n])!=k]+[g.module for g in b.modules if g.module not in modules]
         if missing: raise ValueError(f"this plan is of another model, or has been applied before: it takes out a branch with {missing[0]!r}, which this one does not have so")
-    if optimizer is not None: check_optimizer(optimizer, model, {})
-    r = Removed(model, plan.branches)
     if optimizer is not None:
-        for p,beside in r.new:
-            for change in adopted(optimizer, p, beside): change()
-        drop_(optimizer, r.old)
-    return r
+        check_optimizer(optimizer, model, {})
+        undo.append(OptimizerSnapshot(optimizer))
+    r = Removed(model, plan.branches)
+    undo.append(r)
+    r.take_out_()
+    if optimizer is None: return
+    for p,beside in r.new:
+        for change in adopted(optimizer, p, beside): change()
+    drop_(optimizer, r.old)
 
 def check_plan(
     model:nn.Module,

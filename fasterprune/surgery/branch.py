@@ -241,16 +241,21 @@ def _places(model): # Identity of a module → every (parent, name) under which 
     return res
 
 class Removed:
-    "Branches of a model that have been taken out; `restore_` puts them back"
+    "Branches of a model: `take_out_` takes them out, and `restore_` puts back what has been taken out"
     def __init__(self,
-        model:nn.Module, # Changed in place
+        model:nn.Module,
         branches, # `Branch`es
     ):
-        self.places,self.data,self.new,old,places = [],[],[],[],_places(model) # new: (parameter, one that went)
-        inside = max([m.level for m in model.modules() if isinstance(m, Silence)], default=0)
-        for level,b in enumerate(branches, inside+1):
-            for g in b.modules: old += self._replace(model, b, g, level if g is b.modules[-1] else 0, places)
-        live = {id(p) for p in model.parameters()}
+        self.model,self.branches,self.places,self.data = model,branches,[],[]
+        self.new,self.old = [],[] # (parameter, one that went), and parameters that went
+
+    def take_out_(self):
+        "Replace each module of a branch by one that adds nothing, or the same to everything"
+        old,places = [],_places(self.model)
+        inside = max([m.level for m in self.model.modules() if isinstance(m, Silence)], default=0)
+        for level,b in enumerate(self.branches, inside+1):
+            for g in b.modules: old += self._replace(self.model, b, g, level if g is b.modules[-1] else 0, places)
+        live = {id(p) for p in self.model.parameters()}
         self.old = [p for p in old if id(p) not in live]
 
     def _replace(self, model, b, g, level, places):
@@ -288,7 +293,9 @@ def _given(c, x): # What modules give that is no tensor: identity → as `items`
 
 def _tried(c, x, branches): # Does the model run without them? If not, why
     out = Removed(c.model, branches)
-    try: t = fake_trace(c.model, x)
+    try:
+        out.take_out_()
+        t = fake_trace(c.model, x)
     except Exception as e: return f"its code asks the branch for something ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})" # whatever the user's code raises is an answer
     finally: out.restore_()
     if [t.shapes[r.id] for r in t.outputs]!=[c.trace.shapes[r.id] for r in c.trace.outputs]: return 'without it the outputs would have other shapes'

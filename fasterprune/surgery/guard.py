@@ -72,7 +72,7 @@ class StructuralCopy:
         own.update(vars(m))
         for k,v in vars(m).items():
             if type(v) in _atoms: continue
-            own[k] = type(v)() if not v and k in _registries else self(v)
+            own[k] = type(v)() if k in _registries and not v else self(v)
         for k,v in _slots(m): object.__setattr__(new, k, self(v))
         return new
 

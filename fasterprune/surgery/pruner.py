@@ -133,6 +133,7 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
     branches,left,facts = self._silent()
     out = Removed(self.model, branches)
     try:
+        out.take_out_()
         if branches: self.couple(loose=True)
         plan = self._dead(None if branches else facts)[0]
     finally: out.restore_()

@@ -160,8 +160,9 @@ def _exactly(witnesses, dtype): # Which call that precision was for, if it is no
 
 def _where(witnesses): # The calls at which a law was checked, in words
     said = [_shapes(w) for w in witnesses if not w.training]
-    said += ['in training mode']*any(w.training for w in witnesses)
-    return f"; checked at {', at '.join(said)}".replace(', at in ', ' and in ') if len(said)>1 else ''
+    trained = [_shapes(w) for w in witnesses if w.training]
+    if len(said)+len(trained)<2: return ''
+    return f"; checked at {', at '.join(said)}" + (f" and in training mode at {', at '.join(trained)}" if trained else '')
 
 _counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape', 'kernel_size', 'dilation', 'padding', 'output_padding', '_reversed_padding_repeated_twice') # every standard layer has these set; that goes without saying
 
