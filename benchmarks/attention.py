@@ -10,13 +10,13 @@ def products(c)->dict:
     "Module path → its products of two tensors that both depend on the input, as `Read`s"
     l,res = c.labels,{}
     for r in l.reads:
-        if r.weight is not None and not l.is_param(r.weight) and not l.is_param(r.data) and 'convolution' not in c.trace.nodes[r.node].op:
-            res.setdefault(c.trace.nodes[r.node].module, []).append(r)
+        if r.weight is not None and not l.is_param(r.weight) and not l.is_param(r.data) and 'convolution' not in c.labels.trace.nodes[r.node].op:
+            res.setdefault(c.labels.trace.nodes[r.node].module, []).append(r)
     return res
 
 def axes(c, r)->tuple:
     "The (batch axes, other axes) of a product"
-    node = c.trace.nodes[r.node]
+    node = c.labels.trace.nodes[r.node]
     refs = [a for a in node.args if isinstance(a, Ref)][-2:]
     sides = [c.labels.env[ref.id] for ref in refs]
     return [a for s in sides for a in s[:-2]],[a for s in sides for a in s[-2:]]
@@ -33,7 +33,7 @@ def groups_in(c, found)->set:
 
 def embedding_axes(c, r)->list:
     "What the layers read that write the two sides of a product"
-    made = {o.id:n for n in c.trace.nodes for o in n.outs}
+    made = {o.id:n for n in c.labels.trace.nodes for o in n.outs}
     reads = {x.node:x for x in c.labels.reads if x.weight is not None and (c.labels.is_param(x.weight) or c.labels.is_param(x.data))}
     todo,seen,res = [r.data, r.weight],set(),[]
     while todo:
