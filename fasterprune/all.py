@@ -31,11 +31,12 @@ from .measure.gallery import exhibit, plot_gallery
 from .measure.importance import agreement, importance, lowest, plot_agreement
 from .measure.latency import Latency, compare_latency, latency
 from .measure.metrics import compare, compression_ratio, evaluate, file_size, theoretical_speedup
-from .measure.plots import (plot_compare, plot_curves, plot_granularities, plot_groups, plot_history, plot_lowest, plot_mask, plot_matrix,
-    plot_plan, plot_schedule, plot_schedules, plot_scores, plot_widths)
+from .measure.plots import (plot_compare, plot_curves, plot_granularities, plot_groups, plot_history, plot_lowest,
+    plot_mask, plot_matrix, plot_plan, plot_schedule, plot_schedules, plot_scores, plot_widths)
 from .measure.sensitivity import sensitivity
 from .measure.storage import layer_storage, model_storage
-from .schedule import Schedule, agp, cosine, dsd, exponential, geometric, hold, iterative, linear, one_cycle, one_shot, schedules
+from .schedule import Schedule, agp, cosine, dsd, exponential, geometric, hold, iterative
+from .schedule import linear, one_cycle, one_shot, schedules
 from .sparse.masks import Masks
 from .sparse.progressive import PKP, participation, pkp_rounds
 from .sparse.semi_structured import semi_structured_
@@ -51,13 +52,15 @@ from .surgery.recalibrate import recalibrate_
 from .surgery.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
-__all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback', 'Growth', 'KeepZeros', 'Latency',
-    'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'Plan', 'PruneCallback', 'Pruner', 'PruningError',
-    'PruningWarning', 'RegrowCallback', 'Remember', 'Report', 'ResumeCallback', 'Schedule', 'SlimmingCallback', 'Sparsifier',
-    'SparsifyCallback', 'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare', 'compare_latency',
-    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk', 'evaluate', 'exhibit', 'exponential', 'file_size',
-    'geometric', 'granularities', 'hold', 'image_dls', 'importance', 'iterative', 'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket',
-    'lowest', 'model_storage', 'normalizers', 'one_cycle', 'one_shot', 'participation', 'pkp_rounds', 'plot_agreement', 'plot_compare', 'plot_curves',
-    'plot_gallery', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix', 'plot_plan', 'plot_schedule',
-    'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rewind_', 'rule', 'schedules', 'semi_structured_', 'sensitivity',
-    'silenced', 'small_resnet', 'theoretical_speedup']
+__all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback',
+    'Growth', 'KeepZeros', 'Latency', 'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'Plan',
+    'PruneCallback', 'Pruner', 'PruningError', 'PruningWarning', 'RegrowCallback', 'Remember', 'Report',
+    'ResumeCallback', 'Schedule', 'SlimmingCallback', 'Sparsifier', 'SparsifyCallback', 'Statistic',
+    'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare', 'compare_latency',
+    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk', 'evaluate', 'exhibit',
+    'exponential', 'file_size', 'geometric', 'granularities', 'hold', 'image_dls', 'importance', 'iterative',
+    'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket', 'lowest', 'model_storage', 'normalizers',
+    'one_cycle', 'one_shot', 'participation', 'pkp_rounds', 'plot_agreement', 'plot_compare', 'plot_curves',
+    'plot_gallery', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix',
+    'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rewind_',
+    'rule', 'schedules', 'semi_structured_', 'sensitivity', 'silenced', 'small_resnet', 'theoretical_speedup']

@@ -20,24 +20,30 @@ from .core import check_fraction, check_sparsity, n_removed, no_such, wide
 # %% ../nbs/03_allocation.ipynb #00000006
 def _flat(scores, name='scores'): # 1-D scores that can be ranked
     if not isinstance(scores, Tensor): raise TypeError(f"{name} is a tensor of scores, not {scores!r}")
-    if scores.is_complex(): raise TypeError(f"{name} has complex scores, which have no order; a score is a real number, high = keep")
+    if scores.is_complex():
+        raise TypeError(f"{name} has complex scores, which have no order; a score is a real number, high = keep")
     s = scores.detach().flatten()
     s = s if s.dtype == torch.float64 else s.float() if s.is_floating_point() else wide(s)
     if s.device.type != 'cpu': s = s + 0. # -0 ties with 0, and a GPU would sort it before
-    if s.sum().isnan() and s.isnan().any(): raise ValueError(f"{name}: {int(s.isnan().sum())} of {s.numel()} scores are NaN; a score is a number, high = keep")
+    if s.sum().isnan() and s.isnan().any():
+        raise ValueError(f"{name}: {int(s.isnan().sum())} of {s.numel()} scores are NaN; "
+                         "a score is a number, high = keep")
     return s
 
-def _step(n): return next(i for i in range(max(n>>14, 1), n+210) if math.gcd(i, 210) == 1) # Each so many of n are a sample; in step with no kernel, or all would be of one tap
+def _step(n): # Each so many of n are a sample; in step with no kernel, or all would be of one tap
+    return next(i for i in range(max(n>>14, 1), n+210) if math.gcd(i, 210) == 1)
 
 def _kth(ss, k): # The k-th lowest of all in these tensors
     if any(s.device.type != 'cpu' for s in ss): return _join(ss).kthvalue(k).values
     xs, total = [s.numpy() for s in ss], sum(map(len, ss))
-    some = np.sort(np.concatenate([x[::_step(total)] for x in xs])) # tells where to look; NumPy finds it there, ten times as fast as PyTorch
+    # tells where to look; NumPy finds it there, ten times as fast as PyTorch
+    some = np.sort(np.concatenate([x[::_step(total)] for x in xs]))
     at, wide = (k-1)*len(some)//total, 2*math.isqrt(len(some))
     low, high = some[max(at-wide, 0)], some[min(at+wide, len(some)-1)]
     inside = [(x > low)&(x < high) for x in xs]
     upto, found = total-_n([x > low for x in xs]), _n(inside)
-    if upto < k <= upto+found: return torch.as_tensor(_least([np.compress(i, x) for i,x in zip(inside, xs)], k-upto)) # without those equal to `low`, which may be very many
+    if upto < k <= upto+found: # without those equal to `low`, which may be very many
+        return torch.as_tensor(_least([np.compress(i, x) for i,x in zip(inside, xs)], k-upto))
     for v in (low, high):
         if _n([x < v for x in xs]) < k <= _n([x <= v for x in xs]): return torch.as_tensor(v)
     return torch.as_tensor(_least(xs, k))
@@ -65,7 +71,8 @@ def _lowest_of(ss, k): # Bools, the k lowest of all in these tensors, ties by po
 def _lowest(s, k): return _lowest_of([s], k)[0]
 
 def _check_units(m, name='min_keep', least=0):
-    if isinstance(m, bool) or not isinstance(m, Integral) or m < least: raise ValueError(f"{name} is a whole number of units, at least {least}, not {m!r}")
+    if isinstance(m, bool) or not isinstance(m, Integral) or m < least:
+        raise ValueError(f"{name} is a whole number of units, at least {least}, not {m!r}")
 
 # %% ../nbs/03_allocation.ipynb #00000007
 def keep_top(
@@ -83,7 +90,9 @@ contexts, counts = ('local', 'global'), ('units', 'params')
 rankings = (*contexts, 'isomorphic') # the last where somebody says which layers are of the same shape
 
 def _check_context(context, sets):
-    if context == 'isomorphic' and sets is None: raise ValueError(f"context='isomorphic' ranks channels of the same shape together, and only a Pruner knows which these are; here choose from {', '.join(map(repr, contexts))}")
+    if context == 'isomorphic' and sets is None:
+        raise ValueError("context='isomorphic' ranks channels of the same shape together, and only a Pruner knows "
+                         f"which these are; here choose from {', '.join(map(repr, contexts))}")
     if context not in rankings: raise ValueError(no_such('context', context, contexts if sets is None else rankings))
 
 def check_allocation(
@@ -103,11 +112,15 @@ def check_allocation(
     _check_units(round_to, 'round_to', 1)
     check_fraction(max_ratio, 'max_ratio')
     if context != 'local' and isinstance(sparsity, dict):
-        raise ValueError(f"context={context!r} is one ranking over {'all layers' if context == 'global' else 'all layers of a shape'} and takes one sparsity, not {sparsity!r}; use context='local' for a fraction a layer")
+        raise ValueError(f"context={context!r} is one ranking over "
+                         f"{'all layers' if context == 'global' else 'all layers of a shape'} and takes one sparsity, "
+                         f"not {sparsity!r}; use context='local' for a fraction a layer")
     return check_sparsity(sparsity, names)
 
 # %% ../nbs/03_allocation.ipynb #00000011
-def _even_block(queue, used, gone, room, start): # The lowest units that can go together, beginning with the kind `start`: (units, `used` and `gone` after that)
+def _even_block(
+    queue, used, gone, room, start,
+): # The lowest units that can go together, beginning with the kind `start`: (units, `used` and `gone` after that)
     block, used, gone, kind = [], dict(used), [list(g) for g in gone], start
     fits = lambda k: used[k]<len(queue[k]) and all(i<0 or g[i]<r[i] for i,g,r in zip(k, gone, room))
     uneven = lambda k: sum(max(h)*len(h)-sum(h) for h in ([v+(i==j) for j,v in enumerate(g)] for i,g in zip(k, gone)))
@@ -117,11 +130,15 @@ def _even_block(queue, used, gone, room, start): # The lowest units that can go 
         for i,g in zip(kind, gone): g[i] += i>=0
         low = next(((j, g.index(min(g))) for j,g in enumerate(gone) if min(g)<max(g)), None)
         if low is None: return block, used, gone
-        kind = min((k for k in queue if k[low[0]]==low[1] and fits(k)), key=lambda k: (uneven(k), queue[k][used[k]][0]), default=None)
+        kind = min((k for k in queue if k[low[0]]==low[1] and fits(k)),
+                   key=lambda k: (uneven(k), queue[k][used[k]][0]), default=None)
 
-def _even_blocks(s, parts, cap, r): # [(score, units that go together)], the lowest first, so that each part keeps as many
+def _even_blocks(
+    s, parts, cap, r,
+): # [(score, units that go together)], the lowest first, so that each part keeps as many
     if len(parts)==1 and len({len(p) for p in parts[0]})==1 and sum(map(len, parts[0]))==len(s):
-        order = torch.stack([p[s[p].argsort(stable=True)] for p in (torch.as_tensor(np.asarray(p), device=s.device) for p in parts[0])])
+        order = torch.stack([p[s[p].argsort(stable=True)]
+                             for p in (torch.as_tensor(np.asarray(p), device=s.device) for p in parts[0])])
         n, most = order.shape[1], _whole(min(*cap[1][0], cap[0]//len(order)), order.shape[1], r)
         ends = range(n % r or r, most+1, r)
         blocks = [order[:,a:b].T.flatten() for a,b in zip([0, *ends], ends)]
@@ -130,7 +147,8 @@ def _even_blocks(s, parts, cap, r): # [(score, units that go together)], the low
     at, score, queue, block, last, res = np.full((len(s), len(parts)), -1), s.tolist(), {}, [], -torch.inf, []
     for j,ps in enumerate(parts):
         for i,p in enumerate(ps): at[np.asarray(p), j] = i
-    for u in s.argsort(stable=True).tolist(): queue.setdefault(tuple(at[u].tolist()), []).append((score[u], u)) # by kind: in which part of each set it is
+    for u in s.argsort(stable=True).tolist():
+        queue.setdefault(tuple(at[u].tolist()), []).append((score[u], u)) # by kind: in which part of each set it is
     used, gone, starts = dict.fromkeys(queue, 0), [[0]*len(ps) for ps in parts], list(queue)
     sizes, left = [len(p) for ps in parts for p in ps], cap[0]
     while starts:
@@ -157,14 +175,17 @@ def _whole(cap, n, r): # The same in whole blocks
 def _by_set(flat, context, sets): # [{layer: scores}], each ranked by itself
     res, of = {}, sets if context == 'isomorphic' else {n: n if context == 'local' else '' for n in flat}
     lost = [n for n in flat if n not in of]
-    if lost: raise ValueError(f"sets has no set for layer {lost[0]!r}; it maps the name of each layer to that of its set")
+    if lost:
+        raise ValueError(f"sets has no set for layer {lost[0]!r}; it maps the name of each layer to that of its set")
     for n,s in flat.items(): res.setdefault(of[n], {})[n] = s
     return list(res.values())
 
 def _blocks(flat, cap, r, parts): # [(layer, units that go together)], the lowest first
     rows = []
     for i,(n,s) in enumerate(flat.items()):
-        if parts.get(n): rows += [(v, i, j, n, b) for j,(v,b) in enumerate(_even_blocks(s, parts[n], cap[n], r))]; continue
+        if parts.get(n):
+            rows += [(v, i, j, n, b) for j,(v,b) in enumerate(_even_blocks(s, parts[n], cap[n], r))]
+            continue
         order, score = s.argsort(stable=True).tolist(), s.tolist()
         ends = range(len(s) % r or r, _whole(cap[n][0], len(s), r)+1, r)
         rows += [(score[order[b-1]], i, order[b-1], n, order[a:b]) for a,b in zip([0, *ends], ends)]
@@ -178,7 +199,8 @@ def ranked(
     min_keep:int=0, # Leave each layer at least this many units
     max_ratio:float=1., # Take at most this part of each layer's units
     round_to:int=1, # The number of units that stay in a layer is a multiple of this, or all
-    parts:dict|None=None, # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
+    # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
+    parts:dict|None=None,
 )->list[tuple]: # (layer, units that go together), the first to go first
     "All units that may go, in the order in which they do"
     check_allocation(0., (), context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
@@ -194,13 +216,18 @@ def ranked(
 
 # %% ../nbs/03_allocation.ipynb #0000001a
 def _costs(costs, s, n): # The cost of each unit of a layer, 1-D
-    if costs is None or n not in costs: raise ValueError(f"count='params' needs costs[{n!r}]: the number of parameters of one unit, or a tensor with one number a unit")
+    if costs is None or n not in costs:
+        raise ValueError(f"count='params' needs costs[{n!r}]: the number of parameters of one unit, "
+                         "or a tensor with one number a unit")
     c = torch.as_tensor(costs[n], dtype=wide(s).dtype, device=s.device).flatten()
-    if c.numel() not in (1, s.numel()): raise ValueError(f"costs[{n!r}] has {c.numel()} numbers for {s.numel()} units; give one, or one a unit")
+    if c.numel() not in (1, s.numel()):
+        raise ValueError(f"costs[{n!r}] has {c.numel()} numbers for {s.numel()} units; give one, or one a unit")
     if not (c >= 0).all(): raise ValueError(f"costs[{n!r}] must be numbers ≥ 0, not {costs[n]!r}")
     return c.expand(s.numel())
 
-def _remove(s, can, fraction, cost=None): # Bool: the lowest of those that `can` go, or of all if it is None, until the fraction is reached
+def _remove(
+    s, can, fraction, cost=None,
+): # Bool: the lowest of those that `can` go, or of all if it is None, until the fraction is reached
     gone, at = s == -torch.inf, torch.arange(len(s), device=s.device) if can is None else can.nonzero().flatten()
     if cost is None: low = _lowest(s[at], n_removed(len(s), fraction))
     else:
@@ -218,23 +245,33 @@ def _remove_blocks(part, cap, r, parts, fraction, cost): # The same by layer, in
         gone[n][units] = True
     return gone
 
-def _remove_lowest(part, cap, fraction, cost): # The same unit by unit; nothing is sorted, for these may be all weights of a model
+def _remove_lowest(
+    part, cap, fraction, cost,
+): # The same unit by unit; nothing is sorted, for these may be all weights of a model
     free, all_of = all(cap[n][0] == len(s) for n,s in part.items()), sum(map(len, part.values()))
-    if free and not cost: return {n: low | (part[n] == -torch.inf) for n,low in zip(part, _lowest_of(list(part.values()), n_removed(all_of, fraction)))}
+    if free and not cost:
+        return {n: low | (part[n] == -torch.inf)
+                for n,low in zip(part, _lowest_of(list(part.values()), n_removed(all_of, fraction)))}
     can = None if free else _join(_lowest(s, cap[n][0]) | (s == -torch.inf) for n,s in part.items())
     gone = _remove(_join(part.values()), can, fraction, _join(cost[n] for n in part) if cost else None)
     return dict(zip(part, gone.split([len(s) for s in part.values()])))
 
 # %% ../nbs/03_allocation.ipynb #0000001b
-def _classes_of(classes, parts, r): # Positions of each class; None where parts or whole blocks could not be kept in each
+def _classes_of(
+    classes, parts, r,
+): # Positions of each class; None where parts or whole blocks could not be kept in each
     if classes is None: return None
     of = [np.flatnonzero(classes==k) for k in np.unique(classes)]
     even = all(len({np.isin(p, at).sum() for p in ps}) == 1 for ps in parts for at in of)
     return of if len(of) > 1 and even and all(len(at) % r == 0 for at in of) else None
 
-def _counts_of(sizes, share): # How many go of each class: its part rounded down, and one more where all are short of theirs, large ones first
+def _counts_of(
+    sizes, share,
+): # How many go of each class: its part rounded down, and one more where all are short of theirs, large ones first
     k = [n_removed(n, share) for n in sizes]
-    for i in sorted(range(len(k)), key=lambda i: (k[i]-share*sizes[i], -sizes[i]))[:n_removed(sum(sizes), share)-sum(k)]: k[i] += 1
+    for i in sorted(range(len(k)),
+                    key=lambda i: (k[i]-share*sizes[i], -sizes[i]))[:n_removed(sum(sizes), share)-sum(k)]:
+        k[i] += 1
     return k
 
 def _remove_by_class(s, of, share, parts, min_keep, max_ratio, r, cost): # Bool: of each class of units the same part
@@ -250,18 +287,23 @@ def _remove_by_class(s, of, share, parts, min_keep, max_ratio, r, cost): # Bool:
 def allocate(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
     sparsity:float|dict, # Part to remove; a dict of layer name → part where the context is 'local', others keep all
-    *, context:str='local', # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': one for each of `sets`
+    # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': one for each of `sets`
+    *, context:str='local',
     count:str='units', # What the part is a part of: 'units' or 'params'
     costs:dict|None=None, # Layer name → parameters of a unit, one number or one a unit; for count='params'
     min_keep:int=0, # Leave each layer at least this many units
     max_ratio:float=1., # Take at most this part of each layer's units
     round_to:int=1, # The number of units that stay in a layer is a multiple of this, or all
     sets:dict|None=None, # For 'isomorphic': layer name → name of its set
-    parts:dict|None=None, # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
-    classes:dict|None=None, # Layer name → a number for each unit, or None: in a 'local' context each class loses its part
+    # Layer name → sets of parts, each a tuple of arrays of units: equally many stay in each part of a set
+    parts:dict|None=None,
+    # Layer name → a number for each unit, or None: in a 'local' context each class loses its part
+    classes:dict|None=None,
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay"
-    sparsity = check_allocation(sparsity, scores, context=context, count=count, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
+    sparsity = check_allocation(
+        sparsity, scores, context=context, count=count, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to,
+        sets=sets)
     if not scores: return {}
     flat, gone = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}, {}
     cost = {n: _costs(costs, s, n) for n,s in flat.items()} if count == 'params' else {}
@@ -276,13 +318,15 @@ def allocate(
             gone[first] = _remove_by_class(of[first], found, share, *caps, cost.get(first))
             continue
         one_by_one = round_to == 1 and not any(parts.get(n) for n in of)
-        gone.update(_remove_lowest(of, cap, share, cost) if one_by_one else _remove_blocks(of, cap, round_to, parts, share, cost))
+        gone.update(_remove_lowest(of, cap, share, cost) if one_by_one
+                    else _remove_blocks(of, cap, round_to, parts, share, cost))
     return {n: ~gone[n].to(s.device).view(s.shape) for n,s in scores.items()}
 
 # %% ../nbs/03_allocation.ipynb #0000001e
 def _ascending(s): return torch.as_tensor(np.sort(s.numpy())) if s.device.type == 'cpu' else s.sort().values
 
-def _rest(s): return s.flip(0).cumsum(0).flip(0) # Of ascending scores, for each the sum of all that rank at least as high
+def _rest(s): # Of ascending scores, for each the sum of all that rank at least as high
+    return s.flip(0).cumsum(0).flip(0)
 
 def _bounds(ss, f, k): # For each layer two scores between which the k-th of all lies, as a sample says it
     each = [_step(len(s)) for s in ss]
@@ -295,9 +339,12 @@ def _bounds(ss, f, k): # For each layer two scores between which the k-th of all
         at,wide = int(u.searchsorted(kth)),4*math.isqrt(len(x))
         yield x[at-wide].item() if at > wide else -math.inf, x[at+wide].item() if at+wide < len(x) else math.inf
 
-def _rising(s, f, low, high, name): # Of those between: what is ranked, ascending; how many are below; whether there are any above
+def _rising(
+    s, f, low, high, name,
+): # Of those between: what is ranked, ascending; how many are below; whether there are any above
     low_, high_ = s < low, s > high
-    x, above = _ascending(s if low == -math.inf and high == math.inf else s[~(low_|high_)]), s.where(high_, 0.).sum() if high < math.inf else 0.
+    x, above = (_ascending(s if low == -math.inf and high == math.inf else s[~(low_|high_)]),
+                s.where(high_, 0.).sum() if high < math.inf else 0.)
     return _flat(f(x, _rest(x)+above), name).cpu().numpy(), int(low_.count_nonzero()), bool(high_.any())
 
 def _below(ts, k): # Of each of these ascending arrays, how many are among the k lowest of all; ties in their order
@@ -306,7 +353,8 @@ def _below(ts, k): # Of each of these ascending arrays, how many are among the k
         i = (hi-lo).argmax()
         pivot = ts[i][(lo[i]+hi[i])//2]
         below, upto = (np.array([t.searchsorted(pivot, side) for t in ts]) for side in ('left', 'right'))
-        if below.sum() < k <= upto.sum(): return below+np.diff(np.minimum((upto-below).cumsum(), k-below.sum()), prepend=0)
+        if below.sum() < k <= upto.sum():
+            return below+np.diff(np.minimum((upto-below).cumsum(), k-below.sum()), prepend=0)
         if upto.sum() < k: lo = np.maximum(lo, upto)
         else: hi = np.minimum(hi, below)
     return lo
@@ -314,14 +362,17 @@ def _below(ts, k): # Of each of these ascending arrays, how many are among the k
 def allocate_rising(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
     sparsity:float, # Part of all units to remove
-    rising:Callable, # (1-D ascending scores of a layer, for each the sum of all of the layer that rank at least as high) → what is ranked over all layers, ascending too
+    # (1-D ascending scores of a layer, for each the sum of all of the layer that rank at least as high)
+    # → what is ranked over all layers, ascending too
+    rising:Callable,
 )->dict: # Layer name → bool of the scores' shape, True = keep
     "Choose the units that stay by one ranking of scores that depend on their order in the layer"
     flat = {n: _flat(s, f'scores[{n!r}]') for n,s in scores.items()}
     gone = [int((s == -torch.inf).count_nonzero()) for s in flat.values()]
     live = [s[s != -torch.inf] if g else s for s,g in zip(flat.values(), gone)]
     k = max(n_removed(sum(map(len, flat.values())), check_fraction(sparsity, 'sparsity'))-sum(gone), 0)
-    for bounds in (list(_bounds(live, rising, k)), [(-math.inf, math.inf)]*len(live)): # near the place that a sample tells; everywhere, if it was wrong
+    # near the place that a sample tells; everywhere, if it was wrong
+    for bounds in (list(_bounds(live, rising, k)), [(-math.inf, math.inf)]*len(live)):
         ts, below, above = zip(*[_rising(s, rising, *b, f'scores[{n!r}]') for n,s,b in zip(flat, live, bounds)])
         if not sum(below) <= k <= sum(below)+sum(map(len, ts)): continue
         m = _below(ts, k-sum(below))

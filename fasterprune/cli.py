@@ -26,14 +26,18 @@ def text_table(
     two = lambda c: (['', *c.rsplit(' ', 1)] if ' ' in c else ['', '', c])[-2:]
     lines = [*zip(*map(two, rows[0])), *rows[1:]]
     wide = [max(map(len, col)) for col in zip(*lines)]
-    return '\n'.join('  '.join(c.ljust(w) if not i else c.rjust(w) for i,(c,w) in enumerate(zip(r, wide))).rstrip() for r in lines)
+    return '\n'.join('  '.join(c.ljust(w) if not i else c.rjust(w) for i,(c,w) in enumerate(zip(r, wide))).rstrip()
+                     for r in lines)
 
 # %% ../nbs/11_cli.ipynb #00000008
-def _schedule_picture(r:JobResult): return plot_schedule(schedule_of(r.job), r.updates[-1]['requested'] if r.job.planned else r.job.sparsity, updates=r.job.epochs)
+def _schedule_picture(r:JobResult):
+    return plot_schedule(schedule_of(r.job), r.updates[-1]['requested'] if r.job.planned else r.job.sparsity,
+                         updates=r.job.epochs)
 
 def _history_picture(r:JobResult):
     rows = [{k:h[k] for k in ('epoch', 'accuracy', 'sparsity') if k in h} for h in r.history]
-    return plot_history([h if r.history[i]['phase']!='dense' else h|{'sparsity':0.} for i,h in enumerate(rows)], metrics=['accuracy'])
+    return plot_history([h if r.history[i]['phase']!='dense' else h|{'sparsity':0.} for i,h in enumerate(rows)],
+                        metrics=['accuracy'])
 
 # %% ../nbs/11_cli.ipynb #0000000b
 def _some(rounds, n=8): # At most n of them, the first and the last among them
@@ -44,7 +48,8 @@ def _lowest_picture(r:JobResult):
     return plot_lowest(first, rounds=rest)
 
 def _mask_picture(r:JobResult):
-    name,layer = next((n,m) for n,m in prunable_layers(r.models['sparse']).items() if m.weight.ndim == 4 and m.weight.shape[1] > 3)
+    name,layer = next((n,m) for n,m in prunable_layers(r.models['sparse']).items()
+                      if m.weight.ndim == 4 and m.weight.shape[1] > 3)
     return plot_mask(layer.weight, f'{name}: {(layer.weight == 0).double().mean():.0%} zero', largest=20)
 
 # %% ../nbs/11_cli.ipynb #0000000f
@@ -60,35 +65,43 @@ def job_pictures(
     r:JobResult,
 )->dict: # Name → bytes of a PNG file
     "Draw what a job did"
-    draw = dict(comparison=_comparison_picture, widths=_widths_picture, schedule=_schedule_picture, history=_history_picture, lowest=_lowest_picture, mask=_mask_picture)
+    draw = dict(comparison=_comparison_picture, widths=_widths_picture, schedule=_schedule_picture,
+                history=_history_picture, lowest=_lowest_picture, mask=_mask_picture)
     return {n:to_png(f(r)) for n,f in draw.items()}
 
 # %% ../nbs/11_cli.ipynb #00000013
 _captions = dict(
     comparison="The four networks side by side.",
-    widths="Width of each group of coupled channels: before in grey, after in blue. A group is named after the first layer that writes it.",
+    widths="Width of each group of coupled channels: before in grey, after in blue. "
+        "A group is named after the first layer that writes it.",
     schedule="What the schedule asks for. Each dot is an update, at the beginning of an epoch.",
     history="Accuracy on the validation images, and the part of the units that is zero, measured after each epoch.",
-    lowest="Which layers do the lowest-ranked units come from? Bars count the units of each layer among the lowest quarter of those left, and in brackets which part of the layer's units this is. "
-        "The black mark is what the layer's width alone would give, with two standard deviations; a layer in orange gives more than that.",
-    mask="The weight of one layer of the sparse network: a row for each filter, a column for each channel, a small grid for each kernel. Grey is zero.")
+    lowest="Which layers do the lowest-ranked units come from? Bars count the units of each layer among the lowest "
+        "quarter of those left, and in brackets which part of the layer's units this is. "
+        "The black mark is what the layer's width alone would give, with two standard deviations; "
+        "a layer in orange gives more than that.",
+    mask="The weight of one layer of the sparse network: a row for each filter, a column for each channel, "
+        "a small grid for each kernel. Grey is zero.")
 
 def _layer_rows(r):
     "The layers before and after"
     a,b = ({l.name:l for l in r.comparison[n].layers} for n in ('dense', 'pruned'))
     size,arrow = lambda l: '×'.join(map(str, l.shape)) or '–',lambda x, y: x if x == y else f'{x} → {y}'
-    rows = [[n, a[n].kind, arrow(size(a[n]), size(b[n])), arrow(f'{a[n].params:,}', f'{b[n].params:,}'), arrow(f'{a[n].macs:,}', f'{b[n].macs:,}')] for n in a if n in b]
+    rows = [[n, a[n].kind, arrow(size(a[n]), size(b[n])), arrow(f'{a[n].params:,}', f'{b[n].params:,}'),
+             arrow(f'{a[n].macs:,}', f'{b[n].macs:,}')] for n in a if n in b]
     return [['layer', 'kind', 'weight', 'parameters', 'MACs'], *rows]
 
 # %% ../nbs/11_cli.ipynb #00000014
 def _when(r):
     n,j = r.job.epochs,r.job
-    return (f"Epochs 1 to {n} train the dense network. In epochs {n+1} to {2*n} more and more units become zero, by the schedule `{j.schedule}`: "
-            f"{len(r.rounds)-1} rounds, after which {r.updates[-1]['sparsity']:.2%} of the units are zero. Epoch {2*n+1} trains the pruned network.")
+    return (f"Epochs 1 to {n} train the dense network. In epochs {n+1} to {2*n} more and more units become zero, "
+            f"by the schedule `{j.schedule}`: {len(r.rounds)-1} rounds, after which {r.updates[-1]['sparsity']:.2%} "
+            f"of the units are zero. Epoch {2*n+1} trains the pruned network.")
 
 def _lead(r):
     j = r.job
-    return (f"A small residual network on `{j.data}`: trained, made sparse while it trained on ({j.asked}; granularity `{j.granularity}`, context `{j.context}`, criterion `{j.criterion}`), "
+    return (f"A small residual network on `{j.data}`: trained, made sparse while it trained on ({j.asked}; "
+            f"granularity `{j.granularity}`, context `{j.context}`, criterion `{j.criterion}`), "
             "then cut down to what is not dead, and trained for one more epoch.")
 
 def job_page(
@@ -97,13 +110,20 @@ def job_page(
 )->str: # HTML that needs no other file
     "Tell what a job did"
     pic = lambda n: picture(pictures[n], _captions[n])
-    made = f"fasterprune {__version__}, fastai {fastai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}; {r.seconds:.0f} s in all."
+    made = (f"fasterprune {__version__}, fastai {fastai.__version__}, PyTorch {torch.__version__}, "
+            f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; "
+            f"{r.seconds:.0f} s in all.")
     return html_page('What fasterprune did', [
-        section('What came out', r.equality(), r.comparison.rows(), r.notes()[0].upper()+r.notes()[1:]+'.', preformatted(r.comparison.latencies), pic('comparison')),
+        section('What came out', r.equality(), r.comparison.rows(), r.notes()[0].upper()+r.notes()[1:]+'.',
+                preformatted(r.comparison.latencies), pic('comparison')),
         section('What was cut', *filter(None, [r.explained()]), preformatted(r.report), pic('widths')),
         section('When', _when(r), pic('schedule'), pic('history')),
-        section('Which units', "The criterion ranks all units, and the lowest go. Scores are divided by the mean of their layer where those of different layers could not be compared otherwise.", pic('lowest'), pic('mask')),
-        section('Layer by layer', 'From the dense network to the pruned one; one number where nothing changed. MACs are for one image.', _layer_rows(r)),
+        section('Which units',
+                "The criterion ranks all units, and the lowest go. Scores are divided by the mean of their layer where "
+                "those of different layers could not be compared otherwise.", pic('lowest'), pic('mask')),
+        section('Layer by layer',
+                'From the dense network to the pruned one; one number where nothing changed. MACs are for one image.',
+                _layer_rows(r)),
         section('Again', preformatted(r.job.command)),
     ], lead=_lead(r), footer=made)
 
@@ -123,7 +143,8 @@ def _ready(out, **kw):
     "A job and its learner, or one line that says what is wrong"
     try:
         job,out = Job(**kw),Path(out).expanduser()
-        if out.exists() and not out.is_dir(): raise ValueError(f"out is a folder to write to, and {str(out)!r} is a file; give another name")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out is a folder to write to, and {str(out)!r} is a file; give another name")
         out.mkdir(parents=True, exist_ok=True)
         return job,learner_for(job)
     except (PruningError, TypeError, ValueError, OSError) as e: raise SystemExit(f"fasterprune: {e}") from e
@@ -134,24 +155,32 @@ def _wrap(text): return textwrap.fill(text, 110)+'\n' if text else ''
 @call_parse
 def main(
     sparsity:float=.5, # Part of the units that becomes zero, from 0 to 1
-    granularity:str='filter', # What one unit is: filter and shared_kernel can be removed; weight, kernel, row, column, ... only become zero
+    # What one unit is: filter and shared_kernel can be removed; weight, kernel, row, column, ... only become zero
+    granularity:str='filter',
     criterion:str='l2', # How units are ranked: l1, l2, linf, mean_abs, rms, bn_scale, lamp, random or first_k
-    context:str='local', # local: the same part of each layer; global: one ranking over all layers; isomorphic: one over layers of the same shape
-    schedule:str='agp', # When units become zero: agp, one_shot, iterative, one_cycle, cosine, linear, exponential or dsd
+    # local: the same part of each layer; global: one ranking over all layers;
+    # isomorphic: one over layers of the same shape
+    context:str='local',
+    # When units become zero: agp, one_shot, iterative, one_cycle, cosine, linear, exponential or dsd
+    schedule:str='agp',
     epochs:int=8, # Epochs of the dense training, and as many again while units become zero
     data:str='digits', # digits (no download), mnist, cifar, or a folder with a folder of images for each class
     out:str='fasterprune-report', # Folder for the page and the pictures
     seed:int=0, # Draws the first weights, the validation images and the order of the others
-    budget:str='', # Instead of a sparsity, what may be left of params, macs, memory and latency: macs=0.5, or params=0.5,latency=0.6
+    # Instead of a sparsity, what may be left of params, macs, memory and latency: macs=0.5, or params=0.5,latency=0.6
+    budget:str='',
     round_to:int=1, # Widths that stay are multiples of this, such as 8
     per:str='', # params or macs: rank by importance for what a channel costs
 ):
     "Train a small network, make it sparse, prune it, prove that it computes the same, and report"
     start = time.perf_counter()
-    job,learn = _ready(out, sparsity=sparsity, granularity=granularity, criterion=criterion, context=context, schedule=schedule, epochs=epochs, data=data, seed=seed, budget=budget, round_to=round_to, per=per)
+    job,learn = _ready(
+        out, sparsity=sparsity, granularity=granularity, criterion=criterion, context=context, schedule=schedule,
+        epochs=epochs, data=data, seed=seed, budget=budget, round_to=round_to, per=per)
     say = lambda text: print(text, flush=True)
     try: r = run_job(job, learn=learn, say=say)
     except PruningError as e: raise SystemExit(f"fasterprune: {e}") from e
     page = write_report(r, out)
-    say('\n'.join(['', text_table(r.comparison.rows()), '', *map(_wrap, [r.notes(), r.equality(), r.explained()]), f"{page} shows it all, with pictures ({time.perf_counter()-start:.0f} s)."]))
+    say('\n'.join(['', text_table(r.comparison.rows()), '', *map(_wrap, [r.notes(), r.equality(), r.explained()]),
+                   f"{page} shows it all, with pictures ({time.perf_counter()-start:.0f} s)."]))
     if not r.equal: raise SystemExit("fasterprune: the pruned network is not equal to the sparse one")

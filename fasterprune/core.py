@@ -60,7 +60,8 @@ class Registry(dict):
     def rows(self)->list: # One list of strings a row, the header first
         "The table's cells"
         cell = lambda v: ', '.join(map(str, v)) if isinstance(v, tuple) else str(v)
-        return [[self.kind, *(c.strip('_') for c in self.columns)]] + [[k, *(cell(getattr(v, c, '')) for c in self.columns)] for k,v in self.items()]
+        return ([[self.kind, *(c.strip('_') for c in self.columns)]]
+                + [[k, *(cell(getattr(v, c, '')) for c in self.columns)] for k,v in self.items()])
     def __repr__(self):
         rows = self.rows()
         wide = [max(map(len, col)) for col in zip(*rows)]
@@ -76,7 +77,8 @@ def _rebuild(kind, columns, items):
 
 # %% ../nbs/00_core.ipynb #00000036
 def unwrap(
-    model:nn.Module, # Possibly in `DataParallel`, `DistributedDataParallel`, what `torch.compile` gives, or several of them
+    # Possibly in `DataParallel`, `DistributedDataParallel`, what `torch.compile` gives, or several of them
+    model:nn.Module,
     *, compiled:bool=True, # Take it out of what `torch.compile` gives, too
 )->nn.Module:
     "The user's module without wrappers"
@@ -104,7 +106,9 @@ def _matches(spec, name, layer): # Is this layer meant by the name, the prefix o
 def _specs(x, arg, layers): # `x` as a list of names and types, checked
     xs = [] if x is None else [x] if isinstance(x, (str, type)) else list(x)
     for s in xs:
-        if not isinstance(s, (str, type)): raise TypeError(f"{arg} takes layer names or types, not {s!r}; for a module, pass its name in named_modules()")
+        if not isinstance(s, (str, type)):
+            raise TypeError(f"{arg} takes layer names or types, not {s!r}; "
+                            "for a module, pass its name in named_modules()")
         if isinstance(s, str) and not any(_matches(s, n, m) for n,m in layers.items()):
             raise ValueError(f"{arg}: {no_such('layer', s, list(layers))}")
     return xs
@@ -118,12 +122,16 @@ def select_layers(
     "Choose layers by name, prefix or type"
     layers = prunable_layers(model)
     if not layers:
-        why = '; it is scripted: take the model that it was made of' if isinstance(model, torch.jit.ScriptModule) else ''
-        raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is nothing to prune{why}")
+        why = ('; it is scripted: take the model that it was made of' if isinstance(model, torch.jit.ScriptModule)
+               else '')
+        raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, "
+                         f"so there is nothing to prune{why}")
     take, leave = None if only is None else _specs(only, 'only', layers), _specs(ignore, 'ignore', layers)
     hit = lambda specs, n, m: any(_matches(s, n, m) for s in specs)
     res = {n:m for n,m in layers.items() if (take is None or hit(take, n, m)) and not hit(leave, n, m)}
-    if not res: raise ValueError(f"only={only!r} and ignore={ignore!r} leave no layer; the layers are {', '.join(map(repr, layers))}")
+    if not res:
+        raise ValueError(f"only={only!r} and ignore={ignore!r} leave no layer; "
+                         f"the layers are {', '.join(map(repr, layers))}")
     return res
 
 # %% ../nbs/00_core.ipynb #0000001d
@@ -134,7 +142,9 @@ def check_sparsity(
     "Refuse a sparsity that is not a fraction, or that names an unknown layer"
     if not isinstance(sparsity, Mapping): return check_fraction(sparsity)
     names = list(names)
-    if not sparsity: raise ValueError(f"sparsity is an empty dict; give at least one layer a fraction, from {', '.join(map(repr, names))}")
+    if not sparsity:
+        raise ValueError("sparsity is an empty dict; give at least one layer a fraction, "
+                         f"from {', '.join(map(repr, names))}")
     for n in sparsity:
         if n not in names: raise ValueError(f"sparsity: {no_such('layer', n, names)}")
     return {n: check_fraction(s, f'sparsity[{n!r}]') for n,s in sparsity.items()}
@@ -187,7 +197,8 @@ def as_call(
     if isinstance(x, Tensor): return (x,), {}
     if isinstance(x, (tuple, list)): return tuple(x), {}
     if isinstance(x, Mapping): return (), dict(x)
-    raise TypeError(f"an example input is a tensor, a tuple of positional or a dict of keyword arguments, not {type(x).__name__} {x!r}")
+    raise TypeError("an example input is a tensor, a tuple of positional or a dict of keyword arguments, "
+                    f"not {type(x).__name__} {x!r}")
 
 # %% ../nbs/00_core.ipynb #0000002c
 def wide(

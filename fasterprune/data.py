@@ -26,11 +26,14 @@ from .core import check_fraction
 def _check_args(bs:int, valid_pct:float, size:int) -> None:
     "Refuse arguments that make no batches"
     for n,v in (('bs',bs), ('size',size)): _check_count(v, n)
-    if check_fraction(valid_pct, 'valid_pct') in (0,1): raise ValueError(f"valid_pct leaves images for training and for validation, so it is between 0 and 1, not {valid_pct!r}")
+    if check_fraction(valid_pct, 'valid_pct') in (0,1):
+        raise ValueError("valid_pct leaves images for training and for validation, so it is between 0 and 1, "
+                         f"not {valid_pct!r}")
 
 def _check_count(n, name:str) -> None:
     "Refuse what is not a whole number of at least 1"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"{name} is a whole number, at least 1, not {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"{name} is a whole number, at least 1, not {n!r}")
 
 # %% ../nbs/10_data.ipynb #00000008
 def _digits(size:int) -> tuple[Tensor,Tensor]:
@@ -71,7 +74,8 @@ def _fetch(source:str) -> Path:
     url = _sources[source][0]
     try: return Path(untar_data(url))
     except Exception as e:
-        raise ConnectionError(f"could not download {source!r} from {url} ({type(e).__name__}: {e}); use 'digits', which needs no download, "
+        raise ConnectionError(f"could not download {source!r} from {url} ({type(e).__name__}: {e}); "
+                              "use 'digits', which needs no download, "
                               "or the path of a folder with one folder of images for each class") from e
 
 def _is_valid(path:Path) -> bool: return path.parent.parent.name in ('valid','val','test','testing')
@@ -82,10 +86,14 @@ def _folder_dls(path:Path, bs:int, valid_pct:float, seed:int, size:int, grey:boo
     "Batches of the images under `path`, a folder for each class"
     files = get_image_files(path).sorted()
     classes = sorted({f.parent.name for f in files})
-    if len(classes) < 2: raise ValueError(f"{str(path)!r} holds {len(files)} images of {len(classes)} classes; it must hold a folder of images for each of 2 or more classes")
+    if len(classes) < 2:
+        raise ValueError(f"{str(path)!r} holds {len(files)} images of {len(classes)} classes; "
+                         "it must hold a folder of images for each of 2 or more classes")
     there = any(map(_is_valid, files)) and any(map(_is_split, files))
-    block = DataBlock(blocks=(ImageBlock(PILImageBW if grey else PILImage), CategoryBlock(vocab=classes)), get_items=lambda fs: fs, get_y=parent_label,
-                      splitter=FuncSplitter(_is_valid) if there else RandomSplitter(valid_pct, seed=seed), item_tfms=Resize(size),
+    block = DataBlock(blocks=(ImageBlock(PILImageBW if grey else PILImage), CategoryBlock(vocab=classes)),
+                      get_items=lambda fs: fs, get_y=parent_label,
+                      splitter=FuncSplitter(_is_valid) if there else RandomSplitter(valid_pct, seed=seed),
+                      item_tfms=Resize(size),
                       batch_tfms=Normalize.from_stats([.5]*(1 if grey else 3), [.25]*(1 if grey else 3), cuda=False))
     dls = block.dataloaders(files, bs=bs, num_workers=0, device=device)
     dls.train.rng = random.Random(seed)
@@ -99,7 +107,8 @@ def image_dls(
     seed:int=0, # Draws the validation images and the order of the others
     *, size:int|None=None, # Height and width in pixels; None: 8 for digits, 28 for mnist, 32 for the others
     grey:bool=False, # One channel instead of three, for a folder
-    device:str|torch.device|None=None, # Where the batches go; None: the CPU for digits, fastai's default device for the others
+    # Where the batches go; None: the CPU for digits, fastai's default device for the others
+    device:str|torch.device|None=None,
 ) -> DataLoaders: # Batches of float images [bs,channels,size,size] and classes
     "Load images by the name of a data set, or from a folder"
     _check_args(bs, valid_pct, size or 1)
@@ -108,7 +117,9 @@ def image_dls(
         _, grey, own = _sources[source]
         return _folder_dls(_fetch(source), bs, valid_pct, seed, size or own, grey, device)
     path = Path(source).expanduser()
-    if not path.is_dir(): raise ValueError(f"no data {str(source)!r}; it must be 'digits', 'mnist', 'cifar', or a folder with a folder of images for each class")
+    if not path.is_dir():
+        raise ValueError(f"no data {str(source)!r}; it must be 'digits', 'mnist', 'cifar', "
+                         "or a folder with a folder of images for each class")
     return _folder_dls(path, bs, valid_pct, seed, size or 32, grey, device)
 
 # %% ../nbs/10_data.ipynb #00000016
@@ -126,7 +137,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(n_out)
         self.relu = nn.ReLU()
         same = n_in == n_out and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))

@@ -30,7 +30,8 @@ def kind_of(
     "Name the type of a layer"
     for t in (*layer_types, nn.Embedding):
         if isinstance(layer, t): return t.__name__
-    raise TypeError(f"{type(layer).__name__} has no weight whose axes are known; a layer is one of {', '.join(layer_axes)}")
+    raise TypeError(f"{type(layer).__name__} has no weight whose axes are known; "
+                    f"a layer is one of {', '.join(layer_axes)}")
 
 # %% ../nbs/02_granularity.ipynb #0000000a
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Granularity:
     def __post_init__(self):
         tiles,vars(self)['like'] = dict(self.tiles),self.like or self.name
         for a,n in tiles.items():
-            if a not in ('o', 'i') or a in (self.axes or ''): raise ValueError(f"granularity {self.name!r}: tiles are of the axes 'o' and 'i', as far as they are not inside a unit, not of {a!r}")
+            if a not in ('o', 'i') or a in (self.axes or ''):
+                raise ValueError(f"granularity {self.name!r}: tiles are of the axes 'o' and 'i', "
+                                 f"as far as they are not inside a unit, not of {a!r}")
             _check_whole(n, f'granularity {self.name!r}: tiles[{a!r}]')
         vars(self)['tiles'] = tuple(sorted((a,n) for a,n in tiles.items() if n>1)) # a value, as the others are
 
@@ -61,7 +64,8 @@ class Granularity:
         "The dimensions of the weight that a unit spans"
         axes,own = layer_axes[kind],dict(Linear=self.linear, Embedding=self.embedding)
         if self.rule is not None and kind not in self.rule.layers: return None
-        inside = own[kind] if kind in own else self.axes if self.axes is not None and set(self.axes + self.needs) <= {*axes, '*'} else None
+        inside = (own[kind] if kind in own
+                  else self.axes if self.axes is not None and set(self.axes + self.needs) <= {*axes, '*'} else None)
         if inside is None: return None
         return tuple(d for d,a in enumerate(axes) if a in inside or ('*' in inside and a not in 'oi'))
 
@@ -74,18 +78,25 @@ class Granularity:
     def most(self)->float: "The largest part that may go"; return 1. if self.rule is None else self.rule.most
 
 def _check_whole(n, name, least=1):
-    if isinstance(n, bool) or not isinstance(n, Integral) or n < least: raise ValueError(f"{name} is a whole number, at least {least}, not {n!r}")
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
+        raise ValueError(f"{name} is a whole number, at least {least}, not {n!r}")
 
 # %% ../nbs/02_granularity.ipynb #0000000b
 granularities = Registry('granularity', ('meaning', 'axes', 'how', 'layers'))
 granularities.update({g.name: g for g in (
     Granularity('weight', '', 'a single number', linear='', embedding=''),
-    Granularity('row', 'w', 'one row of one kernel; of a linear layer, all that writes one output; of an embedding, one word', needs='h', linear='i', embedding='o', how='of a linear layer: the output goes'),
-    Granularity('column', 'h', 'one column of one kernel; of a linear layer, all that reads one input; of an embedding, one dimension', needs='w', linear='o', embedding='i', how='of a linear layer: the input goes, with what writes it'),
+    Granularity('row', 'w',
+        'one row of one kernel; of a linear layer, all that writes one output; of an embedding, one word',
+        needs='h', linear='i', embedding='o', how='of a linear layer: the output goes'),
+    Granularity('column', 'h',
+        'one column of one kernel; of a linear layer, all that reads one input; of an embedding, one dimension',
+        needs='w', linear='o', embedding='i', how='of a linear layer: the input goes, with what writes it'),
     Granularity('frame', 'hw', 'one frame of one 3-D kernel', needs='d'),
     Granularity('kernel', '*', 'all weights from one input to one output channel'),
-    Granularity('filter', 'i*', 'all weights that write one output channel', True, linear='i', how='the channel goes, with all that reads it'),
-    Granularity('shared_kernel', 'o*', 'all weights that read one input channel', True, linear='o', how='the channel goes, with the filter that writes it'),
+    Granularity('filter', 'i*', 'all weights that write one output channel', True, linear='i',
+        how='the channel goes, with all that reads it'),
+    Granularity('shared_kernel', 'o*', 'all weights that read one input channel', True, linear='o',
+        how='the channel goes, with the filter that writes it'),
     Granularity('channel', 'i', 'one tap of one filter, over all its input channels'),
     Granularity('shared_weight', 'o', 'one tap of one input channel, over all filters'),
     Granularity('shared_channel', 'oi', 'one tap of the kernel, everywhere', how='at the border: the kernel shrinks'),
@@ -93,8 +104,10 @@ granularities.update({g.name: g for g in (
     Granularity('shared_column', 'oh', 'one column of the kernels of one input channel, over all filters', needs='w'),
     Granularity('vertical_slice', 'ih', 'one column of all kernels of one filter', needs='w'),
     Granularity('horizontal_slice', 'iw', 'one row of all kernels of one filter', needs='h'),
-    Granularity('shared_vertical_slice', 'oih', 'one column of the kernel, everywhere', needs='w', how='at the border: the kernel shrinks'),
-    Granularity('shared_horizontal_slice', 'oiw', 'one row of the kernel, everywhere', needs='h', how='at the border: the kernel shrinks'),
+    Granularity('shared_vertical_slice', 'oih', 'one column of the kernel, everywhere', needs='w',
+        how='at the border: the kernel shrinks'),
+    Granularity('shared_horizontal_slice', 'oiw', 'one row of the kernel, everywhere', needs='h',
+        how='at the border: the kernel shrinks'),
     Granularity('layer', 'oi*', 'the whole weight', linear='oi', how='in a residual branch: the branch goes'),
 )})
 aliases = dict(vector='channel', tap='shared_channel')
@@ -106,7 +119,9 @@ def block(
 )->Granularity: # Its name is 'block2x2'
     "Blocks of a×b whole kernels; of a linear layer, of a×b weights"
     for n,name in ((a, 'a'), (b, 'b')): _check_whole(n, f'block: {name}')
-    return Granularity(f'block{a}x{b}', '*', f'{a} consecutive output × {b} consecutive input channels, with their whole kernels', linear='', tiles=dict(o=a, i=b))
+    return Granularity(f'block{a}x{b}', '*',
+        f'{a} consecutive output × {b} consecutive input channels, with their whole kernels',
+        linear='', tiles=dict(o=a, i=b))
 
 # %% ../nbs/02_granularity.ipynb #0000000f
 def one_by_n(
@@ -114,7 +129,8 @@ def one_by_n(
 )->Granularity: # Its name is '1x4'
     "Whole kernels of n consecutive output channels at one input channel (Lin 2022, arXiv 2105.14713)"
     _check_whole(n, 'one_by_n: n')
-    return replace(block(n, 1), name=f'1x{n}', like=f'1x{n}', meaning=f'the kernels of {n} consecutive output channels at one input channel')
+    return replace(block(n, 1), name=f'1x{n}', like=f'1x{n}',
+                   meaning=f'the kernels of {n} consecutive output channels at one input channel')
 
 # %% ../nbs/02_granularity.ipynb #00000011
 def out_vector(
@@ -140,7 +156,9 @@ class NofM:
     def __post_init__(self):
         _check_whole(self.m, 'n_m: m', 2)
         _check_whole(self.n, 'n_m: n')
-        if self.n >= self.m: raise ValueError(f"n_m: n of m stay, and {self.n} of {self.m} is no choice; n is less than m, such as n_m(2, 4)")
+        if self.n >= self.m:
+            raise ValueError(f"n_m: n of m stay, and {self.n} of {self.m} is no choice; "
+                             "n is less than m, such as n_m(2, 4)")
     layers = tuple(k for k in layer_axes if k!='Embedding')
     @property
     def most(self)->float: "The largest part that may go"; return 1-self.n/self.m
@@ -180,10 +198,12 @@ def n_m(
 )->Granularity: # Its name is '2:4'
     "n of each m consecutive weights along the input stay (Mishra 2021, arXiv 2104.08378)"
     rule = NofM(n, m)
-    return Granularity(f'{n}:{m}', '', f'a single number; of each {m} consecutive along the input {n} stay', linear='', rule=rule, like='weight')
+    return Granularity(f'{n}:{m}', '', f'a single number; of each {m} consecutive along the input {n} stay',
+        linear='', rule=rule, like='weight')
 
 # %% ../nbs/02_granularity.ipynb #0000001d
-_shapes = tuple(tuple(sorted((4, *c))) for c in combinations((0, 1, 2, 3, 5, 6, 7, 8), 3)) # the taps that stay, row by row
+# the taps that stay, row by row
+_shapes = tuple(tuple(sorted((4, *c))) for c in combinations((0, 1, 2, 3, 5, 6, 7, 8), 3))
 
 @dataclass(frozen=True)
 class Pattern:
@@ -193,8 +213,12 @@ class Pattern:
 
     def __post_init__(self):
         _check_whole(self.k, 'pattern: k')
-        if self.k > len(_shapes): raise ValueError(f"pattern: k is at most {len(_shapes)}, for so many shapes keep the centre and three more, not {self.k!r}")
-        if bad := [p for p in self.library if tuple(sorted(p)) not in _shapes]: raise ValueError(f"pattern: a shape is four taps from 0 to 8, row by row, with the centre 4, not {bad[0]!r}")
+        if self.k > len(_shapes):
+            raise ValueError(f"pattern: k is at most {len(_shapes)}, for so many shapes keep the centre and three "
+                             f"more, not {self.k!r}")
+        if bad := [p for p in self.library if tuple(sorted(p)) not in _shapes]:
+            raise ValueError("pattern: a shape is four taps from 0 to 8, row by row, with the centre 4, "
+                             f"not {bad[0]!r}")
     layers = ('Conv2d', 'ConvTranspose2d')
     most = 5/9
 
@@ -209,15 +233,17 @@ class Pattern:
         "Find the most frequent shapes"
         if self.library: return self
         votes = sum(torch.bincount(_votes(s.reshape(-1, 9)), minlength=len(_shapes)).cpu() for s in scores)
-        return replace(self, library=tuple(_shapes[i] for i in votes.argsort(descending=True, stable=True)[:self.k].tolist()))
+        return replace(self, library=tuple(
+            _shapes[i] for i in votes.argsort(descending=True, stable=True)[:self.k].tolist()))
 
     def may_go(self, s:Tensor, axes:str)->Tensor:
-        "What is outside of the shape that keeps most of the kernel; nothing that has gone stays where another shape allows it"
+        "Find what lies outside of the shape that keeps most of the kernel and, if one can, gives nothing back"
         lib = _as_taps(self.settled([s]).library, s)
         t = s.reshape(-1, 9)
         gone = t == -torch.inf
         amiss = gone.to(lib.dtype) @ lib.T
-        kept = (t.masked_fill(gone, 0).nan_to_num(posinf=torch.finfo(t.dtype).max/16) @ lib.T).masked_fill(amiss > amiss.amin(1, keepdim=True), -torch.inf)
+        kept = (t.masked_fill(gone, 0).nan_to_num(posinf=torch.finfo(t.dtype).max/16) @ lib.T).masked_fill(
+            amiss > amiss.amin(1, keepdim=True), -torch.inf)
         return (lib[kept.argmax(1)] == 0).view(s.shape)
 
 def _as_taps(shapes, s): # [k, 9], 1 where a tap stays
@@ -235,14 +261,19 @@ def pattern(
 )->Granularity: # Its name is 'pattern', or 'pattern6' for another k
     "Four taps of each 3×3 kernel stay, in one of k shapes (Niu 2020, arXiv 2001.00138)"
     rule = Pattern(k := len(library) or k, tuple(tuple(sorted(p)) for p in library))
-    return Granularity('pattern' if k == 8 else f'pattern{k}', '', f'a single number; of each 3×3 kernel four stay, in one of {k} shapes', needs='hw', rule=rule, like='weight')
+    return Granularity('pattern' if k == 8 else f'pattern{k}', '',
+        f'a single number; of each 3×3 kernel four stay, in one of {k} shapes',
+        needs='hw', rule=rule, like='weight')
 
 # %% ../nbs/02_granularity.ipynb #00000022
 families = Registry('granularity', ('meaning', 'how', 'layers'))
 families.update({g.name: g for g in (
     n_m(2, 4), one_by_n(4), out_vector(4), block(2, 2), pattern(),
-    Granularity('head', None, 'one head of attention: its rows of query, key and value, its columns of the output', True, like='filter', how='the head goes'),
-    Granularity('head_dim', None, 'one dimension of all heads of an attention', True, like='filter', how='the dimension goes from all heads'))})
+    Granularity('head', None,
+        'one head of attention: its rows of query, key and value, its columns of the output', True,
+        like='filter', how='the head goes'),
+    Granularity('head_dim', None, 'one dimension of all heads of an attention', True,
+        like='filter', how='the dimension goes from all heads'))})
 
 def _written(name): # A granularity with numbers in its name, or None
     whole = lambda p: re.fullmatch(p, name)
@@ -272,7 +303,8 @@ def unit_dims(
     dims = g.dims(kind)
     if dims is not None: return dims
     valid = ', '.join(repr(n) for n,v in granularities.items() if v.dims(kind) is not None)
-    raise ValueError(f"{g.name!r} ({g.meaning}) is not defined for {kind}, whose weight has the axes {', '.join(layer_axes[kind])}; choose from {valid}")
+    raise ValueError(f"{g.name!r} ({g.meaning}) is not defined for {kind}, whose weight has the axes "
+                     f"{', '.join(layer_axes[kind])}; choose from {valid}")
 
 def unit_tiles(
     layer:nn.Module, # As for `unit_dims`
@@ -310,7 +342,8 @@ def _pooled(s, dims, pool):
     if s.dtype == torch.bool and pool == 'max': return reduce(_any, sorted(dims), s)
     if len(dims) > 1 or s.shape[dims[0]] not in (2, 3): return pools[pool](s, dim=dims, keepdim=True)
     n, parts = s.shape[dims[0]], s.split(1, dims[0])
-    return reduce(torch.maximum, parts) if pool == 'max' else reduce(torch.add, parts)/n if pool == 'mean' else reduce(torch.add, parts)
+    return (reduce(torch.maximum, parts) if pool == 'max'
+            else reduce(torch.add, parts)/n if pool == 'mean' else reduce(torch.add, parts))
 
 def reduce_units(
     scores:Tensor, # A score for each weight
@@ -334,7 +367,8 @@ def in_tiles(
     wide,shape,at = dict(tiles),[],[]
     for d,n in enumerate(t.shape):
         at.append(len(shape))
-        if n % wide.get(d, 1): raise ValueError(f"dimension {d} of shape {tuple(t.shape)} does not divide into tiles of {wide[d]}")
+        if n % wide.get(d, 1):
+            raise ValueError(f"dimension {d} of shape {tuple(t.shape)} does not divide into tiles of {wide[d]}")
         shape += [n//wide[d], wide[d]] if d in wide else [n]
     return t.reshape(shape), tuple(at[d] for d in dims), tuple(at[d]+1 for d in sorted(wide))
 
@@ -349,7 +383,8 @@ def expand_units(
     for d,n in tiles: k = k.repeat_interleave(n, d)
     try: return k.expand(tuple(shape))
     except RuntimeError:
-        raise ValueError(f"units of shape {tuple(k.shape)} do not fit a weight of shape {tuple(shape)}; every dimension must be equal or 1") from None
+        raise ValueError(f"units of shape {tuple(k.shape)} do not fit a weight of shape {tuple(shape)}; "
+                         "every dimension must be equal or 1") from None
 
 # %% ../nbs/02_granularity.ipynb #00000035
 def unit_size(

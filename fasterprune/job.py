@@ -11,7 +11,8 @@ __all__ = ['Job', 'limits', 'schedule_of', 'goal', 'learner_for', 'ranking', 'Pe
 import copy, sys, time, warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit') # PyTorch's, about the scripting that fastai imports
+# PyTorch's, about the scripting that fastai imports
+warnings.filterwarnings('ignore', category=FutureWarning, module=r'torch\.jit')
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle
@@ -45,12 +46,14 @@ class Job:
     sparsity:float=.5 # Part of the units that becomes zero
     granularity:str='filter' # What one unit is
     criterion:str='l2' # How units are ranked
-    context:str='local' # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': over layers of the same shape
+    # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': over layers of the same shape
+    context:str='local'
     schedule:str='agp' # When units become zero
     epochs:int=8 # Of the dense training, and as many again while units become zero
     data:str='digits' # 'digits', 'mnist', 'cifar', or a folder with a folder of images for each class
     seed:int=0 # Draws the first weights, the validation images and the order of the others
-    budget:str='' # Instead of a sparsity, what may be left of the dense network: 'macs=0.5', or 'params=0.5,latency=0.6'
+    # Instead of a sparsity, what may be left of the dense network: 'macs=0.5', or 'params=0.5,latency=0.6'
+    budget:str=''
     round_to:int=1 # The number of units that stay is a multiple of this, or all
     per:str='' # 'params' or 'macs': rank by importance per cost
 
@@ -59,7 +62,8 @@ class Job:
         else: check_allocation(self.sparsity, (), context=self.context)
         as_granularity(self.granularity), as_criterion(self.criterion), as_schedule(self.schedule)
         for n,v,least in (('epochs', self.epochs, 1), ('seed', self.seed, 0)):
-            if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{n} is a whole number, at least {least}, not {v!r}")
+            if isinstance(v, bool) or not isinstance(v, int) or v < least:
+                raise ValueError(f"{n} is a whole number, at least {least}, not {v!r}")
 
     @property
     def command(self)->str:
@@ -75,12 +79,14 @@ class Job:
     def choice(self)->Choice:
         "What the plan is made by"
         budget = limits(self.budget) if self.budget else None
-        return Choice(None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context, budget=budget, round_to=self.round_to, per=self.per or None)
+        return Choice(None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context,
+                      budget=budget, round_to=self.round_to, per=self.per or None)
 
     @property
     def asked(self)->str:
         "What becomes zero, in words"
-        return f"so many units become zero that of the dense network no more is left than {self.budget}" if self.budget else f"{100*self.sparsity:.4g}% of the units become zero"
+        return (f"so many units become zero that of the dense network no more is left than {self.budget}" if self.budget
+                else f"{100*self.sparsity:.4g}% of the units become zero")
 
 def limits(
     text:str, # Such as 'macs=0.5' or 'params=0.5,latency=0.6'
@@ -88,7 +94,9 @@ def limits(
     "A budget as it is written on the command line"
     pairs,names = [p.partition('=') for p in text.split(',')],[f.name for f in fields(Budget)]
     for k,_,v in pairs:
-        if k.strip() not in names: raise ValueError(f"budget: {no_such('cost', k.strip(), names)}; write it as macs=0.5 or params=0.5,latency=0.6")
+        if k.strip() not in names:
+            raise ValueError(f"budget: {no_such('cost', k.strip(), names)}; "
+                             "write it as macs=0.5 or params=0.5,latency=0.6")
         try: float(v)
         except ValueError: raise ValueError(f"budget: {k.strip()} is a number, as in macs=0.5, not {v!r}") from None
     number = lambda v: int(v) if v.strip().isdigit() and int(v)>1 else float(v)
@@ -113,9 +121,13 @@ def goal(
     if not job.planned: return job.sparsity
     x,how = learn.dls.valid.one_batch()[0].detach().as_subclass(Tensor),job.choice
     pruner = Pruner(learn.model, x if how.budget and how.budget.latency else x[:1])
-    try: p = pruner.plan(how.sparsity, budget=how.budget, criterion=how.criterion, granularity=how.granularity, context=how.context, round_to=how.round_to, per=how.per)
+    try:
+        p = pruner.plan(how.sparsity, budget=how.budget, criterion=how.criterion, granularity=how.granularity,
+                        context=how.context, round_to=how.round_to, per=how.per)
     except ValueError as e: raise PruningError(*e.args) from e
-    named = {n:n if how.granularity=='filter' else layers_with(pruner.coupling.by_name[n], 'read')[0] for n,*_ in p.rows()} # a layer means what it reads there
+    # a layer means what it reads there
+    named = {n:n if how.granularity=='filter' else layers_with(pruner.coupling.by_name[n], 'read')[0]
+             for n,*_ in p.rows()}
     return {named[n]:(a-b)/a for n,a,b in p.rows()} or 0.
 
 # %% ../nbs/10_job.ipynb #0000000e
@@ -125,7 +137,9 @@ def learner_for(
     "Load a job's data, make its network, and check that the one can be done with the other"
     with no_random(job.seed, reproducible=False):
         dls = image_dls(job.data, bs=_bs, seed=job.seed)
-        if not len(dls.train) or not len(dls.valid_ds): raise ValueError(f"data {job.data!r} has {len(dls.train_ds)} images to train on and {len(dls.valid_ds)} to validate; at least {_bs} and 1 are needed")
+        if not len(dls.train) or not len(dls.valid_ds):
+            raise ValueError(f"data {job.data!r} has {len(dls.train_ds)} images to train on and {len(dls.valid_ds)} "
+                             f"to validate; at least {_bs} and 1 are needed")
         model = small_resnet(dls.valid.one_batch()[0].shape[1], dls.c).to(dls.device)
         learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
     if not job.planned: ranking(job, learn).check(job.sparsity)
@@ -141,7 +155,8 @@ def ranking(
     *, context:str|None=None, # None is the job's own
 )->Sparsifier:
     "What ranks the units of a learner's model as a job asks"
-    return Sparsifier(learn.model, example_batch(learn), granularity=job.granularity, context=context or job.context, criterion=job.criterion)
+    return Sparsifier(learn.model, example_batch(learn), granularity=job.granularity, context=context or job.context,
+                      criterion=job.criterion)
 
 # %% ../nbs/10_job.ipynb #00000012
 class Peek(Callback):
@@ -162,7 +177,8 @@ class Peek(Callback):
         n = sum(int(z.sum()) for z in zeros.values())
         if n == self._zero: return
         self._zero = n
-        self.rounds.append({l: s.masked_fill(zeros[l].to(s.device), -torch.inf).cpu() for l,s in self._rank.scores().items()})
+        self.rounds.append({l: s.masked_fill(zeros[l].to(s.device), -torch.inf).cpu()
+                            for l,s in self._rank.scores().items()})
 
 # %% ../nbs/10_job.ipynb #00000014
 @dataclass(frozen=True)
@@ -172,7 +188,9 @@ class JobResult:
     models:dict # 'dense', 'sparse', 'pruned', 'fine-tuned' → network
     comparison:Comparison # Of these networks
     report:Report # Of the pruning
-    error:float # Largest difference of the pruned outputs from the sparse ones over the validation images, relative to the largest output
+    # Largest difference of the pruned outputs from the sparse ones over the validation images, relative to the largest
+    # output
+    error:float
     images:int # Validation images
     history:tuple # A dict for each epoch: 'epoch', 'phase', losses, 'accuracy', 'sparsity'
     rounds:tuple # Layer → scores, before the first round and after each; -inf = zero already
@@ -233,8 +251,11 @@ def run_job(
         warnings.simplefilter('ignore', NoEffectWarning)
         tell(f"1/5  dense: {job.epochs} epochs on {job.data}")
         models['dense'] = _fit(learn, history, 'dense', job.epochs, _lr)
-        tell(f"2/5  sparse: {job.epochs} epochs, while {job.asked} (granularity {job.granularity}, criterion {job.criterion}, context {job.context}, schedule {job.schedule})")
-        sparsify,peek = SparsifyCallback(goal(job, learn), job.granularity, 'local' if job.planned else job.context, job.criterion, schedule_of(job)),Peek(job)
+        tell(f"2/5  sparse: {job.epochs} epochs, while {job.asked} (granularity {job.granularity}, "
+             f"criterion {job.criterion}, context {job.context}, schedule {job.schedule})")
+        sparsify,peek = (SparsifyCallback(goal(job, learn), job.granularity, 'local' if job.planned else job.context,
+                                          job.criterion, schedule_of(job)),
+                         Peek(job))
         models['sparse'] = _fit(learn, history, 'sparse', job.epochs, _lr, [sparsify, peek])
         tell("3/5  prune: remove what is dead, and compare the outputs")
         report = learn.prune(x=tuple(t[:1].to(learn.dls.device) for t in example_batch(learn)))
@@ -242,7 +263,8 @@ def run_job(
         tell("4/5  fine-tune: 1 epoch")
         models['fine-tuned'] = _fit(learn, history, 'fine-tuned', 1, _lr/10)
         tell("5/5  measure: latencies in turns")
-        return _measured(job, models, learn.dls, report, history, peek.rounds, sparsify.history.to_dict('records'), start)
+        return _measured(
+            job, models, learn.dls, report, history, peek.rounds, sparsify.history.to_dict('records'), start)
 
 # %% ../nbs/10_job.ipynb #0000001b
 def spread(
@@ -254,7 +276,8 @@ def spread(
 def _latencies(models, x, calm=.15, seconds=5):
     "The calmest measurement"
     found,start = [],time.perf_counter()
-    while not found or min(map(spread, found)) > calm and len(found) < 5 and time.perf_counter()-start < seconds: found.append(compare_latency(models, x))
+    while not found or min(map(spread, found)) > calm and len(found) < 5 and time.perf_counter()-start < seconds:
+        found.append(compare_latency(models, x))
     return min(found, key=spread)
 
 # %% ../nbs/10_job.ipynb #0000001c
@@ -265,19 +288,25 @@ def _measured(job, models, dls, report, history, rounds, updates, start):
     x = dls.valid.one_batch()[0].detach().as_subclass(Tensor)
     c = compare(models, x[:1], accuracy=right, latency=_latencies(models, x), effective=False)
     error = relative_error([y['pruned'][0]], [y['sparse'][0]])
-    return JobResult(job, models, c, report, error, len(y['dense'][1]), tuple(history), tuple(rounds), tuple(updates), time.perf_counter()-start)
+    return JobResult(job, models, c, report, error, len(y['dense'][1]), tuple(history), tuple(rounds), tuple(updates),
+                     time.perf_counter()-start)
 
 # %% ../nbs/10_job.ipynb #00000022
 @patch
 def equality(self:JobResult)->str:
     "Whether the pruned network computes what the sparse one does, in words"
     a,r = self.comparison.accuracy,self.report
-    if not r.removed: return ("Nothing was removed, so pruned is the same network as sparse. Only whole channels can be removed, and no channel is dead"
-        f" where {self.job.asked} with granularity {self.job.granularity!r}: the zeros save parameters on paper, and nothing in memory or time.")
-    proof = f"over the {self.images:,} validation images their outputs differ by at most {self.error:.1e} of the largest output (float32)"
+    if not r.removed:
+        return ("Nothing was removed, so pruned is the same network as sparse. Only whole channels can be removed, "
+                f"and no channel is dead where {self.job.asked} with granularity {self.job.granularity!r}: "
+                "the zeros save parameters on paper, and nothing in memory or time.")
+    proof = (f"over the {self.images:,} validation images their outputs differ by at most {self.error:.1e} "
+             "of the largest output (float32)")
     if r.error is not None: proof += f", on an example by {r.error:.1e} ({r.dtype})"
-    if self.equal: return f"The pruned network equals the sparse one: {proof}, and both have an accuracy of {a['pruned']:.2%}."
-    return f"The pruned network does NOT equal the sparse one: {proof}; their accuracies are {a['pruned']:.2%} and {a['sparse']:.2%}. Please report this."
+    if self.equal:
+        return f"The pruned network equals the sparse one: {proof}, and both have an accuracy of {a['pruned']:.2%}."
+    return (f"The pruned network does NOT equal the sparse one: {proof}; their accuracies are {a['pruned']:.2%} "
+            f"and {a['sparse']:.2%}. Please report this.")
 
 # %% ../nbs/10_job.ipynb #00000024
 @patch
@@ -285,13 +314,16 @@ def explained(self:JobResult)->str:
     "Why pruned is smaller than the zeros of sparse, in words; empty where nothing was removed"
     s,p,d = (self.comparison[n] for n in ('sparse', 'pruned', 'dense'))
     if not self.report.removed: return ''
-    return (f"The zeros of the sparse network are {s.params-s.nonzero:,} parameters, but {d.params-p.params:,} could go: with a filter go also the weights of the next "
-            f"layers that read its channel, which are not zero but are multiplied by zero. That is why {s.compression_ratio:.2f}× becomes {d.params/p.params:.2f}×.")
+    return (f"The zeros of the sparse network are {s.params-s.nonzero:,} parameters, "
+            f"but {d.params-p.params:,} could go: with a filter go also the weights of the next layers "
+            "that read its channel, which are not zero but are multiplied by zero. "
+            f"That is why {s.compression_ratio:.2f}× becomes {d.params/p.params:.2f}×.")
 
 # %% ../nbs/10_job.ipynb #00000026
 @patch
 def notes(self:JobResult)->str:
     "How to read the table, in words"
     s = spread(self.comparison.latencies)
-    busy = [f"this machine was busy meanwhile (times spread by {s:.0%} of their median), so trust these latencies only roughly"] if s > .3 else []
+    busy = [f"this machine was busy meanwhile (times spread by {s:.0%} of their median), "
+            "so trust these latencies only roughly"] if s > .3 else []
     return '; '.join([*self.comparison.notes(), *busy])

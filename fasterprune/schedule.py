@@ -19,7 +19,9 @@ from .core import Registry, check_fraction, no_such
 def _sparsity(s, name, p): # `s` as a float in [0, 1], refused where it is none
     try: ok = -1e-9 <= (v := float(s)) <= 1 + 1e-9
     except (TypeError, ValueError): ok = False
-    if not ok: raise ValueError(f"schedule {name!r} returns {s!r} at p={p!r}; it must return a number in [0, 1] for every p in [0, 1]")
+    if not ok:
+        raise ValueError(f"schedule {name!r} returns {s!r} at p={p!r}; "
+                         "it must return a number in [0, 1] for every p in [0, 1]")
     return min(max(v, 0.), 1.)
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Schedule:
     options: tuple = () # (name, value) pairs that the curve takes as keywords
 
     def __post_init__(self):
-        if not callable(self.curve): raise TypeError(f"a schedule's curve is a function (p, s_i, s_f) → sparsity, not {self.curve!r}")
+        if not callable(self.curve):
+            raise TypeError(f"a schedule's curve is a function (p, s_i, s_f) → sparsity, not {self.curve!r}")
         for k in ('start', 'end', 'initial'): check_fraction(getattr(self, k), k)
-        if self.start >= self.end: raise ValueError(f"a schedule's start={self.start!r} must be before its end={self.end!r}")
+        if self.start >= self.end:
+            raise ValueError(f"a schedule's start={self.start!r} must be before its end={self.end!r}")
         for i in range(101): self._at(i/100, self.initial, 1.)
 
     def _at(self, p, s_i, s_f): return _sparsity(self.curve(p, s_i, s_f, **dict(self.options)), self.name, p)
@@ -63,7 +67,8 @@ class Schedule:
         return k/(n-1) if n > 1 else 1.
 
     def __repr__(self):
-        if self.curve is _then and (self.start, self.end) == (0, 1): return '{first!r}.then({second!r}, at={at!r}, share={share!r})'.format(**dict(self.options))
+        if self.curve is _then and (self.start, self.end) == (0, 1):
+            return '{first!r}.then({second!r}, at={at!r}, share={share!r})'.format(**dict(self.options))
         opts = dict(start=self.start, end=self.end, initial=self.initial) | dict(self.options)
         return f"{self.name}({', '.join(f'{k}={v!r}' for k,v in opts.items())})"
 
@@ -122,9 +127,11 @@ def iterative(
 )->Schedule:
     "A few rounds with training in between"
     kinds = dict(linear=_linear, geometric=_exponential)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"iterative takes a whole number of rounds, at least 1, not n={n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"iterative takes a whole number of rounds, at least 1, not n={n!r}")
     if kind not in kinds: raise ValueError(no_such('kind of iterative schedule', kind, list(kinds)))
-    return Schedule(_stairs, start, end, initial, 'iterative' if kind == 'linear' else 'iterative_geometric', (('n', n), ('of', kinds[kind])))
+    return Schedule(_stairs, start, end, initial, 'iterative' if kind == 'linear' else 'iterative_geometric',
+                    (('n', n), ('of', kinds[kind])))
 
 # %% ../nbs/01_schedule.ipynb #00000022
 def n_rounds(
@@ -147,7 +154,9 @@ def geometric(
     initial:float=0., # Sparsity to start from
 )->Schedule:
     "As many rounds as it takes, each of the same part of what is left (arXiv 1803.03635)"
-    if not 0 < check_fraction(fraction, 'fraction') < 1: raise ValueError(f"geometric removes a part of what is left in each round, in (0, 1), not fraction={fraction!r}")
+    if not 0 < check_fraction(fraction, 'fraction') < 1:
+        raise ValueError("geometric removes a part of what is left in each round, in (0, 1), "
+                         f"not fraction={fraction!r}")
     return Schedule(_rounds, start, end, initial, 'geometric', (('fraction', fraction),))
 
 # %% ../nbs/01_schedule.ipynb #00000026
@@ -175,7 +184,9 @@ def one_cycle(
     initial:float=0., # Sparsity to start from
 )->Schedule:
     "One smooth step (arXiv 2107.02086)"
-    if not (0 < alpha <= 100 and -100 <= beta <= 100): raise ValueError(f"one_cycle takes alpha in (0, 100] and beta in [-100, 100], not alpha={alpha!r}, beta={beta!r}")
+    if not (0 < alpha <= 100 and -100 <= beta <= 100):
+        raise ValueError("one_cycle takes alpha in (0, 100] and beta in [-100, 100], "
+                         f"not alpha={alpha!r}, beta={beta!r}")
     return Schedule(_one_cycle, start, end, initial, 'one_cycle', (('alpha', alpha), ('beta', beta)))
 
 # %% ../nbs/01_schedule.ipynb #0000002e
@@ -198,7 +209,9 @@ def phases(self:Schedule,
     "The same course in the time between a warm-up and a fine-tuning"
     for n,v in dict(warmup=warmup, finetune=finetune).items(): check_fraction(v, n)
     rest = 1-warmup-finetune
-    if rest <= 0: raise ValueError(f"warmup={warmup!r} and finetune={finetune!r} leave no training for the schedule; together they must be below 1")
+    if rest <= 0:
+        raise ValueError(f"warmup={warmup!r} and finetune={finetune!r} leave no training for the schedule; "
+                         "together they must be below 1")
     return replace(self, start=warmup+self.start*rest, end=1-finetune if self.end == 1 else warmup+self.end*rest)
 
 # %% ../nbs/01_schedule.ipynb #00000036
@@ -215,9 +228,11 @@ def then(self:Schedule,
 )->Schedule:
     "One schedule after the other"
     other = as_schedule(other)
-    if not 0 < check_fraction(at, 'at') < 1: raise ValueError(f"then(..., at={at!r}): one schedule follows another at a part of training between 0 and 1")
+    if not 0 < check_fraction(at, 'at') < 1:
+        raise ValueError(f"then(..., at={at!r}): one schedule follows another at a part of training between 0 and 1")
     check_fraction(share, 'share')
-    return Schedule(_then, 0., 1., self.initial, f"{self.name} then {other.name}", (('first', self), ('second', other), ('at', at), ('share', share)))
+    return Schedule(_then, 0., 1., self.initial, f"{self.name} then {other.name}",
+                    (('first', self), ('second', other), ('at', at), ('share', share)))
 
 # %% ../nbs/01_schedule.ipynb #00000038
 def _hold(p, s_i, s_f, share): return share*s_f
@@ -230,7 +245,8 @@ def hold(
 
 # %% ../nbs/01_schedule.ipynb #0000003a
 schedules = Registry('schedule', ('__doc__',))
-schedules.update({f.__name__: f for f in (one_shot, iterative, geometric, agp, one_cycle, cosine, linear, exponential, dsd)})
+schedules.update({f.__name__: f
+                  for f in (one_shot, iterative, geometric, agp, one_cycle, cosine, linear, exponential, dsd)})
 
 # %% ../nbs/01_schedule.ipynb #0000003c
 def _share(p, s_i, s_f, f): # A user's function of progress
@@ -244,8 +260,11 @@ def as_schedule(
     if isinstance(x, str):
         if x not in schedules: raise ValueError(no_such('schedule', x, schedules))
         return schedules[x]()
-    if not callable(x): raise TypeError(f"a schedule is a name, a Schedule or a function of progress, not {x!r}; the names are {', '.join(schedules)}")
-    if x in schedules.values(): raise TypeError(f"schedule={x.__name__} is the function that makes a schedule; call it: {x.__name__}()")
+    if not callable(x):
+        raise TypeError(f"a schedule is a name, a Schedule or a function of progress, not {x!r}; "
+                        f"the names are {', '.join(schedules)}")
+    if x in schedules.values():
+        raise TypeError(f"schedule={x.__name__} is the function that makes a schedule; call it: {x.__name__}()")
     return Schedule(_share, name=getattr(x, '__name__', type(x).__name__), options=(('f', x),))
 
 # %% ../nbs/01_schedule.ipynb #00000042
@@ -255,5 +274,6 @@ def course(self:Schedule,
     target:float=1., # Final sparsity, a fraction
 )->list: # n pairs (progress, sparsity)
     "The sparsity at each of n evenly spaced updates"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"a course has a whole number of updates, at least 1, not n={n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"a course has a whole number of updates, at least 1, not n={n!r}")
     return [(p, self(p, target)) for p in (self.progress(k, n) for k in range(n))]

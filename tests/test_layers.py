@@ -90,3 +90,28 @@ def test_no_mutable_default(m):
     for n in ast.walk(TREES[m]):
         if isinstance(n, (ast.FunctionDef, ast.Lambda)):
             for d in [*n.args.defaults, *n.args.kw_defaults]: assert not isinstance(d, (ast.List, ast.Dict, ast.Set)), f"fasterprune/{m}.py:{d.lineno}: a default that all calls share"
+
+# ---- density: these numbers may only go down
+
+def test_lines_are_short():
+    "House rule: 120 characters; nbdev writes some `__all__` that are longer"
+    lines = [(m, i, len(l)) for m,p in PATHS.items() for i,l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1)]
+    long = [l for l in lines if l[2]>120]
+    assert len(long)<=42, f"{len(long)} lines of the package are longer than 120 characters: {long}"
+    assert not (longer := [l for l in lines if l[2]>160]), f"longer than 160 characters: {longer}"
+
+def own_parameters(f):
+    a = f.args
+    return [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in ('self', 'cls')]
+
+def test_functions_take_few_parameters():
+    "House rule: at most eight of their own"
+    defs = [(m, f) for m,t in TREES.items() for f in ast.walk(t) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    many = [(m, f.name, len(own_parameters(f))) for m,f in defs if len(own_parameters(f))>8]
+    assert len(many)<=21, f"{len(many)} functions take more than eight parameters: {many}"
+
+def test_comprehensions_are_flat():
+    "House rule: at most two `for`"
+    kinds = ast.ListComp,ast.SetComp,ast.DictComp,ast.GeneratorExp
+    deep = [(m, n.lineno) for m,t in TREES.items() for n in ast.walk(t) if isinstance(n, kinds) and len(n.generators)>2]
+    assert len(deep)<=8, f"{len(deep)} comprehensions have more than two `for`: {deep}"

@@ -46,7 +46,9 @@ def next_cut(
 )->dict: # Group name → fraction of the units that are left
     "What goes now, so that all cuts together take a part of the whole"
     gone = {n: max(whole.get(n, len(s))-len(s), 0) for n,s in scores.items()}
-    keep = allocate({n: torch.cat([s.double(), s.new_full((gone[n],), -torch.inf, dtype=torch.float64)]) for n,s in scores.items()}, sparsity, context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
+    keep = allocate(
+        {n: torch.cat([s.double(), s.new_full((gone[n],), -torch.inf, dtype=torch.float64)]) for n,s in scores.items()},
+        sparsity, context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, sets=sets)
     now = {n: int((~keep[n][:len(s)]).sum()) for n,s in scores.items()}
     return {n: k/len(scores[n]) for n,k in now.items() if k}
 
@@ -55,13 +57,18 @@ class PruneCallback(TrainingCallback):
     "Remove channels from the model while it trains, more and more, by a schedule"
     name = 'prune_callback' # without it fastai would call it `learn.prune`, in place of the method
     def __init__(self,
-        sparsity:float|dict|None=None, # Part of the channels that has gone in the end, or a dict of layer → part; None, without a budget, removes what is dead at each update
+        # Part of the channels that has gone in the end, or a dict of layer → part; None, without a budget, removes what
+        # is dead at each update
+        sparsity:float|dict|None=None,
         *, budget:Budget|None=None, # Instead: what may be left in the end, such as `Budget(macs=.5)`
         criterion='l2', # A name, a `Criterion` or a function
-        schedule=None, # A name, a `Schedule` or a function progress → share of the target, which must not fall; None: `iterative(end=.5)`, or equal steps by a `Patience`
+        # A name, a `Schedule` or a function progress → share of the target, which must not fall; None:
+        # `iterative(end=.5)`, or equal steps by a `Patience`
+        schedule=None,
         every='epoch', # Choose at the beginning of each epoch, after every so many training batches, or by a `Patience`
         granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-        context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
+        # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
+        context:str='local',
         normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
         min_keep:int=1, # Units that each group keeps
         max_ratio:float=1., # Largest part of the units that it had that each group may lose; not with a budget
@@ -73,37 +80,60 @@ class PruneCallback(TrainingCallback):
         ignore=(), # Names or types of layers that stay
         exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
         x=None, # What the model is called with; None takes two items of a training batch
-        also=(), # Copies of the model that are cut with it, such as an average of its weights; or a function that gives them
-        recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again after each cut
+        # Copies of the model that are cut with it, such as an average of its weights; or a function that gives them
+        also=(),
+        # True for the training data, or a data loader: BatchNorm statistics are estimated again after each cut
+        recalibrate=None,
         compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
-        rescale=None, # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
+        # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for
+        # what is removed, by least squares (ThiNet)
+        rescale=None,
         verify:bool=True, # Check the law after each cut, and take it back if it does not hold
-        whole:dict|None=None, # Of what the fractions are, as `cb.whole` of a training to go on with; None: of the model as it is when this callback first sees it
+        # Of what the fractions are, as `cb.whole` of a training to go on with; None: of the model as it is when this
+        # callback first sees it
+        whole:dict|None=None,
     ):
         self.dead = sparsity is None and budget is None
-        self.how = Choice(0. if self.dead else sparsity, as_criterion(criterion), granularity, context, normalizer, min_keep, max_ratio, budget, round_to, per, reduce)
-        self.schedule,self.every,self.n_batches,self.x,self.also = _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience),check_n_batches(n_batches) or n_batches,x,also
-        self.sides,self.extras = dict(only=only, ignore=ignore, exact_norms=exact_norms),dict(recalibrate=recalibrate, compensate=compensate, rescale=rescale, verify=verify)
+        self.how = Choice(0. if self.dead else sparsity, as_criterion(criterion), granularity, context, normalizer,
+            min_keep, max_ratio, budget, round_to, per, reduce)
+        self.schedule,self.every,self.n_batches,self.x,self.also = (
+            _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience),
+            check_n_batches(n_batches) or n_batches,x,also)
+        self.sides,self.extras = (
+            dict(only=only, ignore=ignore, exact_norms=exact_norms),
+            dict(recalibrate=recalibrate, compensate=compensate, rescale=rescale, verify=verify))
         _check_budget(self.how)
         self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}
 
 def _rising(s):
-    if any(b<a-1e-9 for t in (1., .5) for c in [[v for _,v in s.course(101, t)]] for a,b in zip(c, c[1:])): raise ValueError(f"schedule {s.name!r} falls, and channels that were removed cannot come back; take one that rises, or a SparsifyCallback, which can let zeros grow again")
+    if any(b<a-1e-9 for t in (1., .5) for c in [[v for _,v in s.course(101, t)]] for a,b in zip(c, c[1:])):
+        raise ValueError(f"schedule {s.name!r} falls, and channels that were removed cannot come back; take one that "
+            "rises, or a SparsifyCallback, which can let zeros grow again")
     return s
 
 def _check_budget(how):
     if how.budget is None: return
-    if how.max_ratio!=1: raise ValueError(f"max_ratio={how.max_ratio!r} and a budget: a budget is met cut by cut, and each cut knows only what is left; say min_keep, the units that every group keeps")
-    if how.budget.latency is not None and how.budget.latency>1: raise ValueError(f"a budget of {how.budget.latency!r} milliseconds: during training the latency is a fraction of what the model took at the beginning, such as Budget(latency=.5)")
+    if how.max_ratio!=1:
+        raise ValueError(f"max_ratio={how.max_ratio!r} and a budget: a budget is met cut by cut, and each cut knows "
+            "only what is left; say min_keep, the units that every group keeps")
+    if how.budget.latency is not None and how.budget.latency>1:
+        raise ValueError(f"a budget of {how.budget.latency!r} milliseconds: during training the latency is a fraction "
+            "of what the model took at the beginning, such as Budget(latency=.5)")
 
 # %% ../../nbs/callback/02_during.ipynb #0000000c
 @patch
 def start(self:PruneCallback):
     "Find out how large everything is"
-    if isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise ValueError('PruneCallback changes the shapes of parameters, which DistributedDataParallel does not allow while it trains; make it sparse with SparsifyCallback there, and call learn.prune() afterwards')
-    if any(isinstance(c, SparsifyCallback) for c in self.learn.cbs): raise ValueError('SparsifyCallback counts the units of a model that keeps its shape, and PruneCallback changes it; train with one after the other')
+    if isinstance(self.learn.model, nn.parallel.DistributedDataParallel):
+        raise ValueError('PruneCallback changes the shapes of parameters, which DistributedDataParallel does not allow '
+            'while it trains; make it sparse with SparsifyCallback there, and call learn.prune() afterwards')
+    if any(isinstance(c, SparsifyCallback) for c in self.learn.cbs):
+        raise ValueError('SparsifyCallback counts the units of a model that keeps its shape, and PruneCallback changes '
+            'it; train with one after the other')
     model = unwrap(self.learn.model)
-    self._x,self._loss,self._last,self._wait = example_batch(self.learn) if self.x is None else self.x,self.learn.loss_func,None,self.every.watch() if isinstance(self.every, Patience) else None
+    self._x,self._loss,self._last,self._wait = (
+        example_batch(self.learn) if self.x is None else self.x,self.learn.loss_func,None,
+        self.every.watch() if isinstance(self.every, Patience) else None)
     self._log,self.reports = [],[]
     pruner = Pruner(model, self._x, **self.sides)
     c = pruner.couple()
@@ -111,20 +141,26 @@ def start(self:PruneCallback):
     if not (self._given or self._of is model): self._begin(c, costs)
     self._units = self._count(c, self._units if self._of is model else {})
     self._of,self._given,self._macs = model,False,costs['macs']
-    if isinstance(self.how.sparsity, dict): self._shares = {g.name:v for labels,v in shares_of(c, self.how) for g in c.groups if np.array_equal(g.labels, labels)}
+    if isinstance(self.how.sparsity, dict):
+        self._shares = {g.name:v for labels,v in shares_of(c, self.how)
+            for g in c.groups if np.array_equal(g.labels, labels)}
     if self.how.budget is not None: self._check_met(pruner)
 
 @patch
 def _begin(self:PruneCallback, c, costs):
     skip = max([c._skip_to for c in self.learn.cbs if isinstance(c, SkipToEpoch)], default=0)
-    if skip: raise ValueError(f"this training goes on at epoch {skip}, and PruneCallback does not know how large the model was at epoch 0; pass whole=, which is cb.whole of the training that was left")
+    if skip:
+        raise ValueError(f"this training goes on at epoch {skip}, and PruneCallback does not know how large the model "
+            "was at epoch 0; pass whole=, which is cb.whole of the training that was left")
     self.whole = dict(units={g.name:g.n for g in c.groups if g.primary}, costs=costs)
 
 @patch
 def _check_met(self:PruneCallback, pruner):
     limits = {k:v for k,v in self._limits(1.).given.items() if k!='latency'}
     h = self.how
-    if limits: pruner.plan(budget=Budget(**limits), criterion='first_k', granularity=h.granularity, context=h.context, min_keep=h.min_keep, round_to=h.round_to)
+    if limits:
+        pruner.plan(budget=Budget(**limits), criterion='first_k', granularity=h.granularity, context=h.context,
+            min_keep=h.min_keep, round_to=h.round_to)
 
 # %% ../../nbs/callback/02_during.ipynb #0000000e
 @patch
@@ -136,12 +172,14 @@ def _limits(self:PruneCallback, share)->Budget:
     return Budget(**{k: min(v/self._time(), 1.) if k=='latency' else max(math.floor(v+1e-6), 2) for k,v in now.items()})
 
 @patch
-def _time(self:PruneCallback): return math.prod(r.measured.ratio for r in self.reports if r.measured is not None and r.removed)
+def _time(self:PruneCallback):
+    return math.prod(r.measured.ratio for r in self.reports if r.measured is not None and r.removed)
 
 @patch
 def _wanted(self:PruneCallback, p):
     if self.how.budget is not None or self.dead: return self.schedule(p, 1.)
-    return {g:self.schedule(p, s) for g,s in self._shares.items()} if isinstance(self.how.sparsity, dict) else self.schedule(p, self.how.sparsity)
+    return ({g:self.schedule(p, s) for g,s in self._shares.items()} if isinstance(self.how.sparsity, dict)
+        else self.schedule(p, self.how.sparsity))
 
 @patch
 def _fractions(self:PruneCallback, want, data)->dict:
@@ -151,9 +189,11 @@ def _fractions(self:PruneCallback, want, data)->dict:
     groups = [g for g in c.groups if g.name in self.whole['units'] and (not isinstance(want, dict) or g.name in want)]
     if h.context=='local': scores = {g.name:torch.zeros(g.n) for g in groups}
     else:
-        seen = evidence_for(h.criterion, pruner.model, data, self._x, n_batches=self.n_batches, loss_func=self._loss) if h.criterion.stats else None
+        seen = evidence_for(h.criterion, pruner.model, data, self._x,
+            n_batches=self.n_batches, loss_func=self._loss) if h.criterion.stats else None
         scores = scores_for(pruner.model, c, groups, replace(h, evidence=seen))
-    return next_cut(scores, self.whole['units'], want, context=h.context, min_keep=h.min_keep, max_ratio=h.max_ratio, round_to=h.round_to, sets=alike(pruner.model, groups) if h.context=='isomorphic' else None)
+    return next_cut(scores, self.whole['units'], want, context=h.context, min_keep=h.min_keep, max_ratio=h.max_ratio,
+        round_to=h.round_to, sets=alike(pruner.model, groups) if h.context=='isomorphic' else None)
 
 # %% ../../nbs/callback/02_during.ipynb #0000000f
 @patch
@@ -161,10 +201,13 @@ def _cut(self:PruneCallback, want):
     "Remove what is missing; None where nothing is"
     h,dls = self.how,self.learn.dls.train
     data = list(islice(iter(dls), self.n_batches)) if h.criterion.stats and self.n_batches is not None else dls
-    how = dict(criterion=h.criterion, granularity=h.granularity, min_keep=h.min_keep, round_to=h.round_to, per=h.per, reduce=h.reduce, data=data, n_batches=self.n_batches, loss_func=self._loss)
+    how = dict(criterion=h.criterion, granularity=h.granularity, min_keep=h.min_keep, round_to=h.round_to, per=h.per,
+        reduce=h.reduce, data=data, n_batches=self.n_batches, loss_func=self._loss)
     common = dict(x=self._x, also=self._copies(), **self.sides, **self.extras)
     if self.dead: return self.learn.prune(**common)
-    if h.budget is not None: return self.learn.prune(budget=self._limits(want), context=h.context, normalizer=h.normalizer, **how, **common) if want else None
+    if h.budget is not None:
+        return self.learn.prune(budget=self._limits(want), context=h.context, normalizer=h.normalizer,
+            **how, **common) if want else None
     fractions = self._fractions(want, data)
     return self.learn.prune(fractions, **how, **common) if fractions else None
 
@@ -183,14 +226,19 @@ def _update(self:PruneCallback, k, n):
         r = self._cut(want)
     self._last = want
     if r is not None: self._note(r)
-    part = sum(s*self.whole['units'][g] for g,s in want.items())/sum(self.whole['units'].values()) if isinstance(want, dict) else want
-    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=None if self.dead else part, removed=self.measured_removed(), params=self.measured_params(), macs=self.measured_macs(), error=r.error if r is not None and r.removed else None))
+    part = (sum(s*self.whole['units'][g] for g,s in want.items())/sum(self.whole['units'].values())
+        if isinstance(want, dict) else want)
+    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=None if self.dead else part,
+        removed=self.measured_removed(), params=self.measured_params(), macs=self.measured_macs(),
+        error=r.error if r is not None and r.removed else None))
 
 @patch
 def _note(self:PruneCallback, r):
     self.reports.append(r)
     self._macs = r.macs[1]
-    if r.removed: self._units = self._count(Pruner(unwrap(self.learn.model), self._x, **self.sides).couple(), {**self._units, **{g:n for g,_,n in r.rows()}})
+    if r.removed:
+        self._units = self._count(Pruner(unwrap(self.learn.model), self._x, **self.sides).couple(),
+            {**self._units, **{g:n for g,_,n in r.rows()}})
 
 @patch
 def _count(self:PruneCallback, c, known): # Units of the groups that there were; one that is alone is a unit no more
@@ -208,12 +256,15 @@ def before_train(self:PruneCallback):
 
 @patch
 def after_batch(self:PruneCallback):
-    if not self._on or not self.learn.training or not isinstance(self.every, int) or self.learn.iter+1>=self.learn.n_iter: return
-    if (self._at(self.learn.iter+1))%self.every==0: self._update(self._at(self.learn.iter+1)//self.every, self._updates())
+    if (not self._on or not self.learn.training or not isinstance(self.every, int)
+        or self.learn.iter+1>=self.learn.n_iter): return
+    if (self._at(self.learn.iter+1))%self.every==0:
+        self._update(self._at(self.learn.iter+1)//self.every, self._updates())
 
 @patch
 def after_train(self:PruneCallback):
-    if self._on and isinstance(self.every, int) and self.learn.epoch==self.learn.n_epoch-1: self._update(self._updates()-1, self._updates())
+    if self._on and isinstance(self.every, int) and self.learn.epoch==self.learn.n_epoch-1:
+        self._update(self._updates()-1, self._updates())
 
 @patch
 def _at(self:PruneCallback, i=0): return self.learn.epoch*len(self.learn.dls.train)+i
@@ -222,21 +273,30 @@ def _updates(self:PruneCallback): return math.ceil(self.learn.n_epoch*len(self.l
 
 # %% ../../nbs/callback/02_during.ipynb #00000013
 @patch
-def columns(self:PruneCallback)->dict: "What is left, measured"; return dict(removed=self.measured_removed, params=self.measured_params, macs=self.measured_macs)
+def columns(self:PruneCallback)->dict:
+    "What is left, measured"
+    return dict(removed=self.measured_removed, params=self.measured_params, macs=self.measured_macs)
 @patch
-def measured_removed(self:PruneCallback)->float: "Part of the channels that has gone"; return 1-sum(self._units.values())/max(sum(self.whole['units'].values()), 1)
+def measured_removed(self:PruneCallback)->float:
+    "Part of the channels that has gone"
+    return 1-sum(self._units.values())/max(sum(self.whole['units'].values()), 1)
 @patch
 def measured_params(self:PruneCallback)->int: "Parameters of the model now"; return n_params(unwrap(self.learn.model))
 @patch
-def measured_macs(self:PruneCallback)->int: "Multiply-accumulates of the example input after the last cut"; return self._macs
+def measured_macs(self:PruneCallback)->int:
+    "Multiply-accumulates of the example input after the last cut"
+    return self._macs
 @patch(as_prop=True)
-def history(self:PruneCallback)->pd.DataFrame: "What was requested, and what was measured, at each update that asked for something new"; return pd.DataFrame(self._log)
+def history(self:PruneCallback)->pd.DataFrame:
+    "What was requested, and what was measured, at each update that asked for something new"
+    return pd.DataFrame(self._log)
 
 # %% ../../nbs/callback/02_during.ipynb #00000015
 @patch
 def state(self:PruneCallback)->dict:
     "What it needs to go on as if nothing had happened"
-    return dict(whole=self.whole, units=self._units, last=self._last, x=self._x, wait=self._wait and self._wait.state(), log=list(self._log), reports=list(self.reports))
+    return dict(whole=self.whole, units=self._units, last=self._last, x=self._x,
+        wait=self._wait and self._wait.state(), log=list(self._log), reports=list(self.reports))
 
 @patch
 def cut_again_(self:PruneCallback,

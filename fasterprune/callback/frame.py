@@ -131,5 +131,7 @@ def check_every(
     other:type|None=None, # What it may be besides
 ): # The same
     "Refuse what is no moment to choose at"
-    if every=='epoch' or other is not None and isinstance(every, other) or isinstance(every, int) and not isinstance(every, bool) and every>=1: return every
-    raise ValueError(f"every is 'epoch'{',' if other else ' or'} a number of training batches{f' or a {other.__name__}' if other else ''}, not {every!r}")
+    if (every=='epoch' or other is not None and isinstance(every, other)
+        or isinstance(every, int) and not isinstance(every, bool) and every>=1): return every
+    raise ValueError(f"every is 'epoch'{',' if other else ' or'} a number of training batches"
+        f"{f' or a {other.__name__}' if other else ''}, not {every!r}")

@@ -45,7 +45,8 @@ class Growth:
 
     def __post_init__(self):
         check_strength(self.ceiling, 'ceiling')
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every<1: raise ValueError(f"every is a number of optimizer steps, not {self.every!r}")
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every<1:
+            raise ValueError(f"every is a number of optimizer steps, not {self.every!r}")
     def __call__(self,
         step:int, # From 0
         n:int, # Steps until the ceiling is reached
@@ -63,25 +64,33 @@ class GrowingCallback(TrainingCallback):
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` of weights or a function `(weight)` → scores of its shape
         *, growth:Growth=Growth(), # The ceiling of λ, and the steps between increments
-        pick:float=0., # λ at which the units are chosen; up to it, it grows for all of them (GReg-2); 0 chooses at once (GReg-1)
+        # λ at which the units are chosen; up to it, it grows for all of them (GReg-2); 0 chooses at once (GReg-1)
+        pick:float=0.,
         end:float=.75, # Part of training at which λ is at its ceiling, and the chosen units become zero
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         x=None, # What the model is called with; None takes two items of a training batch
     ):
         self.sparsity = check_allocation(sparsity, sparsity if isinstance(sparsity, dict) else [], context=context)
-        self.granularity,self.context,self.criterion,self.growth,self.pick,self.end = as_granularity(granularity),context,as_criterion(criterion),growth,check_strength(pick, 'pick'),check_fraction(end, 'end')
-        if not isinstance(growth, Growth): raise TypeError(f"growth is a Growth, such as Growth(ceiling=1., every=5), not {growth!r}")
-        if self.criterion.stats: raise ValueError(f"criterion {self.criterion.name!r} has to see the model run; growing regularisation chooses by weights, such as 'l2'")
+        self.granularity,self.context,self.criterion,self.growth,self.pick,self.end = (
+            as_granularity(granularity),context,as_criterion(criterion),
+            growth,check_strength(pick, 'pick'),check_fraction(end, 'end'))
+        if not isinstance(growth, Growth):
+            raise TypeError(f"growth is a Growth, such as Growth(ceiling=1., every=5), not {growth!r}")
+        if self.criterion.stats:
+            raise ValueError(f"criterion {self.criterion.name!r} has to see the model run; growing regularisation "
+                "chooses by weights, such as 'l2'")
         if not 0<end: raise ValueError(f"end is the part of training in which λ grows, above 0, not {end!r}")
-        if pick>=growth.ceiling and pick: raise ValueError(f"pick={pick!r} is the λ at which units are chosen, below the ceiling {growth.ceiling!r}")
+        if pick>=growth.ceiling and pick:
+            raise ValueError(f"pick={pick!r} is the λ at which units are chosen, below the ceiling {growth.ceiling!r}")
         self.only,self.ignore,self.x,self.masks,self.strength = only,ignore,x,None,0.
 
 @patch
 def start(self:GrowingCallback):
     "Find the units; GReg-1 chooses them"
     x = self.x if self.x is not None or self.granularity.like not in sides else example_batch(self.learn)
-    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
+    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context,
+        criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
     self._keeper,self._step,self._held,self.masks,self.strength = keeper_of(self.learn),0,False,None,0.
     self._all = Masks({n:torch.zeros_like(k) for n,k in self._sparsifier.masks(0.).keep.items()})
@@ -119,7 +128,9 @@ def hold_(self:GrowingCallback):
     self._held = True
 
 @patch
-def state(self:GrowingCallback)->dict: "What a training that was killed needs to go on"; return dict(masks=self.masks, step=self._step, held=self._held, findings=findings(self._sparsifier))
+def state(self:GrowingCallback)->dict:
+    "What a training that was killed needs to go on"
+    return dict(masks=self.masks, step=self._step, held=self._held, findings=findings(self._sparsifier))
 @patch
 def restore(self:GrowingCallback,
     state:dict, # Of `state`
@@ -129,7 +140,9 @@ def restore(self:GrowingCallback,
     vars(self._sparsifier).update(state['findings'])
 
 @patch
-def columns(self:GrowingCallback)->dict: "λ, and what it does"; return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)
+def columns(self:GrowingCallback)->dict:
+    "λ, and what it does"
+    return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)
 
 @patch
 @torch.no_grad()

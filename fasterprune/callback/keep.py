@@ -106,9 +106,11 @@ def _pair(self:KeepZeros):
     params = dict(model.named_parameters(remove_duplicate=False))
     if not all(n in params and _fits(k, params[n]) for n,k in self.masks.keep.items()):
         try: self.masks.apply_(model) # says why
-        except ValueError as e: raise ValueError(f"KeepZeros: {e.args[0]}; learn.remove_cb(KeepZeros) lets them go") from e
+        except ValueError as e:
+            raise ValueError(f"KeepZeros: {e.args[0]}; learn.remove_cb(KeepZeros) lets them go") from e
     out = {n:written_out(k, params[n]) for n,k in self.masks.keep.items()}
-    self.masks,self._pairs = Masks({n:k for n,(k,_) in out.items()}, self.masks.units),[(params[n], full) for n,(_,full) in out.items()]
+    self.masks,self._pairs = (
+        Masks({n:k for n,(k,_) in out.items()}, self.masks.units),[(params[n], full) for n,(_,full) in out.items()])
     large = [p for p,full in self._pairs if p.device.type=='cpu' and full.shape==p.shape]
     self._room = {p.element_size():torch.empty(piece, dtype=ints[p.element_size()]) for p in large}
 
@@ -159,4 +161,5 @@ def agreed(
     masks:Masks, # Of this process
 )->Masks: # Of the first one
     "The same masks on all processes; alone, nothing is done"
-    return Masks({n:across_ranks(k.view(torch.uint8), 'first', 0).view(torch.bool) for n,k in masks.keep.items()}, masks.units)
+    return Masks({n:across_ranks(k.view(torch.uint8), 'first', 0).view(torch.bool) for n,k in masks.keep.items()},
+        masks.units)

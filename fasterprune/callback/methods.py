@@ -34,8 +34,11 @@ def moment_of(
     step:int=0, # To be noted down with it
 )->Moment:
     "Copy a learner's weights and optimizer"
-    if learn.opt is None: raise ValueError('this learner has no optimizer yet; call learn.create_opt(), or take the moment in a training with Remember')
-    return Moment(step, {n:t.detach().clone() for n,t in unwrap(learn.model).state_dict().items()}, deepcopy(learn.opt.state_dict()))
+    if learn.opt is None:
+        raise ValueError('this learner has no optimizer yet; call learn.create_opt(), or take the moment in a training '
+            'with Remember')
+    return Moment(step, {n:t.detach().clone() for n,t in unwrap(learn.model).state_dict().items()},
+        deepcopy(learn.opt.state_dict()))
 
 def rewind_(
     learn:Learner,
@@ -44,8 +47,12 @@ def rewind_(
 ):
     "Put weights and optimizer back as they were; what `KeepZeros` holds stays zero"
     model,now = unwrap(learn.model),unwrap(learn.model).state_dict()
-    other = next((n for n in {**moment.model, **now} if getattr(now.get(n), 'shape', None)!=getattr(moment.model.get(n), 'shape', None)), None)
-    if other is not None: raise ValueError(f"{other!r} has shape {tuple(now[other].shape) if other in now else None} now and had {tuple(moment.model[other].shape) if other in moment.model else None}: a network cannot be put back over a learn.prune(); rewind first")
+    other = next((n for n in {**moment.model, **now}
+        if getattr(now.get(n), 'shape', None)!=getattr(moment.model.get(n), 'shape', None)), None)
+    if other is not None:
+        raise ValueError(f"{other!r} has shape {tuple(now[other].shape) if other in now else None} now "
+            f"and had {tuple(moment.model[other].shape) if other in moment.model else None}: "
+            "a network cannot be put back over a learn.prune(); rewind first")
     model.load_state_dict(moment.model)
     if optimizer and learn.opt is not None: learn.opt.load_state_dict(deepcopy(moment.opt))
     keeper_of(learn).zero_()
@@ -59,14 +66,16 @@ class Remember(Callback):
         *, epoch:int=0, # And epochs
     ):
         for n,v in dict(step=step, epoch=epoch).items():
-            if isinstance(v, bool) or not isinstance(v, int) or v<0: raise ValueError(f"{n} is a whole number, at least 0, not {v!r}")
+            if isinstance(v, bool) or not isinstance(v, int) or v<0:
+                raise ValueError(f"{n} is a whole number, at least 0, not {v!r}")
         self.step,self.at_epoch,self.moment = step,epoch,None
 
     def before_batch(self):
         "Is this the step?"
         if not self.learn.training or not is_training(self.learn): return
         n = self.learn.n_iter
-        if self.learn.epoch*n+self.learn.iter==self.at_epoch*n+self.step: self.moment = moment_of(self.learn, self.at_epoch*n+self.step)
+        if self.learn.epoch*n+self.learn.iter==self.at_epoch*n+self.step:
+            self.moment = moment_of(self.learn, self.at_epoch*n+self.step)
 
     def state(self)->dict: "What a training that was killed needs to go on"; return dict(moment=self.moment)
     def restore(self,
@@ -74,7 +83,8 @@ class Remember(Callback):
     ): "Go on from there"; self.moment = state['moment']
 
 # %% ../../nbs/callback/03_methods.ipynb #0000000a
-class _From(Callback): # leaves out the first batches of a training, for the learning rate's course to go on where it was
+# leaves out the first batches of a training, for the learning rate's course to go on where it was
+class _From(Callback):
     order = -50
     def __init__(self, step): self._step = step
     def before_batch(self):
@@ -86,7 +96,8 @@ class _Done(Callback): # what a ticket that was killed needs of the trainings be
     def __init__(self, remember): self._remember,self.rows = remember,[]
     def note(self, learn, k, s):
         if not learn.recorder.values: return # ended before the process was killed: it was passed over
-        self.rows.append(dict(round=k, sparsity=s.sparsity(), **dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))))
+        self.rows.append(dict(round=k, sparsity=s.sparsity(),
+            **dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))))
     def state(self): return dict(rows=self.rows, moment=self._remember.moment)
     def restore(self, state): self.rows,self._remember.moment = state['rows'],state['moment']
 
@@ -115,7 +126,8 @@ def lottery_ticket(
     "Train, remove, go back, train again (arXiv 1803.03635, 1912.05671, 2003.02389)"
     _check(learn, fraction, rewind, fit, n_epoch, epoch, step)
     x,cbs = example_batch(learn),[cbs] if isinstance(cbs, Callback) else list(cbs)
-    s = Sparsifier(learn.model, x, granularity=granularity, context=context, criterion=criterion, only=only, ignore=ignore, data=learn.dls.train, loss_func=learn.loss_func)
+    s = Sparsifier(learn.model, x, granularity=granularity, context=context, criterion=criterion,
+        only=only, ignore=ignore, data=learn.dls.train, loss_func=learn.loss_func)
     s.check(check_fraction(sparsity))
     train,r,first = getattr(learn, fit),Remember(step, epoch=epoch),epoch*len(learn.dls.train)+step
     done = _Done(r)
@@ -131,9 +143,14 @@ def lottery_ticket(
 
 # %% ../../nbs/callback/03_methods.ipynb #0000000c
 def _check(learn, fraction, rewind, fit, n_epoch, epoch, step):
-    if not 0<check_fraction(fraction, 'fraction')<1: raise ValueError(f"fraction is the part of what is left that a round removes, in (0, 1), not {fraction!r}")
-    if rewind not in ('weights','lr'): raise ValueError(f"rewind: {no_such('way to go back', rewind, ['weights', 'lr'])}")
-    if not callable(getattr(learn, fit, None)): raise ValueError(f"fit is a method of the learner that trains, such as 'fit' or 'fit_one_cycle', not {fit!r}")
+    if not 0<check_fraction(fraction, 'fraction')<1:
+        raise ValueError(f"fraction is the part of what is left that a round removes, in (0, 1), not {fraction!r}")
+    if rewind not in ('weights','lr'):
+        raise ValueError(f"rewind: {no_such('way to go back', rewind, ['weights', 'lr'])}")
+    if not callable(getattr(learn, fit, None)):
+        raise ValueError(f"fit is a method of the learner that trains, such as 'fit' or 'fit_one_cycle', not {fit!r}")
     Remember(step, epoch=epoch) # refuses what is no step
     n = len(learn.dls.train)
-    if epoch*n+step>=n_epoch*n: raise ValueError(f"a training of {n_epoch} epochs with {n} batches has no step {epoch*n+step} to go back to; epoch={epoch!r} and step={step!r} are too late")
+    if epoch*n+step>=n_epoch*n:
+        raise ValueError(f"a training of {n_epoch} epochs with {n} batches has no step {epoch*n+step} to go back to; "
+            f"epoch={epoch!r} and step={step!r} are too late")

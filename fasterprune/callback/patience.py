@@ -23,17 +23,25 @@ class Patience:
     monitor:str='valid_loss' # A column of the recorder
     lower:bool|None=None # Is less better? None: for names with 'loss' or 'error' in them
     end:float=.75 # Part of the training by which all removals have been made, in (0, 1]
-    at_once:bool=False # The first removal when training begins, as for a trained network; otherwise it is waited for as well
+    # The first removal when training begins, as for a trained network; otherwise it is waited for as well
+    at_once:bool=False
 
     def __post_init__(self):
         for k in ('patience', 'steps'):
-            if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v<1: raise ValueError(f"{k} is a whole number, at least 1, not {v!r}")
-        if isinstance(self.min_delta, bool) or not isinstance(self.min_delta, (int, float)) or not 0<=self.min_delta<math.inf: raise ValueError(f"min_delta is a number, at least 0, not {self.min_delta!r}")
-        if not check_fraction(self.end, 'end'): raise ValueError(f"end is a part of the training, above 0, not {self.end!r}")
-        if not isinstance(self.monitor, str): raise TypeError(f"monitor is the name of a column, such as 'valid_loss', not {self.monitor!r}")
+            if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v<1:
+                raise ValueError(f"{k} is a whole number, at least 1, not {v!r}")
+        if (isinstance(self.min_delta, bool) or not isinstance(self.min_delta, (int, float))
+            or not 0<=self.min_delta<math.inf):
+            raise ValueError(f"min_delta is a number, at least 0, not {self.min_delta!r}")
+        if not check_fraction(self.end, 'end'):
+            raise ValueError(f"end is a part of the training, above 0, not {self.end!r}")
+        if not isinstance(self.monitor, str):
+            raise TypeError(f"monitor is the name of a column, such as 'valid_loss', not {self.monitor!r}")
 
     @property
-    def less(self)->bool: "Is less better?"; return 'loss' in self.monitor or 'error' in self.monitor if self.lower is None else self.lower
+    def less(self)->bool:
+        "Is less better?"
+        return 'loss' in self.monitor or 'error' in self.monitor if self.lower is None else self.lower
     def watch(self): "What waits during one training"; return Waiting(self)
 
 # %% ../../nbs/callback/00_patience.ipynb #00000007
@@ -73,7 +81,8 @@ class Waiting:
         "See the last epoch's metric, and say which step is due"
         r = learn.recorder
         names = list(r.metric_names[1:])
-        if self.how.monitor not in names: raise ValueError(f"monitor: {no_such('column', self.how.monitor, [n for n in names if n!='time'])}")
+        if self.how.monitor not in names:
+            raise ValueError(f"monitor: {no_such('column', self.how.monitor, [n for n in names if n!='time'])}")
         seen,at = r.values[-1] if r.values else (),names.index(self.how.monitor)
         if at<len(seen): self.see(float(seen[at])) # an epoch that was skipped has none
         return self.due(math.ceil(self.how.end*(learn.n_epoch-1))-learn.epoch+1)

@@ -30,7 +30,8 @@ _atoms = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 def _ours(): # Name → dataclass of this library
     found = [c for n,m in list(sys.modules.items()) if n.startswith('fasterprune.') for c in vars(m).values()]
-    return {f"{c.__module__}.{c.__qualname__}":c for c in found if isinstance(c, type) and is_dataclass(c) and c.__module__.startswith('fasterprune.')}
+    return {f"{c.__module__}.{c.__qualname__}":c for c in found
+        if isinstance(c, type) and is_dataclass(c) and c.__module__.startswith('fasterprune.')}
 
 def as_data(
     v, # Numbers, words, tensors, arrays, dataclasses of this library, and any nest of them
@@ -48,19 +49,24 @@ def as_data(
     if isinstance(v, (list, tuple)): return (tuple if isinstance(v, tuple) else list)(inner(x) for x in v)
     if is_dataclass(v) and (k := f"{type(v).__module__}.{type(v).__qualname__}") in _ours():
         return {KIND:'value', 'of':k, 'value':{f.name:inner(getattr(v, f.name)) for f in fields(v) if f.init}}
-    raise ValueError(f"{where or 'this'} holds {_named(v)}, which is no data (numbers, words, tensors, or lists and dicts of them), so it cannot be written to a file that is only data")
+    raise ValueError(f"{where or 'this'} holds {_named(v)}, which is no data (numbers, words, tensors, or lists and "
+        "dicts of them), so it cannot be written to a file that is only data")
 
-def _named(v): return f"the function {getattr(v, '__qualname__', v)!r}" if callable(v) and hasattr(v, '__name__') else f"a {type(v).__name__}"
+def _named(v):
+    return (f"the function {getattr(v, '__qualname__', v)!r}" if callable(v) and hasattr(v, '__name__')
+        else f"a {type(v).__name__}")
 
 def _bytes(v, where):
-    if v.dtype.kind not in 'biufcSU': raise ValueError(f"{where or 'this'} holds an array of {v.dtype}, which is no array of numbers or words")
+    if v.dtype.kind not in 'biufcSU':
+        raise ValueError(f"{where or 'this'} holds an array of {v.dtype}, which is no array of numbers or words")
     return np.ascontiguousarray(v).tobytes()
 
 def _dict_as_data(v, inner):
     meta = getattr(v, '_metadata', None) # of a `state_dict`: versions of modules
     plain = all(type(k) in (str, int) for k in v) and KIND not in v and meta is None
     if plain: return {k:inner(x) for k,x in v.items()}
-    return {KIND:'dict', 'pairs':[(inner(k), inner(x)) for k,x in v.items()], 'metadata':None if meta is None else inner(dict(meta))}
+    return {KIND:'dict', 'pairs':[(inner(k), inner(x)) for k,x in v.items()],
+        'metadata':None if meta is None else inner(dict(meta))}
 
 # %% ../../nbs/callback/05_plain.ipynb #00000006
 def from_data(
@@ -72,7 +78,9 @@ def from_data(
     if not isinstance(v, dict): return v
     kind = v.get(KIND)
     if kind is None: return {k:from_data(x) for k,x in v.items()}
-    if kind not in _makers: raise ValueError(f"{kind!r} is no kind of value that a file of plain data says; the kinds are {', '.join(_makers)}")
+    if kind not in _makers:
+        raise ValueError(f"{kind!r} is no kind of value that a file of plain data says; "
+            f"the kinds are {', '.join(_makers)}")
     return _makers[kind](v)
 
 def _pairs(v):
@@ -113,17 +121,22 @@ def described(
     if isinstance(v, np.generic): v = v.item()
     if v is None or isinstance(v, (bool, int, float, str)): return v
     if _depth==0 or isinstance(v, (nn.Module, DataLoader, DataLoaders, Learner, Callback)): return type(v).__name__
-    if isinstance(v, (Tensor, np.ndarray)): return [type(v).__name__, list(v.shape), str(v.dtype).removeprefix('torch.'), v.tolist() if v.size<=64 else None] if isinstance(v, np.ndarray) else _tensor(v)
+    if isinstance(v, (Tensor, np.ndarray)):
+        return [type(v).__name__, list(v.shape), str(v.dtype).removeprefix('torch.'),
+            v.tolist() if v.size<=64 else None] if isinstance(v, np.ndarray) else _tensor(v)
     if isinstance(v, Mapping): return {str(inner(k)):inner(x) for k,x in v.items()}
     if isinstance(v, (set, frozenset)): return sorted(map(str, map(inner, v)))
     if isinstance(v, (list, tuple, L)): return [inner(x) for x in v]
     if isinstance(v, partial): return ['partial', inner(v.func), inner(v.args), inner(v.keywords)]
     if inspect.ismethod(v): return [v.__qualname__, inner(v.__self__)]
     if inspect.isfunction(v): return _function(v, inner)
-    if isinstance(v, type) or not hasattr(v, '__dict__'): return getattr(v, '__qualname__', getattr(v, '__name__', type(v).__name__))
+    if isinstance(v, type) or not hasattr(v, '__dict__'):
+        return getattr(v, '__qualname__', getattr(v, '__name__', type(v).__name__))
     return {'':type(v).__qualname__, **{k:inner(x) for k,x in vars(v).items() if not k.startswith('_')}}
 
-def _tensor(v): return ['Tensor', list(v.shape), str(v.dtype).removeprefix('torch.'), v.tolist() if v.numel()<=64 and not v.is_meta else None]
+def _tensor(v):
+    return ['Tensor', list(v.shape), str(v.dtype).removeprefix('torch.'),
+        v.tolist() if v.numel()<=64 and not v.is_meta else None]
 
 def _function(f, inner): # By its name, what it was closed over, and the names and numbers in its code
     held = [inner(c.cell_contents) for c in f.__closure__ or () if c!=type(c)()]

@@ -24,7 +24,8 @@ def pkp_schedule(
 )->Schedule:
     "All rounds at equal distances, the first at the beginning of the training"
     last = rounds[-1].sparsity
-    return Schedule(_stairs, end=end, name='pkp', options=(('shares', tuple(r.sparsity/last if last else 1. for r in rounds)),))
+    return Schedule(_stairs, end=end, name='pkp',
+        options=(('shares', tuple(r.sparsity/last if last else 1. for r in rounds)),))
 
 # %% ../../nbs/callback/04_progressive.ipynb #00000009
 class PKPCallback(SparsifyCallback):
@@ -37,25 +38,30 @@ class PKPCallback(SparsifyCallback):
         end:float=.2, # Part of the training at which the last round comes, above 0
         mode:str='norm', # Rank kernels by their 'norm', or by what they are to both their channels: 'smioc'
         p:int=1, # The norm: 1 or 2
-        protect_until:float|int=.5, # Layers of low level: the first part of them; or, from 2, those before the image is so many times smaller
+        # Layers of low level: the first part of them; or, from 2, those before the image is so many times smaller
+        protect_until:float|int=.5,
         protect_out:bool=False, # Must each filter keep a kernel, too?
-        silence:bool=False, # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
+        # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
+        silence:bool=False,
         count:str='units', # What the sparsity is a part of: 'units' (kernels), 'params' or 'macs'
         only=None, # Names, prefixes or types of the layers to take; None is all convolutions
         ignore=None, # Names, prefixes or types of the layers to leave out
         x=None, # What the model is called with; None takes two items of a training batch
     ):
         self.rounds = pkp_rounds(sparsity, rounds, moderate=moderate, schedule=schedule)
-        self.options = dict(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out, silence=silence, count=count)
+        self.options = dict(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out,
+            silence=silence, count=count)
         check_options(**self.options)
-        super().__init__(sparsity, 'kernel', 'global', schedule=pkp_schedule(self.rounds, end), every=1, only=only, ignore=ignore, x=x)
+        super().__init__(sparsity, 'kernel', 'global', schedule=pkp_schedule(self.rounds, end), every=1,
+            only=only, ignore=ignore, x=x)
 
 # %% ../../nbs/callback/04_progressive.ipynb #0000000b
 @patch
 def before_fit(self:PKPCallback):
     pkp = None
     if is_training(self.learn):
-        pkp = PKP(unwrap(self.learn.model), example_batch(self.learn) if self.x is None else self.x, only=self.only, ignore=self.ignore, **self.options)
+        pkp = PKP(unwrap(self.learn.model), example_batch(self.learn) if self.x is None else self.x,
+            only=self.only, ignore=self.ignore, **self.options)
         pkp.check(self.rounds)
     super(PKPCallback, self).before_fit()
     if self._on: self._sparsifier = Stages(pkp, self.rounds, self._sparsifier)

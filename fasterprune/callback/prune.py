@@ -21,11 +21,13 @@ from ..surgery.pruner import Pruner, Report
 # %% ../../nbs/callback/01_prune.ipynb #00000006
 @patch
 def prune(self:Learner,
-    sparsity:float|dict|None=None, # Part of the channels to remove, or a dict of layer → part; None removes what is dead
+    # Part of the channels to remove, or a dict of layer → part; None removes what is dead
+    sparsity:float|dict|None=None,
     *, budget:Budget|None=None, # Instead: what may be left, such as `Budget(macs=.5)`, in one ranking over all layers
     criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
+    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
+    context:str='local',
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
@@ -34,16 +36,21 @@ def prune(self:Learner,
     data=None, # For a criterion that has to see the model run; None is the training data
     n_batches:int|None=8, # How many batches of it, at most; None is all
     loss_func=None, # For a criterion that needs gradients; None is the learner's
-    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says,
+    # mostly the mean
+    reduce:str|None=None,
     only=None, # Names or types of layers that may be cut; None is all
     ignore=(), # Names or types of layers that stay
     examples=(), # Further calls of the model that have to go on working, in the form of `x`
     exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
     x=None, # What the model is called with; None takes two items of a training batch
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
-    recalibrate=None, # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
+    # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
+    recalibrate=None,
     compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
-    rescale=None, # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
+    # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for
+    # what is removed, by least squares (ThiNet)
+    rescale=None,
     verify:bool=True, # Check the law, and take everything back if it does not hold
 )->Report:
     "Remove channels from the learner's model, in place; without a sparsity or a budget exactly those that are dead"
@@ -51,10 +58,14 @@ def prune(self:Learner,
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     masks = [obeyed(c.masks, self.model) for c in keepers]
-    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x, only=only, ignore=ignore, examples=examples, exact_norms=exact_norms).prune(sparsity, budget=budget, criterion=criterion,
-        granularity=granularity, context=context, normalizer=normalizer, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
-        data=self.dls.train if data is None else data, n_batches=n_batches, loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
-        optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate), compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
+    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x,
+        only=only, ignore=ignore, examples=examples, exact_norms=exact_norms).prune(
+        sparsity, budget=budget, criterion=criterion, granularity=granularity, context=context, normalizer=normalizer,
+        min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
+        data=self.dls.train if data is None else data, n_batches=n_batches,
+        loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
+        optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate),
+        compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
     for c,m in zip(keepers, masks):
         left = m.cut(r.plan.edits)
         if left.keep: c.take(left)

@@ -46,9 +46,11 @@ def drop_and_grow(
 )->Tensor: # Bool of its shape, with as many True
     "Drop the smallest weights, grow as many where the score is highest"
     there = int(keep.sum())
-    if not 0<=k<=there: raise ValueError(f"k is the number of weights to drop, of the {there} that there are, not {k!r}")
+    if not 0<=k<=there:
+        raise ValueError(f"k is the number of weights to drop, of the {there} that there are, not {k!r}")
     n = w.numel()
-    top = lambda s, m: torch.zeros(n, dtype=torch.bool, device=w.device).scatter_(0, s.flatten().sort(descending=True, stable=True).indices[:m], True).view(w.shape)
+    top = lambda s, m: torch.zeros(n, dtype=torch.bool, device=w.device).scatter_(
+        0, s.flatten().sort(descending=True, stable=True).indices[:m], True).view(w.shape)
     stay = top(w.detach().abs().masked_fill(~keep, -torch.inf), there-k)
     return stay|top(score.detach().masked_fill(stay, -torch.inf), k)
 
@@ -74,11 +76,16 @@ class RegrowCallback(TrainingCallback):
         ignore=None, # Names, prefixes or types of the layers to leave out
         seed:int=0, # Of the places that are random
     ):
-        if grow not in ('gradient','random'): raise ValueError(f"grow: {no_such('way to grow', grow, ['gradient', 'random'])}")
-        if density not in ('erk','uniform'): raise ValueError(f"density: {no_such('way to share out', density, ['erk', 'uniform'])}")
-        if isinstance(every, bool) or not isinstance(every, int) or every<1: raise ValueError(f"every is a number of optimizer steps, not {every!r}")
-        self.sparsity,self.fraction,self.end = check_fraction(sparsity),check_fraction(fraction, 'fraction'),check_fraction(end, 'end')
-        self.grow,self.every,self.density,self.only,self.ignore,self.seed,self.masks,self.changes = grow,every,density,only,ignore,seed,None,0
+        if grow not in ('gradient','random'):
+            raise ValueError(f"grow: {no_such('way to grow', grow, ['gradient', 'random'])}")
+        if density not in ('erk','uniform'):
+            raise ValueError(f"density: {no_such('way to share out', density, ['erk', 'uniform'])}")
+        if isinstance(every, bool) or not isinstance(every, int) or every<1:
+            raise ValueError(f"every is a number of optimizer steps, not {every!r}")
+        self.sparsity,self.fraction,self.end = (
+            check_fraction(sparsity),check_fraction(fraction, 'fraction'),check_fraction(end, 'end'))
+        self.grow,self.every,self.density,self.only,self.ignore,self.seed,self.masks,self.changes = (
+            grow,every,density,only,ignore,seed,None,0)
 
 @patch
 def start(self:RegrowCallback):
@@ -86,7 +93,9 @@ def start(self:RegrowCallback):
     model = unwrap(self.learn.model)
     layers,own = select_layers(model, self.only, self.ignore),{id(p):n for n,p in model.named_parameters()}
     made = next((n for n,m in layers.items() if id(m.weight) not in own), None)
-    if made is not None: raise ValueError(f"the weight of {made!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made!r}")
+    if made is not None:
+        raise ValueError(f"the weight of {made!r} is computed from other parameters (a parametrization, such as "
+            f"weight_norm), so zeros in it would not last; leave it out with ignore={made!r}")
     self._params = {own[id(m.weight)]:m.weight for m in layers.values()} # a shared weight once
     shapes,self._rng = {n:tuple(p.shape) for n,p in self._params.items()},torch.Generator().manual_seed(self.seed)
     part = erk(shapes, self.sparsity) if self.density=='erk' else dict.fromkeys(shapes, self.sparsity)
@@ -118,7 +127,8 @@ def change_(self:RegrowCallback):
     part,keep = drop_fraction(self.learn.pct_train/self.end, self.fraction),{}
     for n,p in self._params.items():
         old = self.masks.keep[n].to(p.device).expand(p.shape)
-        score = torch.rand(p.shape, generator=self._rng).to(p.device) if self.grow=='random' else (torch.zeros_like(p) if p.grad is None else p.grad.abs())
+        score = (torch.rand(p.shape, generator=self._rng).to(p.device) if self.grow=='random'
+            else (torch.zeros_like(p) if p.grad is None else p.grad.abs()))
         keep[n] = drop_and_grow(p, old, score, n_removed(int(old.sum()), part))
         for v in plain_optimizer(self.learn.opt).state.get(p, {}).values():
             if isinstance(v, Tensor) and v.shape==p.shape: v.masked_fill_(keep[n]&~old, 0)
@@ -126,7 +136,9 @@ def change_(self:RegrowCallback):
     self.changes += 1
 
 @patch
-def state(self:RegrowCallback)->dict: "What a training that was killed needs to go on"; return dict(masks=self.masks, steps=self._steps, rng=self._rng.get_state())
+def state(self:RegrowCallback)->dict:
+    "What a training that was killed needs to go on"
+    return dict(masks=self.masks, steps=self._steps, rng=self._rng.get_state())
 @patch
 def restore(self:RegrowCallback,
     state:dict, # Of `state`

@@ -29,9 +29,12 @@ def scales_of(
 )->dict: # Name of the parameter → scale
     "The scales of a model's batch, instance and group normalisations"
     ignore,model = [ignore] if isinstance(ignore, str) else list(ignore),unwrap(model)
-    res = {f"{n}.weight".lstrip('.'):m.weight for n,m in model.named_modules() if isinstance(m, norm_types) and m.weight is not None}
+    res = {f"{n}.weight".lstrip('.'):m.weight for n,m in model.named_modules()
+        if isinstance(m, norm_types) and m.weight is not None}
     none = next((n for n in ignore if f"{n}.weight" not in res), None)
-    if none is not None: raise ValueError(f"ignore: no normalisation with a scale is called {none!r}; there are {', '.join(repr(n.removesuffix('.weight')) for n in res)}")
+    if none is not None:
+        raise ValueError(f"ignore: no normalisation with a scale is called {none!r}; "
+            f"there are {', '.join(repr(n.removesuffix('.weight')) for n in res)}")
     return {n:p for n,p in res.items() if n.removesuffix('.weight') not in ignore}
 
 @torch.no_grad()
@@ -49,7 +52,8 @@ def check_strength(
     name:str='strength', # What to call it in the message
 )->float:
     "Refuse what is not a number, at least 0"
-    if isinstance(v, bool) or not isinstance(v, Real) or not 0<=v<math.inf: raise ValueError(f"{name} is a number, at least 0, not {v!r}")
+    if isinstance(v, bool) or not isinstance(v, Real) or not 0<=v<math.inf:
+        raise ValueError(f"{name} is a number, at least 0, not {v!r}")
     return float(v)
 
 class SlimmingCallback(TrainingCallback):
@@ -63,7 +67,9 @@ class SlimmingCallback(TrainingCallback):
     def start(self):
         "Find the scales"
         self._scales = list(scales_of(unwrap(self.learn.model), self.ignore).values())
-        if not self._scales: raise ValueError(f"{type(unwrap(self.learn.model)).__name__} has no normalisation with a scale, so there is nothing for Network Slimming to make small; GroupLassoCallback works on the weights")
+        if not self._scales:
+            raise ValueError(f"{type(unwrap(self.learn.model)).__name__} has no normalisation with a scale, so there "
+                "is nothing for Network Slimming to make small; GroupLassoCallback works on the weights")
 
     def before_step(self):
         "Add the subgradient"
@@ -82,17 +88,24 @@ class Units:
     ):
         model = unwrap(model)
         groups = groups_left(model, couple(model, x).groups, only, ignore)
-        if not groups and not empty: raise ValueError(f"no channel of this {type(model).__name__} can be removed, so there is no unit to make small")
+        if not groups and not empty:
+            raise ValueError(f"no channel of this {type(model).__name__} can be removed, "
+                "so there is no unit to make small")
         params,roles = dict(model.named_parameters()),('write','bias','scale','shift')+('read',)*reads
         self.n,self.members = {g.name:g.n for g in groups},{}
         for g in groups:
             ms = [m for m in g.role(*roles) if m.param in params]
-            self.members[g.name] = [(params[m.param], m.dim, torch.as_tensor(m.unit, device=params[m.param].device)) for m in ms]
-        self.sizes = {g:_sizes(self.n[g], ms) for g,ms in self.members.items()} # Group → (n,) number of weights of each unit
-        self.shapes,self.model,self.many = [(p, p.shape) for ms in self.members.values() for p,_,_ in ms],model,len(params)
+            self.members[g.name] = [
+                (params[m.param], m.dim, torch.as_tensor(m.unit, device=params[m.param].device)) for m in ms]
+        # Group → (n,) number of weights of each unit
+        self.sizes = {g:_sizes(self.n[g], ms) for g,ms in self.members.items()}
+        self.shapes,self.model,self.many = (
+            [(p, p.shape) for ms in self.members.values() for p,_,_ in ms],model,len(params))
 
     @property
-    def stale(self)->bool: "Has the model been cut since?"; return any(p.shape!=s for p,s in self.shapes) or sum(1 for _ in self.model.parameters())!=self.many
+    def stale(self)->bool:
+        "Has the model been cut since?"
+        return any(p.shape!=s for p,s in self.shapes) or sum(1 for _ in self.model.parameters())!=self.many
 
     def by_weight(self,
         v:dict, # Group → a number for each unit
@@ -113,13 +126,15 @@ def squares(self:Units)->dict: # Group → (n,) sums, in single precision or bet
     for g,ms in self.members.items():
         res[g] = ms[0][0].new_zeros(self.n[g], dtype=torch.promote_types(ms[0][0].dtype, torch.float32))
         for p,dim,unit in ms:
-            s = p.to(res[g].dtype).square().movedim(dim, 0).flatten(1).sum(1) if p.dim()>1 else p.to(res[g].dtype).square()
+            s = (p.to(res[g].dtype).square().movedim(dim, 0).flatten(1).sum(1) if p.dim()>1
+                else p.to(res[g].dtype).square())
             res[g].index_add_(0, unit.clamp(min=0).to(res[g].device), torch.where(unit<0, 0., s).to(res[g].device))
     return res
 
 def _sizes(n, members): # The number of each unit's weights
     res = torch.zeros(n)
-    for p,dim,unit in members: res.index_add_(0, unit[unit>=0].cpu(), torch.full((int((unit>=0).sum()),), p.numel()/p.shape[dim]))
+    for p,dim,unit in members:
+        res.index_add_(0, unit[unit>=0].cpu(), torch.full((int((unit>=0).sum()),), p.numel()/p.shape[dim]))
     return res
 
 # %% ../../nbs/callback/05_regularise.ipynb #00000011
@@ -149,11 +164,14 @@ class UnitsCallback(TrainingCallback):
         self._x = example_batch(self.learn) if self.x is None else self.x
         self._units = self._find()
 
-    def _find(self, empty=False): return Units(unwrap(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads, empty=empty)
+    def _find(self, empty=False):
+        return Units(unwrap(self.learn.model), self._x, only=self.only, ignore=self.ignore, reads=self.reads,
+            empty=empty)
     @property
     def units(self)->Units:
         "Those of the model as it is now"
-        if self._units.stale: self._units = self._find(empty=True) # a channel that is the only one left is no unit any more
+        # a channel that is the only one left is no unit any more
+        if self._units.stale: self._units = self._find(empty=True)
         return self._units
 
     def stop(self): "Let go of the model's weights"; self._units = None
@@ -162,7 +180,9 @@ class GroupLassoCallback(UnitsCallback):
     "Shrink coupled units after each step, until some are zero (group lasso by proximal steps)"
     order = TrainingCallback.order # its column; and before `KeepZeros`
     def __init__(self,
-        strength:float=1e-3, # λ: what is taken from each unit's norm in a step is λ times the learning rate times the root of its number of weights
+        # λ: what is taken from each unit's norm in a step is λ times the learning rate times the root of its number of
+        # weights
+        strength:float=1e-3,
         *, only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         x=None, # What the model is called with; None takes two items of a training batch
@@ -207,7 +227,9 @@ class GroupSparsityCallback(UnitsCallback):
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         x=None, # What the model is called with; None takes two items of a training batch
-    ): self.strength,self.alpha,self.only,self.ignore,self.x = check_strength(strength),check_strength(alpha, 'alpha'),only,ignore,x
+    ):
+        self.strength,self.alpha,self.only,self.ignore,self.x = (
+            check_strength(strength),check_strength(alpha, 'alpha'),only,ignore,x)
 
     def before_step(self):
         "Add the decay"

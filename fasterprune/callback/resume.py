@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, TrainEvalCallback
+from fastai.callback.core import (
+    Callback, CancelBatchException, CancelEpochException, CancelFitException, TrainEvalCallback)
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
@@ -43,7 +44,8 @@ def set_random_state_(
 ):
     "Draw the same numbers from now on"
     torch.set_rng_state(state['torch'].cpu()); np.random.set_state(state['numpy']); random.setstate(state['python'])
-    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    if state['cuda'] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
     for d,s in zip(_all_loaders(learn), state['own']):
         if s is not None: d.rng = random.Random(); d.rng.setstate(s)
 
@@ -53,20 +55,23 @@ def _all_loaders(learn): return [inner for dl in learn.dls.loaders for inner in 
 def _is_plain(v): # A value, or lists and dicts of values
     if isinstance(v, (list,tuple,L)): return all(map(_is_plain, v))
     if isinstance(v, dict): return all(map(_is_plain, v.values())) and all(map(_is_plain, v))
-    return v is None or isinstance(v, (Number, str, bytes, np.ndarray, np.generic, Masks)) or isinstance(v, Tensor) and not isinstance(v, nn.Parameter)
+    return (v is None or isinstance(v, (Number, str, bytes, np.ndarray, np.generic, Masks))
+        or isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
 
 def _has_state(v): return hasattr(v, 'state_dict') and hasattr(v, 'load_state_dict')
 
 def _memory(c): # Of an object with attributes
     own = {k:v for k,v in vars(c).items() if k not in ('learn','_learn')}
-    return dict(plain={k:v for k,v in own.items() if _is_plain(v)}, metrics={k:_memory(v)['plain'] for k,v in own.items() if isinstance(v, Metric)},
+    return dict(plain={k:v for k,v in own.items() if _is_plain(v)},
+        metrics={k:_memory(v)['plain'] for k,v in own.items() if isinstance(v, Metric)},
         states={k:v.state_dict() for k,v in own.items() if _has_state(v)})
 
 def memory_of(
     cb:Callback,
 )->dict:
     "What a callback remembers"
-    return dict(own=cb.state(), plain={k:v for k,v in vars(cb).items() if v is None or isinstance(v, (Number, str))}) if _knows(cb) else _memory(cb)
+    return dict(own=cb.state(), plain={k:v for k,v in vars(cb).items()
+        if v is None or isinstance(v, (Number, str))}) if _knows(cb) else _memory(cb)
 
 def _knows(cb): return all(callable(getattr(type(cb), k, None)) for k in ('state','restore'))
 
@@ -86,7 +91,8 @@ class ResumeCallback(Callback):
     order = 1000
     def __init__(self,
         fname:str='resume', # A file of this name, with `.pth`, in the learner's `path/model_dir`
-        *, every:str|int='epoch', # Write at the end of each epoch, and also every so many training batches if this is a number
+        # Write at the end of each epoch, and also every so many training batches if this is a number
+        *, every:str|int='epoch',
     ):
         self.fname,self.every,self.fits = fname,check_every(every),0
         self._live,self._todo,self._quiet,self._start = False,None,[],None
@@ -104,23 +110,28 @@ class _Skip(Callback): # before all others: where something was done already, no
 
 # %% ../../nbs/callback/06_resume.ipynb #0000000c
 @patch
-def _others(self:ResumeCallback): return [c for c in self.learn.cbs.sorted('order') if not isinstance(c, (ResumeCallback,_Skip))]
+def _others(self:ResumeCallback):
+    return [c for c in self.learn.cbs.sorted('order') if not isinstance(c, (ResumeCallback,_Skip))]
 
 @patch
 def _kind(self:ResumeCallback):
     "What must be the same in the training that goes on"
-    return dict(fit=self.fits, epochs=self.learn.n_epoch, batches=len(self.learn.dls.train), processes=max(num_distrib(), 1),
-        callbacks=[type(c).__name__ for c in self._others() if _knows(c)], parameters=self._shapes, **{'learning rates':self._rates})
+    return dict(fit=self.fits, epochs=self.learn.n_epoch, batches=len(self.learn.dls.train),
+        processes=max(num_distrib(), 1), callbacks=[type(c).__name__ for c in self._others() if _knows(c)],
+        parameters=self._shapes, **{'learning rates':self._rates})
 
 @patch
-def _memories(self:ResumeCallback)->list: "What all callbacks remember"; return [(type(c).__name__, as_data(memory_of(c), type(c).__name__)) for c in self._others()]
+def _memories(self:ResumeCallback)->list:
+    "What all callbacks remember"
+    return [(type(c).__name__, as_data(memory_of(c), type(c).__name__)) for c in self._others()]
 
 @patch
 def _begun_with(self:ResumeCallback):
     "Note what this training was begun with, before any of it changes"
     self._shapes = {n:tuple(p.shape) for n,p in unwrap(self.learn.model).named_parameters()}
     self._rates = [float(h['lr']) for h in self.learn.opt.hypers]
-    ours = lambda c: _knows(c) or type(c).__module__.startswith('fastai.') # somebody's own may be called otherwise, or not at all
+    # somebody's own may be called otherwise, or not at all
+    ours = lambda c: _knows(c) or type(c).__module__.startswith('fastai.')
     self._settings = [(type(c).__name__, settings_of(c)) for c in self._others() if ours(c)]
     self._memories() # refuses what cannot be written
 
@@ -135,7 +146,8 @@ def write(self:ResumeCallback,
     ranks = [None]*num_distrib() if num_distrib()>1 else [here]
     if num_distrib()>1: dist.all_gather_object(ranks, here)
     if rank_distrib(): return
-    what = dict(fasterprune=FORMAT, fit=self.fits, kind=as_data(self._kind()), settings=self._settings, epoch=l.epoch, done=done, train_iter=l.train_iter, pct_train=float(l.pct_train),
+    what = dict(fasterprune=FORMAT, fit=self.fits, kind=as_data(self._kind()), settings=self._settings,
+        epoch=l.epoch, done=done, train_iter=l.train_iter, pct_train=float(l.pct_train),
         model=as_data(model.state_dict(), 'the model'), opt=as_data(l.opt.state_dict(), 'the optimizer'), ranks=ranks)
     self.file.parent.mkdir(parents=True, exist_ok=True)
     beside = self.file.with_suffix('.part')
@@ -165,7 +177,8 @@ def after_epoch(self:ResumeCallback):
 
 # %% ../../nbs/callback/06_resume.ipynb #000000a1
 FORMAT = 1 # Of the file
-_parts = dict(fit=int, kind=dict, settings=list, epoch=int, done=(int,type(None)), train_iter=int, pct_train=float, model=dict, opt=dict, ranks=list)
+_parts = dict(fit=int, kind=dict, settings=list, epoch=int, done=(int,type(None)), train_iter=int, pct_train=float,
+    model=dict, opt=dict, ranks=list)
 
 def read_file(
     file:Path, # Written by a `ResumeCallback`
@@ -175,9 +188,11 @@ def read_file(
     no = f"{str(file)!r} is no file of a ResumeCallback"
     out = 'give another fname, or remove the file to begin anew'
     try: found = torch.load(file, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError,
+        AttributeError) as e:
         raise ValueError(f"{no}, or not whole, or holds something else than data ({type(e).__name__}); {out}") from e
-    if not isinstance(found, dict) or found.get('fasterprune')!=FORMAT: raise ValueError(f"{no} of this version of fasterprune; {out}")
+    if not isinstance(found, dict) or found.get('fasterprune')!=FORMAT:
+        raise ValueError(f"{no} of this version of fasterprune; {out}")
     wrong = next((k for k,t in _parts.items() if not isinstance(found.get(k), t)), None)
     if wrong is not None: raise ValueError(f"{no}: its {wrong!r} is {found.get(wrong)!r:.60}; {out}")
     try: return {k:from_data(v) for k,v in found.items()}
@@ -209,7 +224,8 @@ def _check_same(self:ResumeCallback, found):
         v = found['kind'].get(k)
         if v!=now: raise ValueError(f"{other}its {k} were {_short(v, now)}, and are {_short(now, v)}; {again}")
     for (name,now),was in _paired(self._settings, found['settings']):
-        for k,a,b in differences(was, now): raise ValueError(f"{other}{name} was given {k}={_brief(a)}, and has {k}={_brief(b)}; {again}")
+        for k,a,b in differences(was, now):
+            raise ValueError(f"{other}{name} was given {k}={_brief(a)}, and has {k}={_brief(b)}; {again}")
 
 def _brief(v): return s if len(s := repr(v))<=120 else f"{s[:117]}..."
 
@@ -294,7 +310,8 @@ def _pass_batch(self:ResumeCallback):
 @patch
 def _hush(self:ResumeCallback, but=(), only=Callback):
     "Let nobody hear what happens"
-    new = [c for c in self._others() if isinstance(c, only) and not isinstance(c, but) and not any(c is q for q,_ in self._quiet)]
+    new = [c for c in self._others()
+        if isinstance(c, only) and not isinstance(c, but) and not any(c is q for q,_ in self._quiet)]
     self._quiet += [(c, c.run) for c in new]
     for c in new: c.run = False
 

@@ -35,38 +35,52 @@ from ..surgery.choose import check_where, evidence_for, sides
 class SparsifyCallback(TrainingCallback):
     "Set units of the model to zero while it trains, more and more, by a schedule"
     def __init__(self,
-        sparsity:float|dict, # Part of the units that is zero in the end; or a dict of the name of a layer or block → part
+        # Part of the units that is zero in the end; or a dict of the name of a layer or block → part
+        sparsity:float|dict,
         granularity:str='filter', # What one unit is
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
-        schedule=None, # A name, a `Schedule` or a function progress → share of the target; None: `agp(end=.5)`, or equal steps by a `Patience`
-        *, every:str|int|Patience='epoch', # Choose at the beginning of each epoch, every so many training batches, or by a `Patience`
-        regrow:bool=False, # Choose at the end of each epoch, and until the last choice let all grow again (soft pruning)
+        # A name, a `Schedule` or a function progress → share of the target; None: `agp(end=.5)`, or equal steps by a
+        # `Patience`
+        schedule=None,
+        # Choose at the beginning of each epoch, every so many training batches, or by a `Patience`
+        *, every:str|int|Patience='epoch',
+        # Choose at the end of each epoch, and until the last choice let all grow again (soft pruning)
+        regrow:bool=False,
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
         x=None, # What the model is called with; None takes two items of a training batch
-        n_batches:int|None=8, # How many training batches before each choice a criterion sees that has to see the model run; None is all
-        reduce:str|None=None, # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+        # How many training batches before each choice a criterion sees that has to see the model run; None is all
+        n_batches:int|None=8,
+        # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion
+        # says, mostly the mean
+        reduce:str|None=None,
     ):
         names = sparsity if isinstance(sparsity, dict) else []
         self.sparsity = check_allocation(sparsity, names, context=context, count=count)
-        self.granularity,self.criterion,self.schedule = as_granularity(granularity),as_criterion(criterion),schedule_for(schedule, every, agp(end=.5))
+        self.granularity,self.criterion,self.schedule = (
+            as_granularity(granularity),as_criterion(criterion),schedule_for(schedule, every, agp(end=.5)))
         _check_when(every, regrow)
         if normalizer is not None: as_normalizer(normalizer)
         check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         check_n_batches(n_batches)
-        if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
-        self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,self.reduce = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
-        self._log,self._by_layer,self._last,self.masks,self._firm,self._loss,self._wait = [],[],None,None,False,None,None
+        if reduce is not None and reduce not in reductions:
+            raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+        (self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,
+            self.reduce) = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
+        self._log,self._by_layer,self._last,self.masks,self._firm,self._loss,self._wait = (
+            [],[],None,None,False,None,None)
         self._ear,self._whole,self._ears,self._batches,self._now,self._warned = None,None,[],[],None,False
 
 def _check_when(every, regrow):
     check_every(every, Patience)
     if not isinstance(regrow, bool): raise TypeError(f"regrow is True or False, not {regrow!r}")
-    if regrow and every!='epoch': raise ValueError(f"regrow=True chooses at the end of each epoch, so that what is validated is as sparse as the table says; it takes every='epoch', not {every!r}")
+    if regrow and every!='epoch':
+        raise ValueError("regrow=True chooses at the end of each epoch, so that what is validated is as sparse as the "
+            f"table says; it takes every='epoch', not {every!r}")
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000009
 @patch
@@ -75,12 +89,14 @@ def start(self:SparsifyCallback):
     coupled = self.granularity.like in sides
     flows = any(s.by in ('flow','linear') for s in self.criterion.stats)
     self._x = x = self.x if self.x is not None or not (coupled or flows) else example_batch(self.learn)
-    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context, criterion=self.criterion,
-        normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count, reduce=self.reduce, evidence=self._evidence).naming(self.sparsity)
+    self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context,
+        criterion=self.criterion, normalizer=self.normalizer, only=self.only, ignore=self.ignore, count=self.count,
+        reduce=self.reduce, evidence=self._evidence).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
     self._warn()
     self._keeper = keeper_of(self.learn)
-    self._log,self._by_layer,self._last,self.masks,self._firm,self._wait = [],[],None,None,False,self.every.watch() if isinstance(self.every, Patience) else None
+    self._log,self._by_layer,self._last,self.masks,self._firm,self._wait = (
+        [],[],None,None,False,self.every.watch() if isinstance(self.every, Patience) else None)
     self._found,self._loss = self._keeper.masks,self.learn.loss_func # before MixUp puts its own in its place
     if self.criterion.stats: self._prick_up()
 
@@ -91,7 +107,9 @@ def _warn(self:SparsifyCallback): # once, and not in each fit
     self._sparsifier.warn_of_staying(self.sparsity, stacklevel=3)
 
 @patch
-def columns(self:SparsifyCallback)->dict: "What is zero, measured"; return dict(sparsity=self.measured_sparsity, compression=self.measured_compression)
+def columns(self:SparsifyCallback)->dict:
+    "What is zero, measured"
+    return dict(sparsity=self.measured_sparsity, compression=self.measured_compression)
 
 # %% ../../nbs/callback/00_sparsify.ipynb #0000000b
 @patch
@@ -118,7 +136,8 @@ def before_train(self:SparsifyCallback):
 @patch
 def before_batch(self:SparsifyCallback):
     if not self._on or not self.learn.training: return
-    if self.criterion.stats: self._now = [(tuple(self.learn.xb), self.learn.yb[0] if len(self.learn.yb)==1 else tuple(self.learn.yb))]
+    if self.criterion.stats:
+        self._now = [(tuple(self.learn.xb), self.learn.yb[0] if len(self.learn.yb)==1 else tuple(self.learn.yb))]
     if isinstance(self.every, int): self._update_here()
     if self.criterion.stats: self._listen()
 
@@ -134,7 +153,8 @@ def _at(self:SparsifyCallback): return self.learn.epoch*len(self.learn.dls.train
 def after_train(self:SparsifyCallback):
     if not self._on: return
     if self.regrow: self._update(self.learn.epoch, self.learn.n_epoch)
-    elif isinstance(self.every, int) and self.learn.epoch==self.learn.n_epoch-1: self._update(self._updates()-1, self._updates())
+    elif isinstance(self.every, int) and self.learn.epoch==self.learn.n_epoch-1:
+        self._update(self._updates()-1, self._updates())
 
 @patch
 def _updates(self:SparsifyCallback): return math.ceil(self.learn.n_epoch*len(self.learn.dls.train)/self.every)
@@ -143,7 +163,8 @@ def _updates(self:SparsifyCallback): return math.ceil(self.learn.n_epoch*len(sel
 @patch
 def _wanted(self:SparsifyCallback, p):
     "What the schedule asks for at progress `p`"
-    return {l:self.schedule(p, s) for l,s in self.sparsity.items()} if isinstance(self.sparsity, dict) else self.schedule(p, self.sparsity)
+    return ({l:self.schedule(p, s) for l,s in self.sparsity.items()} if isinstance(self.sparsity, dict)
+        else self.schedule(p, self.sparsity))
 
 @patch
 def _update(self:SparsifyCallback, k, n):
@@ -152,30 +173,40 @@ def _update(self:SparsifyCallback, k, n):
     want,size = self._wanted(p),lambda w: sum(w.values()) if isinstance(w, dict) else w
     if want==self._last and not self.regrow: return
     falls = self._last is not None and size(want)<size(self._last)
-    self.masks,self._last,self._firm = agreed(self._sparsifier.masks(want, regrow=self.regrow or falls)),want,not self.regrow or k==n-1
+    self.masks,self._last,self._firm = (
+        agreed(self._sparsifier.masks(want, regrow=self.regrow or falls)),want,not self.regrow or k==n-1)
     self._forget()
-    if falls and self._found is not None: self._found = Masks({n:k for n,k in self._found.keep.items() if n not in self.masks.keep})
+    if falls and self._found is not None:
+        self._found = Masks({n:k for n,k in self._found.keep.items() if n not in self.masks.keep})
     if self._firm: self._hold()
-    else: Masks({n:k for n,k in self.masks.keep.items() if k.dim()>1}).apply_(self.learn.model) # neither biases nor normalisations
+    else:
+        # neither biases nor normalisations
+        Masks({n:k for n,k in self.masks.keep.items() if k.dim()>1}).apply_(self.learn.model)
     if p==1 and not rank_distrib(): self._sparsifier.warn_of_none(self.masks, want)
     self._note(p, want)
 
 @patch
 def _hold(self:SparsifyCallback):
     "Hand the masks over, with those of others; equal ones share their memory"
-    if self._found is not None and not self._sparsifier.born_zero: self._found = Masks({n:k for n,k in self._found.keep.items() if not _implied(k, self.masks.keep.get(n))})
-    others = [c.masks for c in self.learn.cbs if isinstance(c, SparsifyCallback) and c is not self and c._on and c._firm]
+    if self._found is not None and not self._sparsifier.born_zero:
+        self._found = Masks({n:k for n,k in self._found.keep.items() if not _implied(k, self.masks.keep.get(n))})
+    others = [c.masks for c in self.learn.cbs
+        if isinstance(c, SparsifyCallback) and c is not self and c._on and c._firm]
     held = self._keeper.hold(reduce(and_, [m for m in (self._found, *others, self.masks) if m is not None])).keep
-    self.masks = Masks({n:held[n] if held[n].shape==k.shape and torch.equal(held[n].to(k.device), k) else k for n,k in self.masks.keep.items()}, self.masks.units)
+    self.masks = Masks(
+        {n:held[n] if held[n].shape==k.shape and torch.equal(held[n].to(k.device), k) else k
+            for n,k in self.masks.keep.items()}, self.masks.units)
 
-def _implied(old, new): return new is not None and bool((old|~new.to(old.device)).all()) # Is what `old` masks masked by `new`?
+def _implied(old, new): # Is what `old` masks masked by `new`?
+    return new is not None and bool((old|~new.to(old.device)).all())
 
 @patch
 def _note(self:SparsifyCallback, p, want):
     "A row for the tables"
     measured,costs = self._sparsifier.measured(),self._sparsifier.costs() if self.count=='params' else {}
     zeros,all_ = (sum(v[i]*costs.get(n, 1) for n,v in measured.items()) for i in (0, 1))
-    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want), sparsity=float(zeros/max(all_, 1)), compression=self.measured_compression()))
+    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=self._sparsifier.part(want),
+        sparsity=float(zeros/max(all_, 1)), compression=self.measured_compression()))
     self._by_layer.append({n:z/max(k, 1) for n,(z,k) in measured.items()})
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000011
@@ -192,10 +223,13 @@ def _prick_up(self:SparsifyCallback):
 @patch
 def _due(self:SparsifyCallback)->bool:
     "Is this one of the last batches before a choice?"
-    if self._wait is not None or all('training' in s.needs for s in self.criterion.stats): return False # nobody knows when patience ends
-    if self.every=='epoch': left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+(not self.regrow),self.learn.n_epoch
+    # nobody knows when patience ends
+    if self._wait is not None or all('training' in s.needs for s in self.criterion.stats): return False
+    if self.every=='epoch':
+        left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+(not self.regrow),self.learn.n_epoch
     else: left,k,n = self.every-self._at()%self.every,self._at()//self.every+1,self._updates()
-    return k<n and (self.n_batches is None or left<=self.n_batches) and (self.regrow or self._wanted(self.schedule.progress(k, n))!=self._last)
+    return (k<n and (self.n_batches is None or left<=self.n_batches)
+        and (self.regrow or self._wanted(self.schedule.progress(k, n))!=self._last))
 
 @patch
 def _listen(self:SparsifyCallback):
@@ -233,10 +267,15 @@ def after_batch(self:SparsifyCallback):
 @patch
 def _evidence(self:SparsifyCallback):
     "What was heard; the rest can be gathered"
-    heard = {k:v for e,wants in ((self._ear, self._wants), (self._whole, self._whole_wants)) if e is not None for k,v in e.found(wants).items() if v is not None}
-    if any((s.name,p) not in heard for s,p in self._whole_wants): raise ValueError(f"criterion {self.criterion.name!r} is gathered in training steps, and not all layers had one before the first choice; let the schedule begin later, such as agp(start=.2), and leave frozen layers out with ignore=")
+    heard = {k:v for e,wants in ((self._ear, self._wants), (self._whole, self._whole_wants)) if e is not None
+        for k,v in e.found(wants).items() if v is not None}
+    if any((s.name,p) not in heard for s,p in self._whole_wants):
+        raise ValueError(f"criterion {self.criterion.name!r} is gathered in training steps, and not all layers had one "
+            "before the first choice; let the schedule begin later, such as agp(start=.2), and leave frozen layers out "
+            "with ignore=")
     data = self._batches or self._now or self.learn.dls.train
-    return evidence_for(self.criterion, self._sparsifier.model, data, self._x, n_batches=self.n_batches, loss_func=self._loss, found=heard)
+    return evidence_for(self.criterion, self._sparsifier.model, data, self._x,
+        n_batches=self.n_batches, loss_func=self._loss, found=heard)
 
 @patch
 def _forget(self:SparsifyCallback): self._ear,self._batches = None,[]
@@ -271,7 +310,9 @@ def plot(self:SparsifyCallback,
 ):
     "Draw the sparsity of the last fit over its epochs, as it was measured on the model"
     if not self._log: raise ValueError("nothing has been made sparse yet; plot after learn.fit(..., cbs=cb)")
-    rows = [dict(epoch=h['epoch'], **({f'sparsity of {n}':v for n,v in l.items()} if by_layer else {'sparsity, requested':h['requested'], 'sparsity':h['sparsity']})) for h,l in zip(self._log, self._by_layer)]
+    rows = [dict(epoch=h['epoch'], **({f'sparsity of {n}':v for n,v in l.items()} if by_layer
+        else {'sparsity, requested':h['requested'], 'sparsity':h['sparsity']}))
+        for h,l in zip(self._log, self._by_layer)]
     return plot_history(rows, metrics=[])
 
 # %% ../../nbs/callback/00_sparsify.ipynb #00000017
@@ -286,14 +327,17 @@ def state(self:SparsifyCallback)->dict:
     "What it needs to go on as if nothing had happened"
     heard = [None if e is None else e.states for e in (self._ear, self._whole)]
     gathers = any(s.by not in ('forward','gradient') and 'training' not in s.needs for s in self.criterion.stats)
-    return dict(x=self._x, masks=self.masks, firm=self._firm, found=self._found, last=self._last, findings=findings(self._sparsifier), wait=self._wait and self._wait.state(), log=list(self._log), by_layer=list(self._by_layer), heard=heard, batches=list(self._batches) if gathers else [])
+    return dict(x=self._x, masks=self.masks, firm=self._firm, found=self._found, last=self._last,
+        findings=findings(self._sparsifier), wait=self._wait and self._wait.state(), log=list(self._log),
+        by_layer=list(self._by_layer), heard=heard, batches=list(self._batches) if gathers else [])
 
 @patch
 def restore(self:SparsifyCallback,
     state:dict, # Of the same callback, in a training that was killed; this one is about to begin
 ):
     "Go on from there"
-    self._x,self.masks,self._firm,self._found,self._last = state['x'],state['masks'],state['firm'],state['found'],state['last']
+    self._x,self.masks,self._firm,self._found,self._last = (
+        state['x'],state['masks'],state['firm'],state['found'],state['last'])
     vars(self._sparsifier).update(state['findings'])
     if self._wait is not None: self._wait.restore(state['wait'])
     self._log,self._by_layer,self._batches = list(state['log']),list(state['by_layer']),list(state['batches'])

@@ -32,16 +32,22 @@ def _only(s): return next(iter(s.values()))
 def _small(s): return 1-_only(s)
 
 def _some_zero(s, key): # of all units of a layer, wherever they are read
-    if len(s)>1 and (s==s[0]).all() and s[0]>=1: raise ValueError(f"apoz counts zeros, and no activation of {key!r} is exactly 0 where it is read: not behind a ReLU, or behind one and an average; count small ones with criterion=apoz(eps=0.01), use 'mean_act', or leave this layer out with ignore={key!r}")
+    if len(s)>1 and (s==s[0]).all() and s[0]>=1:
+        raise ValueError(f"apoz counts zeros, and no activation of {key!r} is exactly 0 where it is read: not behind a "
+                         "ReLU, or behind one and an average; count small ones with criterion=apoz(eps=0.01), use "
+                         f"'mean_act', or leave this layer out with ignore={key!r}")
     return s
 
 def apoz(
     eps:float=0., # Activations up to this count as zero; above 0 it may be used without a ReLU
 )->Criterion:
     "Score a unit by how often it is not zero"
-    if isinstance(eps, bool) or not isinstance(eps, (int,float)) or not 0<=eps<float('inf'): raise ValueError(f"apoz: eps is a number ≥ 0, not {eps!r}")
-    return Criterion('apoz', channel=_small, layer=None if eps else _some_zero, stats=(Statistic(f'zeros up to {eps:g}', partial(_zeros, eps=eps), finish=_per_sample),), needs=() if eps else ('relu',),
-                     family='activation', source='Hu 2016, arXiv 1607.03250', note=f'how often it is above {eps:g}' if eps else 'how often it is not zero')
+    if isinstance(eps, bool) or not isinstance(eps, (int,float)) or not 0<=eps<float('inf'):
+        raise ValueError(f"apoz: eps is a number ≥ 0, not {eps!r}")
+    return Criterion('apoz', channel=_small, layer=None if eps else _some_zero,
+                     stats=(Statistic(f'zeros up to {eps:g}', partial(_zeros, eps=eps), finish=_per_sample),),
+                     needs=() if eps else ('relu',), family='activation', source='Hu 2016, arXiv 1607.03250',
+                     note=f'how often it is above {eps:g}' if eps else 'how often it is not zero')
 
 register(apoz());
 
@@ -52,7 +58,8 @@ def moments(
     "Count, sums and maximum of each unit"
     n,m = a.shape[0]*a.shape[2],a.mean((0, 2), keepdim=True)
     off,around,m = wide((a-m).sum((0, 2))),wide((a-m).square().sum((0, 2))),wide(m.flatten())
-    return dict(n=wide(torch.tensor(n)), sum=off+n*m, square=around+2*m*off+n*m**2, abs=wide(a.abs().sum((0, 2))), max=wide(a.amax((0, 2))))
+    return dict(n=wide(torch.tensor(n)), sum=off+n*m, square=around+2*m*off+n*m**2, abs=wide(a.abs().sum((0, 2))),
+                max=wide(a.amax((0, 2))))
 
 def _moments(b): return moments(b.a)
 MOMENTS = Statistic('moments', _moments, merge=dict(n='sum', sum='sum', square='sum', abs='sum', max='max'))
@@ -63,9 +70,12 @@ def _std_act(s):
     return (square/n-(total/n)**2).clamp(min=0).sqrt()
 def _max_act(s): return s['moments']['max']
 
-register(Criterion('mean_act', channel=_mean_act, stats=(MOMENTS,), family='activation', source='Molchanov 2017, arXiv 1611.06440', note='mean of absolute activations'))
-register(Criterion('std_act', channel=_std_act, stats=(MOMENTS,), family='activation', note='standard deviation of activations'))
-register(Criterion('max_act', channel=_max_act, stats=(MOMENTS,), normalizer='zscore', family='activation', source='He 2017, arXiv 1707.06168', note='largest activation'));
+register(Criterion('mean_act', channel=_mean_act, stats=(MOMENTS,), family='activation',
+                   source='Molchanov 2017, arXiv 1611.06440', note='mean of absolute activations'))
+register(Criterion('std_act', channel=_std_act, stats=(MOMENTS,), family='activation',
+                   note='standard deviation of activations'))
+register(Criterion('max_act', channel=_max_act, stats=(MOMENTS,), normalizer='zscore', family='activation',
+                   source='He 2017, arXiv 1707.06168', note='largest activation'));
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000018
 def pooled_entropy(
@@ -86,8 +96,10 @@ def entropy(
     bins:int=100, # Of equal width, from a unit's smallest response to its largest
 )->Criterion:
     "Score a unit by the entropy of its mean response"
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins<2: raise ValueError(f"entropy: bins is a whole number of at least 2, not {bins!r}")
-    return Criterion('entropy', channel=partial(_entropy, bins=bins), stats=(Statistic('responses', _responses, merge='cat'),),
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins<2:
+        raise ValueError(f"entropy: bins is a whole number of at least 2, not {bins!r}")
+    return Criterion('entropy', channel=partial(_entropy, bins=bins),
+                     stats=(Statistic('responses', _responses, merge='cat'),),
                      family='activation', source='Luo 2017, arXiv 1706.05791', note='entropy of its mean response')
 
 register(entropy());
@@ -106,22 +118,32 @@ def map_ranks(
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000021
 def _ranks(b, tol):
-    if len(b.shape)==2 and b.shape[0]==1 and b.shape[1]>1: return dict(share=wide(torch.full((b.a.shape[1],), torch.nan, device=b.a.device)), n=wide(torch.tensor(len(b.a)))) # tokens
+    if len(b.shape)==2 and b.shape[0]==1 and b.shape[1]>1: # tokens
+        return dict(share=wide(torch.full((b.a.shape[1],), torch.nan, device=b.a.device)),
+                    n=wide(torch.tensor(len(b.a))))
     shape = b.shape[-2:] if len(b.shape)>2 else (1, b.a.shape[2])
     r = map_ranks(b.a.unflatten(2, (-1, shape[0]*shape[1])), shape)
     return dict(share=wide(r.sum((0, 2)))/r.shape[2], n=wide(torch.tensor(len(r))))
 
 def _mean_rank(s):
-    if _only(s).isnan().any(): raise ValueError("hrank takes the rank of maps, and these units are read as sequences; use 'std_act' or 'entropy', or leave this layer out with ignore=")
+    if _only(s).isnan().any():
+        raise ValueError("hrank takes the rank of maps, and these units are read as sequences; use 'std_act' or "
+                         "'entropy', or leave this layer out with ignore=")
     return _only(s)
 
 def hrank(
-    tol:float|None=None, # Part of the largest singular value that still counts; None is max(H, W) times float32's precision
+    # Part of the largest singular value that still counts; None is max(H, W) times float32's precision
+    tol:float|None=None,
 )->Criterion:
     "Score a unit by the mean rank of its maps"
-    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int,float)) or not 0<=tol<1): raise ValueError(f"hrank: tol is a part of the largest singular value, from 0 to below 1, or None, not {tol!r}")
-    return Criterion('hrank', channel=_mean_rank, stats=(Statistic('ranks' if tol is None else f'ranks above {tol:g}', partial(_ranks, tol=tol), finish=_per_sample),), normalizer=None,
-                     family='activation', source='Lin 2020, arXiv 2002.10179', note='mean rank of its maps')
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int,float)) or not 0<=tol<1):
+        raise ValueError("hrank: tol is a part of the largest singular value, from 0 to below 1, or None, "
+                         f"not {tol!r}")
+    return Criterion('hrank', channel=_mean_rank,
+                     stats=(Statistic('ranks' if tol is None else f'ranks above {tol:g}', partial(_ranks, tol=tol),
+                                      finish=_per_sample),),
+                     normalizer=None, family='activation', source='Lin 2020, arXiv 2002.10179',
+                     note='mean rank of its maps')
 
 register(hrank());
 
@@ -132,7 +154,8 @@ LOUDNESS = Statistic('loudness', _loudness, finish=_root)
 
 def _wanda(w, s): return w.abs()*s['loudness']
 
-register(Criterion('wanda', _wanda, stats=(LOUDNESS,), family='activation', source='Sun 2024, arXiv 2306.11695', note='weights times the norm of their input'));
+register(Criterion('wanda', _wanda, stats=(LOUDNESS,), family='activation', source='Sun 2024, arXiv 2306.11695',
+                   note='weights times the norm of their input'));
 
 # %% ../../nbs/criteria/04_activation.ipynb #0000002a
 def row_ranks(
@@ -140,7 +163,8 @@ def row_ranks(
 )->Tensor: # The same shape, from 0 (the row's lowest) to below 1
     "Where each weight stands in its own row"
     r = s.flatten(1)
-    place = torch.empty_like(r).scatter_(1, r.argsort(dim=1, stable=True), torch.arange(r.shape[1]).to(r).expand_as(r).contiguous())
+    place = torch.empty_like(r).scatter_(1, r.argsort(dim=1, stable=True),
+                                         torch.arange(r.shape[1]).to(r).expand_as(r).contiguous())
     return (place/r.shape[1]).view(s.shape)
 
 def _wanda_row(w, s):
@@ -148,7 +172,8 @@ def _wanda_row(w, s):
     transposed = inputs[0]==w.shape[0]>1 and inputs[1]==1<w.shape[1] # each input channel has its own first index
     return row_ranks(_wanda(w, s).transpose(0, 1)).transpose(0, 1) if transposed else row_ranks(_wanda(w, s))
 
-register(Criterion('wanda_row', _wanda_row, stats=(LOUDNESS,), comparable=True, where=('weight',), family='activation', source='Sun 2024, arXiv 2306.11695', note='wanda, against the weights of the same output only'));
+register(Criterion('wanda_row', _wanda_row, stats=(LOUDNESS,), comparable=True, where=('weight',), family='activation',
+                   source='Sun 2024, arXiv 2306.11695', note='wanda, against the weights of the same output only'));
 
 # %% ../../nbs/criteria/04_activation.ipynb #0000002f
 def thinet_order(
@@ -175,15 +200,18 @@ def thinet_rescale(
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000038
 def _windows(layer, x): # [N, C, *positions, *taps], a view
-    x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode='constant' if layer.padding_mode=='zeros' else layer.padding_mode)
-    for d,(k,s,l) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)): x = x.unfold(2+d, l*(k-1)+1, s)[...,::l]
+    x = nn.functional.pad(x, layer._reversed_padding_repeated_twice,
+                          mode='constant' if layer.padding_mode=='zeros' else layer.padding_mode)
+    for d,(k,s,l) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
+        x = x.unfold(2+d, l*(k-1)+1, s)[...,::l]
     return x
 
 def _parts(layer, x, channels, pick): # of a convolution
     x = _windows(layer, x[:,channels])
     space = x.shape[2:2+len(layer.kernel_size)]
     at = torch.unravel_index(pick, (layer.out_channels, *space))
-    here = x[(torch.arange(len(x), device=x.device).expand_as(pick), slice(None), *at[1:])] # [entries, N, channels, *taps]
+    # [entries, N, channels, *taps]
+    here = x[(torch.arange(len(x), device=x.device).expand_as(pick), slice(None), *at[1:])]
     per = layer.in_channels//layer.groups
     own = channels-at[0][...,None]//(layer.out_channels//layer.groups)*per
     w = layer.weight[at[0][...,None], own.clamp(0, per-1)]
@@ -191,7 +219,8 @@ def _parts(layer, x, channels, pick): # of a convolution
 
 def _parts_linear(layer, x, channels, pick):
     at,o = pick//layer.out_features,pick%layer.out_features
-    return x.reshape(len(x), -1, x.shape[-1])[torch.arange(len(x), device=x.device).expand_as(pick), at][...,channels]*layer.weight[o][...,channels]
+    return (x.reshape(len(x), -1, x.shape[-1])[torch.arange(len(x), device=x.device).expand_as(pick), at][...,channels]
+            *layer.weight[o][...,channels])
 
 def _parts_transposed(layer, x, channels, pick):
     x = x.detach().requires_grad_()
@@ -220,7 +249,9 @@ def contributions(
     pick:Tensor|None=None, # Those of `drawn_entries`, where they are known
 )->Tensor: # [entries*N, n]
     "What each unit adds to some entries of its reader's output"
-    if not isinstance(layer, layer_types): raise ValueError(f"thinet reads convolutions and linear layers, and these units are read by a {type(layer).__name__}; leave this layer out with ignore=")
+    if not isinstance(layer, layer_types):
+        raise ValueError("thinet reads convolutions and linear layers, and these units are read by a "
+                         f"{type(layer).__name__}; leave this layer out with ignore=")
     x = x.detach().to(layer.weight.dtype)
     if pick is None: pick,_ = drawn_entries(layer, x, entries=entries, seed=seed)
     f = _parts_linear if isinstance(layer, nn.Linear) else _parts_transposed if layer.transposed else _parts
@@ -234,15 +265,19 @@ def _gram(b, entries):
 
 def _thinet(s, k): # the order does not depend on how many stay
     order = thinet_order(_only(s))
-    return torch.empty(len(order), dtype=torch.float64, device=order.device).scatter_(0, order, torch.arange(len(order), device=order.device).double())
+    return torch.empty(len(order), dtype=torch.float64, device=order.device).scatter_(
+        0, order, torch.arange(len(order), device=order.device).double())
 
 def thinet(
     entries:int=10, # Entries of the reader's output that are looked at, for each sample
 )->Criterion:
     "Choose the units whose removal changes the reader's output least"
-    if isinstance(entries, bool) or not isinstance(entries, int) or entries<1: raise ValueError(f"thinet: entries is a whole number of at least 1, not {entries!r}")
-    return Criterion('thinet', channel=_thinet, stats=(Statistic(f'gram of {entries}', partial(_gram, entries=entries)),), selector=True, normalizer=None,
-                     family='activation', source='Luo 2017, arXiv 1707.06342', note='what the reader would miss least, together')
+    if isinstance(entries, bool) or not isinstance(entries, int) or entries<1:
+        raise ValueError(f"thinet: entries is a whole number of at least 1, not {entries!r}")
+    return Criterion('thinet', channel=_thinet,
+                     stats=(Statistic(f'gram of {entries}', partial(_gram, entries=entries)),), selector=True,
+                     normalizer=None, family='activation', source='Luo 2017, arXiv 1707.06342',
+                     note='what the reader would miss least, together')
 
 register(thinet());
 
@@ -258,10 +293,12 @@ def nisp_step(
     if m.dim()>2: m = m.flatten(2).sum(2)
     m = m.transpose(0, 1) if transposed and groups==1 else m
     if groups==1: return s.to(m)@m
-    return torch.einsum('gio,go->gi' if transposed else 'goi,go->gi', m.unflatten(0, (groups, -1)), s.to(m).view(groups, -1)).flatten()
+    return torch.einsum('gio,go->gi' if transposed else 'goi,go->gi', m.unflatten(0, (groups, -1)),
+                        s.to(m).view(groups, -1)).flatten()
 
 # %% ../../nbs/criteria/04_activation.ipynb #00000048
 def _handed_back(b): return dict(s=wide(b.g.sum((0, 2)))/len(b.g))
 
 register(Criterion('nisp', channel=_only, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',
-                   family='activation', source='Yu 2018, arXiv 1711.05908', note='importance handed back from the outputs through absolute weights'));
+                   family='activation', source='Yu 2018, arXiv 1711.05908',
+                   note='importance handed back from the outputs through absolute weights'));

@@ -31,10 +31,13 @@ class Criterion:
     pool: str = 'sum' # How a unit's scores combine: 'sum', 'mean' or 'max'
     finish: Callable|None = None # Pooled scores → scores, unit by unit, such as a square root
     layer: Callable|None = None # (1-D scores of all units of a layer, its name) → 1-D scores
-    rising: Callable|None = None # (ascending scores, for each the sum of all of the layer that rank at least as high) → what `layer` makes of them, ascending too: a ranking can do without positions
+    # (ascending scores, for each the sum of all of the layer that rank at least as high) → what `layer` makes of them,
+    # ascending too: a ranking can do without positions
+    rising: Callable|None = None
     comparable: bool = False # May scores of different layers be ranked together as they are?
     reads: str = 'weight' # 'weight', or 'norm': the scale of the normalisation behind the layer
-    pointwise: bool = False # Does each score depend on its own weight alone? Then large weights are scored piece by piece
+    # Does each score depend on its own weight alone? Then large weights are scored piece by piece
+    pointwise: bool = False
     needs: tuple = () # What it needs beside the weight, such as 'data' or 'gradients'
     family: str = 'own' # Chapter
     source: str = '' # Paper
@@ -43,27 +46,40 @@ class Criterion:
     channel: Callable|None = None # Statistics of `n` units in one place → (n,) scores
     stats: tuple = () # The `Statistic`s that it reads
     selector: bool = False # Does its function also take how many stay, and rank these highest?
-    normalizer: str|None = 'mean' # For a ranking across layers, where the user names none; None: there is no such ranking
+    # For a ranking across layers, where the user names none; None: there is no such ranking
+    normalizer: str|None = 'mean'
     where: tuple|None = None # Granularities where it is defined; None: all that its function allows
     reduce: str = 'mean' # How the scores of a unit's members combine, where the user does not say
-    join: bool = False # Are a unit's vectors in all its members one long vector, compared once, instead of a score for each? For those that choose one of two
+    # Are a unit's vectors in all its members one long vector, compared once, instead of a score for each? For those
+    # that choose one of two
+    join: bool = False
 
     @property
-    def reads_values(self)->bool: "Does it look at the numbers, and not only at how many there are?"; return self.element is not torch.zeros_like
+    def reads_values(self)->bool:
+        "Does it look at the numbers, and not only at how many there are?"
+        return self.element is not torch.zeros_like
     @property
-    def across(self)->str|None: "The normaliser of a ranking across layers; None if there is none"; return None if self.selector else 'none' if self.comparable else self.normalizer
+    def across(self)->str|None:
+        "The normaliser of a ranking across layers; None if there is none"
+        return None if self.selector else 'none' if self.comparable else self.normalizer
     @property
-    def units_only(self)->bool: "Is it defined for whole channels only?"; return self.channel is not None or self.reads!='weight'
+    def units_only(self)->bool:
+        "Is it defined for whole channels only?"
+        return self.channel is not None or self.reads!='weight'
 
     def __post_init__(self):
         _check_functions(self)
         if self.pool not in pools: raise ValueError(f"criterion {self.name!r}: {no_such('pool', self.pool, pools)}")
-        if self.reads not in ('weight', 'norm', 'readers'): raise ValueError(f"criterion {self.name!r} reads 'weight', 'norm' or 'readers', not {self.reads!r}")
-        if self.reduce not in reductions: raise ValueError(f"criterion {self.name!r}: {no_such('reduction', self.reduce, reductions)}")
+        if self.reads not in ('weight', 'norm', 'readers'):
+            raise ValueError(f"criterion {self.name!r} reads 'weight', 'norm' or 'readers', not {self.reads!r}")
+        if self.reduce not in reductions:
+            raise ValueError(f"criterion {self.name!r}: {no_such('reduction', self.reduce, reductions)}")
         if self.normalizer not in (None, 'mean'): as_normalizer(self.normalizer)
         for g in self.where or ():
-            if g not in granularities: raise ValueError(f"criterion {self.name!r}: {no_such('granularity', g, granularities)}")
-        object.__setattr__(self, 'needs', tuple(dict.fromkeys([*self.needs, *[d for s in self.stats for d in s.demands]])))
+            if g not in granularities:
+                raise ValueError(f"criterion {self.name!r}: {no_such('granularity', g, granularities)}")
+        object.__setattr__(self, 'needs',
+                           tuple(dict.fromkeys([*self.needs, *[d for s in self.stats for d in s.demands]])))
 
 reductions = ('mean', 'sum', 'max', 'prod', 'first')
 
@@ -71,16 +87,28 @@ def _check_functions(c):
     said = [k for k in ('element', 'vectors', 'channel') if getattr(c, k) is not None]
     for k in (*said, *(['element'] if not said else []), 'finish', 'layer', 'rising'):
         f = getattr(c, k)
-        if not callable(f) and (f is not None or k == 'element'): raise TypeError(f"criterion {c.name!r}: {k} is a function, not {f!r}")
-    if len(said)!=1: raise ValueError(f"criterion {c.name!r} is one of element, vectors and channel, not {' and '.join(said)}")
-    if no := [s for s in c.stats if not isinstance(s, Statistic)]: raise TypeError(f"criterion {c.name!r}: stats are Statistics, not {no[0]!r}")
-    if len({s.name for s in c.stats})<len(c.stats): raise ValueError(f"criterion {c.name!r}: two of its statistics have one name, of {', '.join(s.name for s in c.stats)}; results are found by name")
+        if not callable(f) and (f is not None or k == 'element'):
+            raise TypeError(f"criterion {c.name!r}: {k} is a function, not {f!r}")
+    if len(said)!=1:
+        raise ValueError(f"criterion {c.name!r} is one of element, vectors and channel, not {' and '.join(said)}")
+    if no := [s for s in c.stats if not isinstance(s, Statistic)]:
+        raise TypeError(f"criterion {c.name!r}: stats are Statistics, not {no[0]!r}")
+    if len({s.name for s in c.stats})<len(c.stats):
+        raise ValueError(f"criterion {c.name!r}: two of its statistics have one name, "
+                         f"of {', '.join(s.name for s in c.stats)}; results are found by name")
     at = {s.at for s in c.stats}
-    if c.channel is not None and (len(at)!=1 or 'weight' in at): raise ValueError(f"criterion {c.name!r} scores channels by statistics of one place, 'input', 'norm' or 'group', not {sorted(at)}")
-    if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})): raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")
-    if c.rising is not None and c.layer is None: raise ValueError(f"criterion {c.name!r}: rising is what layer makes of ascending scores, so give layer too")
-    if c.join and c.vectors is None: raise ValueError(f"criterion {c.name!r}: join puts vectors side by side, so it is for a function of vectors")
-    if c.selector and c.element is not None: raise ValueError(f"criterion {c.name!r}: a selector compares units, so it is a function of vectors or of channel statistics, not of an element")
+    if c.channel is not None and (len(at)!=1 or 'weight' in at):
+        raise ValueError(f"criterion {c.name!r} scores channels by statistics of one place, 'input', 'norm' or "
+                         f"'group', not {sorted(at)}")
+    if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})):
+        raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")
+    if c.rising is not None and c.layer is None:
+        raise ValueError(f"criterion {c.name!r}: rising is what layer makes of ascending scores, so give layer too")
+    if c.join and c.vectors is None:
+        raise ValueError(f"criterion {c.name!r}: join puts vectors side by side, so it is for a function of vectors")
+    if c.selector and c.element is not None:
+        raise ValueError(f"criterion {c.name!r}: a selector compares units, so it is a function of vectors or of "
+                         "channel statistics, not of an element")
 
 # %% ../../nbs/criteria/01_base.ipynb #00000009
 criteria = Registry('criterion', ('note', 'family', 'needs', 'source'))
@@ -102,7 +130,9 @@ def as_criterion(
     if isinstance(x, str):
         if x not in criteria: raise ValueError(no_such('criterion', x, criteria))
         return criteria[x]
-    if not callable(x) or isinstance(x, type): raise TypeError(f"a criterion is a name, a Criterion or a function (weight) → scores, not {x!r}; the names are {', '.join(criteria)}")
+    if not callable(x) or isinstance(x, type):
+        raise TypeError(f"a criterion is a name, a Criterion or a function (weight) → scores, not {x!r}; "
+                        f"the names are {', '.join(criteria)}")
     return Criterion(getattr(x, '__name__', type(x).__name__), x)
 
 # %% ../../nbs/criteria/01_base.ipynb #0000000f
@@ -127,15 +157,22 @@ def element_scores(
     s:dict|None=None, # Its statistics, for a criterion that has some; they broadcast to `w`
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
-    if not criterion.reads_values: return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
-    ask = lambda x: wide(_asked(criterion, criterion.element, x if criterion.element is as_found else _copied(criterion, x), x.shape, f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s))
-    if not criterion.pointwise or s or w.numel()<=PART or w.device.type!='cpu' or not (has_values(w) and w.is_contiguous()): return ask(w)
-    res = torch.empty(w.shape, dtype=torch.float64) # part by part: what fits a cache is not written to memory in between
+    if not criterion.reads_values:
+        return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
+    ask = lambda x: wide(_asked(
+        criterion, criterion.element, x if criterion.element is as_found else _copied(criterion, x), x.shape,
+        f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s))
+    if (not criterion.pointwise or s or w.numel()<=PART or w.device.type!='cpu'
+            or not (has_values(w) and w.is_contiguous())): return ask(w)
+    # part by part: what fits a cache is not written to memory in between
+    res = torch.empty(w.shape, dtype=torch.float64)
     for a,b in zip(w.detach().view(-1).split(PART), res.view(-1).split(PART)): b.copy_(ask(a))
     return res
 
 def _copied(criterion, w): # In double precision, and not the user's
-    if not has_values(w): raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")
+    if not has_values(w):
+        raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no "
+                         f"values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")
     x = wide(w.detach())
     return x.clone() if x.dtype==w.dtype else x
 
@@ -144,7 +181,9 @@ def _asked(criterion, f, x, shape, must, *args): # Call a criterion's function, 
     with torch.no_grad(): s = f(*args)
     if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r} {must}")
     if s.shape != shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} {must}")
-    if s.is_complex() or s.sum().isnan() and s.isnan().any(): raise ValueError(f"criterion {criterion.name!r} returned {'complex numbers' if s.is_complex() else 'NaN'} {must}")
+    if s.is_complex() or s.sum().isnan() and s.isnan().any():
+        raise ValueError(f"criterion {criterion.name!r} returned "
+                         f"{'complex numbers' if s.is_complex() else 'NaN'} {must}")
     return s
 
 # %% ../../nbs/criteria/01_base.ipynb #00000015
@@ -168,12 +207,16 @@ def unit_scores(
     taps:tuple|None=None, # Dimensions of places in the kernel; None: all from the third on
 )->Tensor: # Double precision, size 1 along `dims`
     "Score every unit of a weight"
-    if criterion.vectors is not None: return layer_scores(criterion, _by_vectors(criterion, w, dims, s, k, range(2, w.dim()) if taps is None else taps), key)
+    if criterion.vectors is not None:
+        return layer_scores(
+            criterion, _by_vectors(criterion, w, dims, s, k, range(2, w.dim()) if taps is None else taps), key)
     s = reduce_units(element_scores(criterion, w, s), dims, criterion.pool)
     if criterion.finish is not None: s = criterion.finish(s)
     return layer_scores(criterion, s, key)
 
-def _by_vectors(criterion, w, dims, s, k, taps): # Units at one tap with each other; all, where the tap is all that tells them apart
+def _by_vectors(
+    criterion, w, dims, s, k, taps,
+): # Units at one tap with each other; all, where the tap is all that tells them apart
     rest = [d for d in range(w.dim()) if d not in dims]
     others = [d for d in rest if d not in taps] or rest
     order = [d for d in rest if d not in others]+others+list(dims)
@@ -182,7 +225,8 @@ def _by_vectors(criterion, w, dims, s, k, taps): # Units at one tap with each ot
     v,s = apart(w),s and {n:apart(t) for n,t in s.items()}
     some = lambda t: None if k is None else k//len(v)+(t<k%len(v))
     res = [vector_scores(criterion, x, s and {n:a[t] for n,a in s.items()}, some(t)) for t,x in enumerate(v)]
-    return torch.stack(res).view([1 if d in dims else w.shape[d] for d in order]).permute([order.index(d) for d in range(w.dim())])
+    return (torch.stack(res).view([1 if d in dims else w.shape[d] for d in order])
+            .permute([order.index(d) for d in range(w.dim())]))
 
 # %% ../../nbs/criteria/01_base.ipynb #0000001a
 MOST = 1<<14 # units that are compared with each other
@@ -192,7 +236,9 @@ def check_compared(
     n:int, # Units that it would compare with each other
 ):
     "Refuse to compare too many"
-    if criterion.vectors is not None and n>MOST: raise ValueError(f"criterion {criterion.name!r} compares all units of a layer with each other, and {n} are more than the {MOST} that it takes; use larger units, such as granularity='filter'")
+    if criterion.vectors is not None and n>MOST:
+        raise ValueError(f"criterion {criterion.name!r} compares all units of a layer with each other, and {n} are "
+                         f"more than the {MOST} that it takes; use larger units, such as granularity='filter'")
 
 def vector_scores(
     criterion:Criterion, # Whose `vectors` is used
@@ -225,5 +271,8 @@ def ranking(
     asks:str="context='global'", # Who asks, for the error
 )->Callable: # 1-D scores → 1-D scores
     "How scores of several layers become one ranking"
-    if criterion.across is None: raise ValueError(f"criterion {criterion.name!r} {'chooses sets' if criterion.selector else 'scores units'} within one layer, and its scores cannot be ranked across layers, as {asks} asks for; use context='local' with a sparsity, or a criterion such as 'l2'")
+    if criterion.across is None:
+        raise ValueError(f"criterion {criterion.name!r} {'chooses sets' if criterion.selector else 'scores units'} "
+                         f"within one layer, and its scores cannot be ranked across layers, as {asks} asks for; "
+                         "use context='local' with a sparsity, or a criterion such as 'l2'")
     return as_normalizer(normalizer or ('none' if alike else criterion.across))

@@ -24,7 +24,8 @@ def _units(v, what='units are a matrix [n, D] of weights', dim=2): # Checked, do
     if v.is_complex(): raise TypeError(f"{what}; complex numbers have no place in it")
     if v.dim()<dim or 0 in v.shape: raise ValueError(f"{what}, not of shape {tuple(v.shape)}")
     v = wide(v.detach())
-    if not all_finite(v): raise ValueError(f"{what}; {int((~v.isfinite()).sum())} of its {v.numel()} numbers are NaN or infinite")
+    if not all_finite(v):
+        raise ValueError(f"{what}; {int((~v.isfinite()).sum())} of its {v.numel()} numbers are NaN or infinite")
     return v.flatten(dim-1)
 
 def _part(v, live): return v if live.all() else v[live] # no copy where all are
@@ -66,12 +67,14 @@ def fpgm_scores(
     s[~live] = far.sum() if far.sum()<s[live].min() else 0.
     return s
 
-register(Criterion('fpgm', vectors=fpgm_scores, family='correlation', source='He 2019, arXiv 1811.00250', note='sum of distances to all other units'));
+register(Criterion('fpgm', vectors=fpgm_scores, family='correlation', source='He 2019, arXiv 1811.00250',
+                   note='sum of distances to all other units'));
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000013
 LARGE = 1e7 # products of a matrix of similarities
 
-def _narrow(x): return x.float() if x.shape[-2]**2*x.shape[-1]>LARGE else x # of numbers near one: single precision will do, and takes half the time
+def _narrow(x): # of numbers near one: single precision will do, and takes half the time
+    return x.float() if x.shape[-2]**2*x.shape[-1]>LARGE else x
 
 def similarity(
     v:Tensor, # [n, D], each row a unit; further dimensions are flattened
@@ -91,7 +94,9 @@ def similarity(
     return _gram(_narrow(x)).clamp_(-1, 1).fill_diagonal_(1)
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000017
-def _closest(c, left, m): # The m pairs i<j of those left that are most alike, in this order, of equals the first: (i, j, how alike)
+def _closest(
+    c, left, m,
+): # The m pairs i<j of those left that are most alike, in this order, of equals the first: (i, j, how alike)
     n = len(left)
     at = np.flatnonzero(~np.tri(n, dtype=bool)) # above the diagonal
     c = (c if n==len(c) else c[left][:, left]).ravel()[at]
@@ -106,7 +111,9 @@ def greedy_redundancy(
     size:Tensor, # (n,), of two that are alike the smaller one goes, and of equals the first
 )->Tensor: # (n,), how like another unit each was when it went; the last is like none
     "Take the two most alike, remove one, and so on until one is left"
-    if not len(size) or c.shape!=(len(size),)*2: raise ValueError(f"{len(size)} sizes do not fit a matrix of shape {tuple(c.shape)}; it must have a row and a column for each")
+    if not len(size) or c.shape!=(len(size),)*2:
+        raise ValueError(f"{len(size)} sizes do not fit a matrix of shape {tuple(c.shape)}; "
+                         "it must have a row and a column for each")
     dev, c, size = c.device, c.detach().cpu().numpy(), size.detach().cpu().numpy()
     res, stays, left, each = np.full(len(c), -1. if c.min()<0 else 0.), bytearray(b'\1'*len(c)), np.arange(len(c)), 4
     still = np.frombuffer(stays, dtype=bool) # the same memory
@@ -127,12 +134,14 @@ def redundancy_scores(
     v:Tensor, # [n, D], each row a unit; further dimensions are flattened
     *, centre:bool=False, # Pearson's correlation instead of the cosine
     signed:bool=False, # Is the negative of a unit something else?
-    mode:str='greedy', # 'greedy': pair by pair; 'max', 'topk': all at once, by the nearest, or by the mean of the nearest `top`
+    # 'greedy': pair by pair; 'max', 'topk': all at once, by the nearest, or by the mean of the nearest `top`
+    mode:str='greedy',
     top:int=3, # For 'topk'
 )->Tensor: # (n,), in [0, 1], or in [0, 2] if signed; rows of zeros 0
     "How unlike all others a unit is"
     if mode not in modes: raise ValueError(no_such('mode', mode, modes))
-    if isinstance(top, bool) or not isinstance(top, int) or top<1: raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
+    if isinstance(top, bool) or not isinstance(top, int) or top<1:
+        raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
     v = _units(v)
     live, s = v.any(1), v.new_zeros(len(v))
     if not live.any(): return s
@@ -157,8 +166,10 @@ def redundancy(
     if measure not in measures: raise ValueError(no_such('measure', measure, measures))
     f = partial(redundancy_scores, centre=measure=='pearson', signed=signed, mode=mode, top=top)
     f(torch.eye(2)) # refuses what it would refuse later
-    note = f"1 - {'' if signed else '|'}{measure}{'' if signed else '|'} of the most similar pair, {'one of it goes' if mode=='greedy' else mode}"
-    return Criterion(measure, vectors=f, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note=note)
+    note = (f"1 - {'' if signed else '|'}{measure}{'' if signed else '|'} of the most similar pair, "
+            f"{'one of it goes' if mode=='greedy' else mode}")
+    return Criterion(measure, vectors=f, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653',
+                     note=note)
 
 for m in measures: register(redundancy(m))
 
@@ -179,7 +190,8 @@ def cop_scores(
 )->Tensor: # (n,), in [0, 1]; a unit that nobody reads 0
     "How unlike all others a unit is read"
     v = _units(v, 'readers are weights [n, R, T], by unit, reading channel and tap', 3)
-    if isinstance(top, bool) or not isinstance(top, int) or top<1: raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
+    if isinstance(top, bool) or not isinstance(top, int) or top<1:
+        raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
     live, s = v.flatten(1).any(1), v.new_zeros(len(v))
     if not live.any(): return s
     r = _tap_similarity(_part(v, live)).fill_diagonal_(0)
@@ -187,8 +199,8 @@ def cop_scores(
     s[live] = (1-r.topk(max(min(top, len(r)-1), 1)).values.to(s).mean(1)).clamp(min=1e-15)
     return s
 
-register(Criterion('cop', vectors=cop_scores, reads='readers', comparable=True, family='correlation', source='Wang 2019, arXiv 1906.10337',
-                   note='1 - correlation of the weights that read it'));
+register(Criterion('cop', vectors=cop_scores, reads='readers', comparable=True, family='correlation',
+                   source='Wang 2019, arXiv 1906.10337', note='1 - correlation of the weights that read it'));
 
 # %% ../../nbs/criteria/03_correlation.ipynb #00000028
 def cop_importance(
@@ -203,12 +215,15 @@ def cop_importance(
     for what,d in (('macs', macs), ('params', params)):
         for n in scores:
             if n not in d: raise ValueError(f"{what}: {no_such('layer', n, d)}")
-            if not d[n]>1: raise ValueError(f"{what}[{n!r}] is {d[n]!r}; its logarithm must be positive, so it must be above 1")
+            if not d[n]>1:
+                raise ValueError(f"{what}[{n!r}] is {d[n]!r}; its logarithm must be positive, so it must be above 1")
     part = lambda d, n: 1-math.log2(d[n])/max(math.log2(d[k]) for k in scores)
     return {n: alpha*s+beta*part(macs, n)+gamma*part(params, n) for n,s in scores.items()}
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002e
-def _seed(g, k, rng): # Units to begin with, far from each other: greedy k-means++; of many, a 16th at a time as in k-means‖
+def _seed(
+    g, k, rng,
+): # Units to begin with, far from each other: greedy k-means++; of many, a 16th at a time as in k-means‖
     n, sq, step, new = len(g), g.diagonal(), 1 if k<64 else k//16, [int(rng.integers(len(g)))]
     near, taken, seeds = np.full(n, np.inf), np.zeros(n), []
     to = lambda new: sq-2*g[new]+sq[new, None] # squared distances
@@ -237,10 +252,13 @@ def _lloyd(g, seeds, steps=100): # Cluster of each unit, and its squared distanc
 # %% ../../nbs/criteria/03_correlation.ipynb #0000002f
 def _how_many(k, n): # Checked; None is half of them
     if k is None: return max(n//2, 1)
-    if isinstance(k, bool) or not isinstance(k, int) or not 0<=k<=n: raise ValueError(f"k is how many of the {n} units stay, not {k!r}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 0<=k<=n:
+        raise ValueError(f"k is how many of the {n} units stay, not {k!r}")
     return k
 
-def _chosen(a, d, size): # One unit of each cluster above all others: the nearest to its centre; of equals the largest, then the last
+def _chosen(
+    a, d, size,
+): # One unit of each cluster above all others: the nearest to its centre; of equals the largest, then the last
     d = np.round(d/max(d.max(), np.finfo(d.dtype).tiny), 9 if d.dtype==np.float64 else 5) # closer than that is rounding
     first = np.lexsort((-np.arange(len(a)), -size, d, a))
     first = first[np.r_[True, np.diff(a[first])!=0]]
@@ -265,7 +283,8 @@ def kmeans_scores(
         if k<1 or k>=len(x): return torch.ones(len(x))
         size, rng = x.norm(dim=1), np.random.default_rng(seed)
         g = _gram(_narrow((x-x.mean(0)).div_(size.max()))).cpu()
-        runs = [_lloyd(g, _seed(g.numpy(), k, rng)) for _ in range(min(max(64//len(x), 1), 4))] # the larger, the less one run differs from another
+        # the larger, the less one run differs from another
+        runs = [_lloyd(g, _seed(g.numpy(), k, rng)) for _ in range(min(max(64//len(x), 1), 4))]
         return _chosen(*min(runs, key=lambda r: r[1].sum()), size.cpu().numpy())
     return _of_live(v, k, f)
 
@@ -274,8 +293,11 @@ def kmeans(
     seed:int=0, # Another seed, other clusters
 )->Criterion:
     "A selector by k-means"
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed<0: raise ValueError(f"kmeans takes a whole number from 0 on as seed, not {seed!r}")
-    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selector=True, join=True, family='correlation', source='Lloyd 1982, k-means++ 2007', note='the units nearest to the centres of clusters')
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed<0:
+        raise ValueError(f"kmeans takes a whole number from 0 on as seed, not {seed!r}")
+    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selector=True, join=True,
+                     family='correlation', source='Lloyd 1982, k-means++ 2007',
+                     note='the units nearest to the centres of clusters')
 
 register(kmeans());
 
@@ -301,7 +323,8 @@ def cluster_scores(
         return _chosen(a, 1-size/size.max(), size)
     return _of_live(v, k, f)
 
-register(Criterion('cluster', vectors=cluster_scores, selector=True, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
+register(Criterion('cluster', vectors=cluster_scores, selector=True, join=True, family='correlation',
+                   source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
 
 # %% ../../nbs/criteria/03_correlation.ipynb #0000003d
 def _points(n=160, end=3.6): # Points and weights of ∫du from 0 to ∞
@@ -335,9 +358,11 @@ def chip_scores(
     a = _units(a, 'activations are [N, n, S], by sample, channel and position', 3)
     return torch.stack([_independence(x) for x in a]).mean(0).clamp(min=0)
 
-def _chip(b): return dict(lost=chip_scores(b.a)*len(b.a), n=torch.full((), len(b.a), dtype=torch.float64, device=b.a.device))
+def _chip(b):
+    return dict(lost=chip_scores(b.a)*len(b.a), n=torch.full((), len(b.a), dtype=torch.float64, device=b.a.device))
 def _mean_lost(s): return s['lost']/s['n']
 def _chip_of(s): return s['chip']
 
-register(Criterion('chip', channel=_chip_of, stats=(Statistic('chip', _chip, finish=_mean_lost),), family='correlation', source='Sui 2021, arXiv 2110.13981',
+register(Criterion('chip', channel=_chip_of, stats=(Statistic('chip', _chip, finish=_mean_lost),),
+                   family='correlation', source='Sui 2021, arXiv 2110.13981',
                    note='what the nuclear norm of the maps loses without it'));

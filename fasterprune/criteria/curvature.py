@@ -36,7 +36,8 @@ def products_with(
     "Differentiate gradient times vector"
     if not any(g.requires_grad for g in gs): return [torch.zeros_like(p) for p in params]
     used = [(g, v) for g,v in zip(gs, vectors) if g.requires_grad]
-    return list(torch.autograd.grad([g for g,_ in used], params, [v for _,v in used], retain_graph=again, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad([g for g,_ in used], params, [v for _,v in used], retain_graph=again,
+                                    allow_unused=True, materialize_grads=True))
 
 # %% ../../nbs/criteria/07_curvature.ipynb #0000000a
 def _hessian_gradient(loss, params, i, temperature): return hessian_vector(loss(temperature), params)
@@ -47,10 +48,14 @@ def grasp(
     temperature:float=200., # The model's outputs are divided by this
 )->Criterion:
     "Score a weight by what its removal does to the norm of the gradient"
-    if isinstance(temperature, bool) or not isinstance(temperature, (int,float)) or not 0<temperature<float('inf'): raise ValueError(f"grasp: temperature is a number above 0, not {temperature!r}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int,float)) or not 0<temperature<float('inf'):
+        raise ValueError(f"grasp: temperature is a number above 0, not {temperature!r}")
     run = partial(_hessian_gradient, temperature=float(temperature))
-    return Criterion('grasp', as_found, stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean, at='weight', by=run),), normalizer='zscore',
-                     family='curvature', source='Wang 2020, arXiv 2002.07376', note='what its removal does to the norm of the gradient, meant for initialisation')
+    return Criterion('grasp', as_found,
+                     stats=(Statistic(f'hessian times gradient at {temperature:g}', _weighted, finish=_mean,
+                                      at='weight', by=run),),
+                     normalizer='zscore', family='curvature', source='Wang 2020, arXiv 2002.07376',
+                     note='what its removal does to the norm of the gradient, meant for initialisation')
 
 register(grasp());
 
@@ -94,7 +99,8 @@ def gauss_newton(
     o = out.detach().requires_grad_()
     g, = torch.autograd.grad(loss_of(o), o, create_graph=True)
     bend = lambda v: products_with([g], [o], [v], again=True)[0]
-    back = lambda v, again=True: torch.autograd.grad(out, params, v, retain_graph=again, allow_unused=True, materialize_grads=True)
+    back = lambda v, again=True: torch.autograd.grad(out, params, v, retain_graph=again, allow_unused=True,
+                                                     materialize_grads=True)
     d = _sizes(bend, o, rng)
     for k in range(probes):
         z = random_signs([o], rng)[0]
@@ -103,14 +109,17 @@ def gauss_newton(
 
 # %% ../../nbs/criteria/07_curvature.ipynb #00000016
 def _diagonal(loss, params, i, probes, seed): return hutchinson(loss(), params, probes=probes, seed=1_000_003*seed+i)
-def _gauss_newton(loss, params, i, probes, seed): return gauss_newton(*loss.outputs(), params, probes=probes, seed=1_000_003*seed+i)
+def _gauss_newton(loss, params, i, probes, seed):
+    return gauss_newton(*loss.outputs(), params, probes=probes, seed=1_000_003*seed+i)
 def _average(b): return dict(s=wide(b.g), n=wide(torch.ones((), device=b.g.device)))
 def _obd(w, s): return w.square()*next(iter(s.values()))/2
 def _not_negative(s): return s.clamp(min=0) # the estimate's noise may be, what it estimates is not
 
 def _check(name, probes, seed):
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes<1: raise ValueError(f"{name}: probes is a whole number of at least 1, not {probes!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int): raise TypeError(f"{name} takes a whole number as seed, not {seed!r}")
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes<1:
+        raise ValueError(f"{name}: probes is a whole number of at least 1, not {probes!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} takes a whole number as seed, not {seed!r}")
 
 def obd(
     probes:int=4, # Vectors of random signs for each batch
@@ -119,7 +128,9 @@ def obd(
     "Score a weight by the loss's second derivative"
     _check('obd', probes, seed)
     run = partial(_gauss_newton, probes=probes, seed=seed)
-    return Criterion('obd', _obd, finish=_not_negative, stats=(Statistic(f'curvature by {probes} probes, seed {seed}', _average, finish=_mean, at='weight', by=run),),
+    return Criterion('obd', _obd, finish=_not_negative,
+                     stats=(Statistic(f'curvature by {probes} probes, seed {seed}', _average, finish=_mean,
+                                      at='weight', by=run),),
                      family='curvature', source='LeCun 1989', note="squared weight times the loss's second derivative")
 
 register(obd());
@@ -139,9 +150,12 @@ def hap_trace(
     "Score a unit by the trace of its part of the Hessian"
     _check('hap_trace', probes, seed)
     if by not in ('outputs', 'weights'): raise ValueError(f"hap_trace: by is 'outputs' or 'weights', not {by!r}")
-    stat = Statistic(f'Hessian diagonal by {probes} probes, seed {seed}', _average, finish=_mean, at='weight', by=partial(_diagonal, probes=probes, seed=seed))
-    own = dict(stats=(stat,), vectors=partial(_hap, least=-torch.inf), normalizer='zscore') if by=='weights' else dict(stats=obd(probes, seed).stats, vectors=partial(_hap, least=0.))
-    return Criterion('hap_trace', **own, family='curvature', source='Yu 2022, arXiv 2101.08940', note='mean curvature of a unit times its squared norm')
+    stat = Statistic(f'Hessian diagonal by {probes} probes, seed {seed}', _average, finish=_mean, at='weight',
+                     by=partial(_diagonal, probes=probes, seed=seed))
+    own = (dict(stats=(stat,), vectors=partial(_hap, least=-torch.inf), normalizer='zscore') if by=='weights'
+           else dict(stats=obd(probes, seed).stats, vectors=partial(_hap, least=0.)))
+    return Criterion('hap_trace', **own, family='curvature', source='Yu 2022, arXiv 2101.08940',
+                     note='mean curvature of a unit times its squared norm')
 
 register(hap_trace());
 
@@ -149,4 +163,5 @@ register(hap_trace());
 def _flowing(b): return dict(s=wide(b.w*b.g))
 
 register(Criterion('synflow', as_found, stats=(Statistic('flow', _flowing, at='weight', by='flow'),),
-                   family='curvature', source='Tanaka 2020, arXiv 2006.05467', note='what flows through it from an input of ones through absolute weights'));
+                   family='curvature', source='Tanaka 2020, arXiv 2006.05467',
+                   note='what flows through it from an input of ones through absolute weights'));

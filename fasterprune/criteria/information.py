@@ -24,16 +24,20 @@ def _matrix(z, what, dim): # Checked, double precision
     if not isinstance(z, Tensor) or z.is_complex(): raise TypeError(f"{what}, not {z!r}")
     if z.dim()!=dim or 0 in z.shape: raise ValueError(f"{what}, not of shape {tuple(z.shape)}")
     z = wide(z.detach())
-    if not all_finite(z): raise ValueError(f"{what}; {int((~z.isfinite()).sum())} of its {z.numel()} numbers are NaN or infinite")
+    if not all_finite(z):
+        raise ValueError(f"{what}; {int((~z.isfinite()).sum())} of its {z.numel()} numbers are NaN or infinite")
     return z
 
 def _classes(y, n): # Labels as 0..K-1, and K
     must = f"labels are one class for each of the {n} samples, {n} whole numbers"
     if not isinstance(y, Tensor): raise TypeError(f"{must}, not {y!r}")
     if y.shape!=(n,): raise ValueError(f"{must}, not of shape {tuple(y.shape)}")
-    if y.is_floating_point() or y.is_complex(): raise TypeError(f"{must}, not of type {y.dtype}; for other targets use a criterion without labels")
+    if y.is_floating_point() or y.is_complex():
+        raise TypeError(f"{must}, not of type {y.dtype}; for other targets use a criterion without labels")
     k, y = y.unique(return_inverse=True)
-    if len(k)<2: raise ValueError(f"all {n} labels are {k[0].item()}, and of what is known already nothing can be learned; take samples of several classes")
+    if len(k)<2:
+        raise ValueError(f"all {n} labels are {k[0].item()}, and of what is known already nothing can be learned; "
+                         "take samples of several classes")
     return y, len(k)
 
 # %% ../../nbs/criteria/05_information.ipynb #00000007
@@ -62,8 +66,11 @@ def binned_information(
     z = _matrix(z, 'activations are [N, n], by sample and channel', 2)
     y, k = _classes(y, n := len(z))
     if bins is None: bins = min(max(n//(5*k), 4), 16)
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins<2: raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
-    if n<5*bins*k: warnings.warn(f"{n} samples of {k} classes are few for {bins} bins: noise will seem to say something; take {5*bins*k} or more (n_batches=...)", stacklevel=2)
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins<2:
+        raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
+    if n<5*bins*k:
+        warnings.warn(f"{n} samples of {k} classes are few for {bins} bins: noise will seem to say something; "
+                      f"take {5*bins*k} or more (n_batches=...)", stacklevel=2)
     res, (hy, my) = [], _entropy(wide(torch.bincount(y)), n)
     for p in z.split(max(1, (1<<23)//(bins*k+n)), 1): # channels, some at a time
         t = wide(_table(_bins(p, bins), y, bins, k))
@@ -78,17 +85,21 @@ _pools = dict(mean=lambda a: a.mean(2), max=lambda a: a.amax(2))
 
 def _pooled(b, pool): return dict(z=_pools[pool](b.a), y=b.y)
 def _binned(s, key, bins): return binned_information(s[key]['z'], s[key]['y'], bins=bins)
-def _samples(pool): return Statistic(f'{pool}_by_class', partial(_pooled, pool=pool), merge='cat', needs=('labels',), cap=20_000)
+def _samples(pool):
+    return Statistic(f'{pool}_by_class', partial(_pooled, pool=pool), merge='cat', needs=('labels',), cap=20_000)
 
 def mi_binned(
     *, bins:int|None=None, # Of equal frequency; None: as many as the samples allow, from 4 to 16
     pool:str='mean', # How the positions of a channel become one number: 'mean' or 'max'
 )->Criterion:
     "A criterion by what a channel says about the class, in bins"
-    if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins<2): raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
+    if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins<2):
+        raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
     if pool not in _pools: raise ValueError(no_such('pool', pool, _pools))
     s = _samples(pool)
-    return Criterion('mi_binned', channel=partial(_binned, key=s.name, bins=bins), stats=(s,), family='information', source='Miller 1955; as relevance: Sarvani 2022, arXiv 2202.10716', note='mutual information with the label, by counting in bins')
+    return Criterion('mi_binned', channel=partial(_binned, key=s.name, bins=bins), stats=(s,), family='information',
+                     source='Miller 1955; as relevance: Sarvani 2022, arXiv 2202.10716',
+                     note='mutual information with the label, by counting in bins')
 
 register(mi_binned());
 
@@ -98,7 +109,8 @@ def _squares(x): # [n, N, S] → [n, N, N] squared distances
     sq = x.square().sum(2)
     return (sq[:, :, None]+sq[:, None]-2*x@x.mT).clamp(min=0)
 
-def _parts(x, n=1<<23): return x.transpose(0, 1).split(max(1, n//(len(x)*max(len(x), x.shape[2])))) # channels first, some at a time
+def _parts(x, n=1<<23): # channels first, some at a time
+    return x.transpose(0, 1).split(max(1, n//(len(x)*max(len(x), x.shape[2]))))
 
 def median_distance(
     x:Tensor, # [N, n, S]: samples, channels, positions
@@ -132,17 +144,24 @@ def renyi_information(
 def _count(n, b): return torch.full((), n, dtype=torch.float64, device=b.a.device)
 
 def _renyi(b):
-    parts = [(a,y) for a,y in zip(b.a.tensor_split(-(-len(b.a)//128)), b.y.tensor_split(-(-len(b.a)//128))) if len(y.unique())>1]
+    parts = [(a,y) for a,y in zip(b.a.tensor_split(-(-len(b.a)//128)), b.y.tensor_split(-(-len(b.a)//128)))
+             if len(y.unique())>1]
     none = torch.zeros(b.a.shape[1], dtype=torch.float64, device=b.a.device)
-    return dict(bits=sum((renyi_information(a, y)*len(a) for a,y in parts), none), n=_count(sum(len(a) for a,_ in parts), b))
+    return dict(bits=sum((renyi_information(a, y)*len(a) for a,y in parts), none),
+                n=_count(sum(len(a) for a,_ in parts), b))
 
 def _mean_bits(s):
-    if not s['n']>0: raise ValueError("all samples of each mini-batch are of one class, and of what is known already nothing can be learned; shuffle the data")
+    if not s['n']>0:
+        raise ValueError("all samples of each mini-batch are of one class, and of what is known already nothing can be "
+                         "learned; shuffle the data")
     return (s['bits']/s['n']).clamp(min=0)
 
 def _renyi_of(s): return s['renyi2']
 
-register(Criterion('mi_renyi2', channel=_renyi_of, stats=(Statistic('renyi2', _renyi, finish=_mean_bits, needs=('labels',)),), family='information', source='Sarvani 2022, arXiv 2202.10716; order 2', note='mutual information of the map with the label, by kernels'));
+register(Criterion('mi_renyi2', channel=_renyi_of,
+                   stats=(Statistic('renyi2', _renyi, finish=_mean_bits, needs=('labels',)),),
+                   family='information', source='Sarvani 2022, arXiv 2202.10716; order 2',
+                   note='mutual information of the map with the label, by kernels'));
 
 # %% ../../nbs/criteria/05_information.ipynb #00000028
 def gauss_information(
@@ -150,7 +169,8 @@ def gauss_information(
 )->Tensor: # The same shape, in nats; at most 13.8, where one is a multiple of the other
     "What a Gaussian variable says about another"
     if not isinstance(rho, Tensor): raise TypeError(f"correlations are a tensor, not {rho!r}")
-    if not (rho.abs()<=1+1e-6).all(): raise ValueError(f"correlations are in [-1, 1], and found {rho.min().item():.4g} to {rho.max().item():.4g}")
+    if not (rho.abs()<=1+1e-6).all():
+        raise ValueError(f"correlations are in [-1, 1], and found {rho.min().item():.4g} to {rho.max().item():.4g}")
     return -.5*torch.log1p(-wide(rho).square().clamp(max=1-1e-12))
 
 # %% ../../nbs/criteria/05_information.ipynb #0000002c
@@ -177,7 +197,9 @@ def _covariance(s):
 
 def _gauss(s): return gauss_scores(s['covariance']['rho'], s['covariance']['var'])
 
-register(Criterion('mi_gauss', channel=_gauss, stats=(Statistic('covariance', _sums, finish=_covariance),), family='information', source='Cover & Thomas 2006, ch. 8', note='exp(-2I) of the most redundant pair, one of it goes'));
+register(Criterion('mi_gauss', channel=_gauss, stats=(Statistic('covariance', _sums, finish=_covariance),),
+                   family='information', source='Cover & Thomas 2006, ch. 8',
+                   note='exp(-2I) of the most redundant pair, one of it goes'));
 
 # %% ../../nbs/criteria/05_information.ipynb #00000030
 def mrmr_scores(
@@ -186,7 +208,9 @@ def mrmr_scores(
 )->Tensor: # (n,): n for the first that is chosen, 1 for the last
     "Choose one by one: relevant, and little of it said before"
     n = len(relevance)
-    if redundancy.shape!=(n, n): raise ValueError(f"{n} channels do not fit a redundancy of shape {tuple(redundancy.shape)}; it must have a row and a column for each")
+    if redundancy.shape!=(n, n):
+        raise ValueError(f"{n} channels do not fit a redundancy of shape {tuple(redundancy.shape)}; "
+                         "it must have a row and a column for each")
     r, m, s = wide(relevance).cpu().numpy(), wide(redundancy).cpu().numpy(), np.zeros(n)
     said, left = np.zeros(n), np.where(r>0, 0., -1e9) # after all others
     for k in range(n):
@@ -200,4 +224,6 @@ def _mrmr(s, k=None): # the same for every k
     z, y = s['mean_by_class']['z'], s['mean_by_class']['y']
     return mrmr_scores(binned_information(z, y), gauss_information(similarity(z.T, centre=True)))
 
-register(Criterion('mrmr', channel=_mrmr, stats=(_samples('mean'),), selector=True, family='information', source='Peng 2005, doi 10.1109/TPAMI.2005.159', note='relevant to the label, and not said by others before'));
+register(Criterion('mrmr', channel=_mrmr, stats=(_samples('mean'),), selector=True, family='information',
+                   source='Peng 2005, doi 10.1109/TPAMI.2005.159',
+                   note='relevant to the label, and not said by others before'));

@@ -25,8 +25,10 @@ class Place:
     "Where statistics are taken"
     at: str # 'input', 'weight', 'norm' or 'group', as in `Statistic`
     name: str # Of the layer that reads, the parameter, the norm or the group
-    index: np.ndarray|None = field(default=None, compare=False, repr=False) # (n, k): the channels that are one unit; None: each is one
-    units: np.ndarray|None = field(default=None, compare=False, repr=False) # (n,): which units of a group these are; None: all
+    # (n, k): the channels that are one unit; None: each is one
+    index: np.ndarray|None = field(default=None, compare=False, repr=False)
+    # (n,): which units of a group these are; None: all
+    units: np.ndarray|None = field(default=None, compare=False, repr=False)
     parts: tuple = () # Of a group: the places where it is read
     sign: int = field(default=0, repr=False) # Tells units of different groups apart
 
@@ -70,7 +72,9 @@ class Listener:
         "A batch is about to run"
         self.n,self.y,self.i,self.scale,self.leaves,self.gone = n,y,i,scale,[],{}
 
-    def params_of(self, p:Place)->list: "Names of the parameters of a place"; return [p.name] if p.at=='weight' else [k for k in (f"{p.name}.weight", f"{p.name}.bias") if k in self.params]
+    def params_of(self, p:Place)->list:
+        "Names of the parameters of a place"
+        return [p.name] if p.at=='weight' else [k for k in (f"{p.name}.weight", f"{p.name}.bias") if k in self.params]
 
 # %% ../../nbs/criteria/02_listen.ipynb #00000009
 @patch
@@ -80,9 +84,11 @@ def on(self:Listener,
     "Begin to listen"
     self.off()
     self.hooks = [self.modules[n].register_forward_pre_hook(_Tap(self, n), with_kwargs=True) for n in self.inputs]
-    names = {k for ps in self.weights.values() for s,p in ps if s.by=='gradient' for k in self.params_of(p)} if weights else ()
+    names = ({k for ps in self.weights.values() for s,p in ps if s.by=='gradient' for k in self.params_of(p)}
+             if weights else ())
     self.grads = {}
-    self.hooks += [self.params[k].register_hook(partial(self.grads.__setitem__, k)) for k in names if self.params[k].requires_grad]
+    self.hooks += [self.params[k].register_hook(partial(self.grads.__setitem__, k)) for k in names
+                   if self.params[k].requires_grad]
 
 @patch
 def off(self:Listener):
@@ -93,7 +99,8 @@ def off(self:Listener):
 def hear(self:Listener, name, layer, args, kwargs):
     "A layer is about to read"
     x = args[0] if args else kwargs.get('input', kwargs.get('query'))
-    if not isinstance(x, Tensor) or not x.is_floating_point() or isinstance(layer, nn.MultiheadAttention) and not _attends_to_itself(x, args, kwargs): return None
+    if (not isinstance(x, Tensor) or not x.is_floating_point()
+            or isinstance(layer, nn.MultiheadAttention) and not _attends_to_itself(x, args, kwargs)): return None
     back = [e for e in self.inputs[name] if e[0] is None or e[0].by!='forward']
     with torch.no_grad():
         for s,p,g in self.inputs[name]:
@@ -105,21 +112,26 @@ def hear(self:Listener, name, layer, args, kwargs):
     swap = lambda t: own if t is x else t # attention gets its input three times
     return tuple(map(swap, args)),{k:swap(t) for k,t in kwargs.items()}
 
-def _attends_to_itself(x, args, kwargs): return all(t is x for t in (*args[:3], *[kwargs[k] for k in ('query','key','value') if k in kwargs]))
+def _attends_to_itself(x, args, kwargs):
+    return all(t is x for t in (*args[:3], *[kwargs[k] for k in ('query','key','value') if k in kwargs]))
 
 # %% ../../nbs/criteria/02_listen.ipynb #0000000b
 @patch
 @torch.no_grad()
 def back(self:Listener, name, layer, x, version, entries, g):
     "A gradient came back through a reader"
-    if x._version!=version: raise RuntimeError(f"the input of {name!r} is changed in place after it was read, so that it cannot be multiplied with its gradient")
+    if x._version!=version:
+        raise RuntimeError(f"the input of {name!r} is changed in place after it was read, so that it cannot be "
+                           "multiplied with its gradient")
     if g.dtype==torch.float16 and not all_finite(g): return
     for s,p,group in entries:
         seen = self.seen(p, x, layer)
         seen['g'] = _placed(p, _rows(g, layer, self.n))[0]*self.scale
         if s is not None: self.take(s, p, **seen); continue
         part = (seen['a']*seen['g']).sum(2).double()
-        if len(part)!=self.n: raise ValueError(f"{name!r} reads {len(part)} rows for {self.n} samples, so what belongs to one sample is not known; leave {group.name!r} out with ignore={group.name!r}")
+        if len(part)!=self.n:
+            raise ValueError(f"{name!r} reads {len(part)} rows for {self.n} samples, so what belongs to one sample is "
+                             f"not known; leave {group.name!r} out with ignore={group.name!r}")
         all_ = self.gone.setdefault(group, part.new_zeros(self.n, len(group.units)))
         all_.index_add_(1, torch.as_tensor(p.units, device=part.device), part)
 
@@ -130,11 +142,14 @@ def seen(self:Listener, p, x, layer):
     index = np.arange(a.shape[1])[:,None] if p.index is None else p.index
     return dict(a=a, shape=shape, layer=layer, x=x, index=torch.as_tensor(index, device=x.device))
 
-def _rows(x, layer, n): # `[N, C, ...]`, a sample in each row: windows and tokens of a sample are positions in it; of two readings the second dimension is the batch if it has its size
+# `[N, C, ...]`, a sample in each row: windows and tokens of a sample are positions in it; of two readings the second
+# dimension is the batch if it has its size
+def _rows(x, layer, n):
     x = x.float() if x.dtype.itemsize<4 else x
     if not isinstance(layer, nn.modules.conv._ConvNd):
         if x.dim()==1: x = x[None]
-        if x.dim()>2 and (len(x)!=n and x.shape[1]==n or getattr(layer, 'batch_first', True) is False): x = x.transpose(0, 1)
+        if x.dim()>2 and (len(x)!=n and x.shape[1]==n or getattr(layer, 'batch_first', True) is False):
+            x = x.transpose(0, 1)
         if len(x)!=n and len(x)%n==0: x = x.reshape(n, -1, x.shape[-1])
         return x.movedim(-1, 1)
     if x.dim()<layer.weight.dim(): x = x[None]
@@ -159,18 +174,26 @@ def take(self:Listener, stat, place, **seen):
     "Measure one batch in one place"
     if 'labels' in stat.needs:
         y = classes(self.y)
-        if y is None: raise ValueError(f"statistic {stat.name!r} needs labels, one class for each sample: a tensor of whole numbers, not {described(self.y)}; data gives batches (x, y)")
-        if 'a' in seen and len(y)!=len(seen['a']): raise ValueError(f"{place.name!r} reads {len(seen['a'])} rows for {len(y)} labels, so the class of each is not known; use a criterion without labels for it, or ignore={place.name!r}")
+        if y is None:
+            raise ValueError(f"statistic {stat.name!r} needs labels, one class for each sample: a tensor of whole "
+                             f"numbers, not {described(self.y)}; data gives batches (x, y)")
+        if 'a' in seen and len(y)!=len(seen['a']):
+            raise ValueError(f"{place.name!r} reads {len(seen['a'])} rows for {len(y)} labels, so the class of each is "
+                             f"not known; use a criterion without labels for it, or ignore={place.name!r}")
         seen['y'] = y
     new = stat.measure(Seen(i=self.i, **seen))
-    if not isinstance(new, dict) or not all(isinstance(v, Tensor) for v in new.values()): raise TypeError(f"statistic {stat.name!r} measured {new!r}; it must be a dict of tensors")
-    self.states[stat.name,place] = stat.merged(self.states.get((stat.name,place)), {k:v.detach() for k,v in new.items()})
+    if not isinstance(new, dict) or not all(isinstance(v, Tensor) for v in new.values()):
+        raise TypeError(f"statistic {stat.name!r} measured {new!r}; it must be a dict of tensors")
+    self.states[stat.name,place] = stat.merged(self.states.get((stat.name,place)),
+                                               {k:v.detach() for k,v in new.items()})
 
 def described(
     y, # Labels, or what a function gave
 )->str:
     "What a value is, for an error"
-    return 'none' if y is None else f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    return ('none' if y is None
+            else f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" if isinstance(y, Tensor)
+            else type(y).__name__)
 
 @patch
 @torch.no_grad()
@@ -187,9 +210,12 @@ def end(self:Listener,
             names = self.params_of(p)
             if s.by!=by or own and any(k not in grads for k in names): continue
             ws = [_widened(values[k].detach()) for k in names]
-            gs = [None if by=='forward' else torch.zeros_like(w) if grads.get(k) is None else _scaled(_widened(grads[k]).detach(), self.scale/self.n if own else 1.) for k,w in zip(names, ws)]
+            gs = [None if by=='forward' else torch.zeros_like(w) if grads.get(k) is None
+                  else _scaled(_widened(grads[k]).detach(), self.scale/self.n if own else 1.)
+                  for k,w in zip(names, ws)]
             if any(g is not None and not all_finite(g) for g in gs): continue
-            self.take(s, p, **(dict(w=ws[0], g=gs[0]) if p.at=='weight' else dict(w=_by_unit(p, ws), g=None if by=='forward' else _by_unit(p, gs))))
+            self.take(s, p, **(dict(w=ws[0], g=gs[0]) if p.at=='weight'
+                               else dict(w=_by_unit(p, ws), g=None if by=='forward' else _by_unit(p, gs))))
     if by=='gradient':
         for s,p in self.groups:
             if p in self.gone: self.take(s, p, p=self.gone.pop(p))
@@ -222,7 +248,8 @@ def across_ranks(
     own,t = t.device,t.contiguous().clone()
     if dist.get_backend()=='nccl' and not t.is_cuda: t = t.cuda()
     if rule=='first': dist.broadcast(t, 0)
-    elif rule!='cat': dist.all_reduce(t, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX, min=dist.ReduceOp.MIN)[rule])
+    elif rule!='cat':
+        dist.all_reduce(t, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX, min=dist.ReduceOp.MIN)[rule])
     else:
         sizes = [torch.zeros(1, dtype=torch.long, device=t.device) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([len(t)], device=t.device))

@@ -16,22 +16,28 @@ from .base import Criterion, criteria, register
 from .normalize import lamp_norm, lamp_rising
 
 # %% ../../nbs/criteria/01_norm.ipynb #00000007
-register(Criterion('l1', torch.abs, pointwise=True, family='norm', source='Li 2017, arXiv 1608.08710', note='sum of absolute values'))
-register(Criterion('l2', torch.square, pointwise=True, finish=torch.sqrt, family='norm', source='He 2018, arXiv 1808.06866', note='Euclidean norm'))
-register(Criterion('linf', torch.abs, pointwise=True, pool='max', family='norm', source='limit of p-norms', note='largest absolute value'));
+register(Criterion('l1', torch.abs, pointwise=True, family='norm', source='Li 2017, arXiv 1608.08710',
+                   note='sum of absolute values'))
+register(Criterion('l2', torch.square, pointwise=True, finish=torch.sqrt, family='norm',
+                   source='He 2018, arXiv 1808.06866', note='Euclidean norm'))
+register(Criterion('linf', torch.abs, pointwise=True, pool='max', family='norm', source='limit of p-norms',
+                   note='largest absolute value'));
 
 # %% ../../nbs/criteria/01_norm.ipynb #0000000d
-register(Criterion('mean_abs', torch.abs, pointwise=True, pool='mean', comparable=True, family='norm', note='l1 per weight'))
-register(Criterion('rms', torch.square, pointwise=True, pool='mean', finish=torch.sqrt, comparable=True, family='norm', note='l2 per weight, root of the mean square'));
+register(Criterion('mean_abs', torch.abs, pointwise=True, pool='mean', comparable=True, family='norm',
+                   note='l1 per weight'))
+register(Criterion('rms', torch.square, pointwise=True, pool='mean', finish=torch.sqrt, comparable=True, family='norm',
+                   note='l2 per weight, root of the mean square'));
 
 # %% ../../nbs/criteria/01_norm.ipynb #00000011
-register(Criterion('bn_scale', torch.abs, pointwise=True, comparable=True, reads='norm', family='norm', source='Liu 2017, arXiv 1708.06519',
-                   note='scale of the BatchNorm behind the channel'));
+register(Criterion('bn_scale', torch.abs, pointwise=True, comparable=True, reads='norm', family='norm',
+                   source='Liu 2017, arXiv 1708.06519', note='scale of the BatchNorm behind the channel'));
 
 # %% ../../nbs/criteria/01_norm.ipynb #00000015
 def _lamp(s, key): return lamp_norm(s)
 
-register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, rising=lamp_rising, comparable=True, family='norm', source='Lee 2021, arXiv 2010.07611',
+register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, rising=lamp_rising, comparable=True,
+                   family='norm', source='Lee 2021, arXiv 2010.07611',
                    note='share of the squares that rank at least as high'));
 
 # %% ../../nbs/criteria/01_norm.ipynb #0000001a
@@ -43,12 +49,15 @@ def random(
     seed:int=0, # Another seed, another choice
 )->Criterion:
     "Score at random, the same at every call, each layer differently"
-    if isinstance(seed, bool) or not isinstance(seed, int): raise TypeError(f"random takes a whole number as seed, not {seed!r}")
-    return Criterion('random', torch.zeros_like, pointwise=True, layer=partial(_random, seed=seed), comparable=True, family='control', note=f'the same at every call, seed {seed}')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"random takes a whole number as seed, not {seed!r}")
+    return Criterion('random', torch.zeros_like, pointwise=True, layer=partial(_random, seed=seed), comparable=True,
+                     family='control', note=f'the same at every call, seed {seed}')
 
 register(random());
 
 # %% ../../nbs/criteria/01_norm.ipynb #0000001e
 def _first_k(s, key): return torch.arange(s.numel(), 0, -1).to(s)
 
-register(Criterion('first_k', torch.zeros_like, pointwise=True, layer=_first_k, family='control', source='He 2017, arXiv 1707.06168', note='the first units stay'));
+register(Criterion('first_k', torch.zeros_like, pointwise=True, layer=_first_k, family='control',
+                   source='He 2017, arXiv 1707.06168', note='the first units stay'));

@@ -26,7 +26,8 @@ def _normalizer(negative=False): # Register a function of the scores of the unit
             live = s != -torch.inf
             t = s if live.all() else s[live] # mostly nothing has gone
             if not negative and (t < 0).any():
-                raise ValueError(f"normalizer {name!r} keeps the order only of scores ≥ 0, and found {t.min().item():.4g}; use 'zscore' or 'minmax'")
+                raise ValueError(f"normalizer {name!r} keeps the order only of scores ≥ 0, and found "
+                                 f"{t.min().item():.4g}; use 'zscore' or 'minmax'")
             if not len(t): return s
             return f(t) if t is s else s.masked_scatter(live, f(t))
         name = f.__name__.removesuffix('_norm')
@@ -100,5 +101,7 @@ def as_normalizer(
     if isinstance(x, str):
         if x not in normalizers: raise ValueError(no_such('normalizer', x, normalizers))
         return normalizers[x]
-    if not callable(x) or isinstance(x, type): raise TypeError(f"a normalizer is a name or a function of 1-D scores, not {x!r}; the names are {', '.join(normalizers)}")
+    if not callable(x) or isinstance(x, type):
+        raise TypeError(f"a normalizer is a name or a function of 1-D scores, not {x!r}; "
+                        f"the names are {', '.join(normalizers)}")
     return x

@@ -20,11 +20,16 @@ from ..core import no_such
 @dataclass(frozen=True)
 class Seen:
     "What a statistic sees of one batch in one place; 16-bit numbers are widened, nothing has a gradient graph"
-    a: Tensor|None = None # `[N, n, S]`: activations of `n` units where they are read; `S` are the positions of a unit times those in space
-    g: Tensor|None = None # Gradient: at 'input' of the sum of the losses of the samples, through this reader, like `a`; at 'weight' and 'norm' of their mean, like `w`
+    # `[N, n, S]`: activations of `n` units where they are read; `S` are the positions of a unit times those in space
+    a: Tensor|None = None
+    # Gradient: at 'input' of the sum of the losses of the samples, through this reader, like `a`; at 'weight' and
+    # 'norm' of their mean, like `w`
+    g: Tensor|None = None
     y: Tensor|None = None # (N,) classes, for those that need labels
-    w: Tensor|None = None # At 'weight': the parameter in its own shape; at 'norm': `[n, D]`, scale and shift of each unit
-    p: Tensor|None = None # At 'group': `[N, n]`, the sum of activation times gradient of each unit over all places where it is read
+    # At 'weight': the parameter in its own shape; at 'norm': `[n, D]`, scale and shift of each unit
+    w: Tensor|None = None
+    # At 'group': `[N, n]`, the sum of activation times gradient of each unit over all places where it is read
+    p: Tensor|None = None
     shape: tuple = () # `S` in detail: positions of one unit in the channel axis, then space or tokens
     layer: nn.Module|None = None # At 'input': who reads
     x: Tensor|None = None # At 'input': its input as it got it
@@ -41,7 +46,8 @@ class Statistic:
     name: str # What the criterion calls it
     measure: Callable # `Seen` → dict of tensors
     merge: str|dict = 'sum' # One of `rules`, or one for each key
-    finish: Callable|None = None # The merged dict → what the criterion gets; None: the dict, or the tensor if there is one
+    # The merged dict → what the criterion gets; None: the dict, or the tensor if there is one
+    finish: Callable|None = None
     at: str = 'input' # 'input', 'weight', 'norm' or 'group'
     by: str|Callable = 'forward' # The run that shows it
     needs: tuple = () # 'labels', or 'training' for every step of a training
@@ -49,14 +55,22 @@ class Statistic:
 
     def __post_init__(self):
         if self.at not in places: raise ValueError(f"statistic {self.name!r}: {no_such('place', self.at, places)}")
-        if not callable(self.by) and self.by not in runs: raise ValueError(f"statistic {self.name!r}: {no_such('run', self.by, runs)}, or give a function")
-        if (self.by=='sample' or callable(self.by)) and self.at!='weight': raise ValueError(f"statistic {self.name!r} is of a gradient by {self.by!r}, which there is for weights only, not at {self.at!r}")
+        if not callable(self.by) and self.by not in runs:
+            raise ValueError(f"statistic {self.name!r}: {no_such('run', self.by, runs)}, or give a function")
+        if (self.by=='sample' or callable(self.by)) and self.at!='weight':
+            raise ValueError(f"statistic {self.name!r} is of a gradient by {self.by!r}, which there is for weights "
+                             f"only, not at {self.at!r}")
         for r in self.merge.values() if isinstance(self.merge, dict) else [self.merge]:
             if r not in rules: raise ValueError(f"statistic {self.name!r}: {no_such('rule', r, rules)}")
-        if no := set(self.needs)-{'labels','training'}: raise ValueError(f"statistic {self.name!r} needs 'labels' or 'training', or nothing; {sorted(no)[0]!r} is no such thing")
+        if no := set(self.needs)-{'labels','training'}:
+            raise ValueError(f"statistic {self.name!r} needs 'labels' or 'training', or nothing; "
+                             f"{sorted(no)[0]!r} is no such thing")
 
     @property
-    def demands(self)->tuple: "All that it needs"; return (*(() if self.by in ('flow','linear') or 'training' in self.needs else ('data',)), *(() if self.by in ('forward','flow','linear') else ('gradients',)), *self.needs)
+    def demands(self)->tuple:
+        "All that it needs"
+        return (*(() if self.by in ('flow','linear') or 'training' in self.needs else ('data',)),
+                *(() if self.by in ('forward','flow','linear') else ('gradients',)), *self.needs)
     def rule(self,
         key:str, # Of what was measured
     )->str:
@@ -76,7 +90,9 @@ def merged(self:Statistic,
 )->dict:
     "Two batches as one"
     if old is None: return {k:v[:self.cap] if self.rule(k)=='cat' else v for k,v in new.items()}
-    if old.keys()!=new.keys(): raise ValueError(f"statistic {self.name!r} measured {', '.join(old)} first and {', '.join(new)} then; each batch gives the same keys")
+    if old.keys()!=new.keys():
+        raise ValueError(f"statistic {self.name!r} measured {', '.join(old)} first and {', '.join(new)} then; "
+                         "each batch gives the same keys")
     join = lambda k: old[k] if self.rule(k)=='cat' and len(old[k])>=self.cap else rules[self.rule(k)](old[k], new[k])
     return {k:join(k)[:self.cap] if self.rule(k)=='cat' else join(k) for k in old}
 

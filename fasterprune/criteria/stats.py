@@ -34,7 +34,8 @@ def split_batch(
     to = lambda b: b.as_subclass(Tensor).to(b.device if t is None else t.device) if isinstance(b, Tensor) else b
     if isinstance(batch, Mapping):
         batch = tree_map(to, dict(batch))
-        return (),known_args(batch, model),next((batch[k] for k in ('labels', 'label', 'y', 'target') if k in batch), None)
+        return (),known_args(batch, model),next((batch[k] for k in ('labels', 'label', 'y', 'target') if k in batch),
+                                                None)
     batch = tree_map(to, batch)
     if not isinstance(batch, (list,tuple)): return *as_call(batch),None
     if not len(batch): raise ValueError('a batch of the data is empty; it must hold what the model is called with')
@@ -62,16 +63,21 @@ def loader_of(
 ): # What gives batches
     "The training batches in what a user calls data"
     if hasattr(data, 'train') and hasattr(data.train, '__iter__'): data = data.train
-    if isinstance(data, (Tensor, str, Mapping)) or not hasattr(data, '__iter__'): raise TypeError(f"data is a DataLoader, fastai DataLoaders or a list of batches (x, y), not {type(data).__name__}; for a single batch, put it into a list")
-    if hasattr(data, '__len__') and not len(data): raise ValueError('data is empty, so there is nothing to learn from it')
+    if isinstance(data, (Tensor, str, Mapping)) or not hasattr(data, '__iter__'):
+        raise TypeError("data is a DataLoader, fastai DataLoaders or a list of batches (x, y), not "
+                        f"{type(data).__name__}; for a single batch, put it into a list")
+    if hasattr(data, '__len__') and not len(data):
+        raise ValueError('data is empty, so there is nothing to learn from it')
     return data
 
 def check_n_batches(n:int|None):
     "Refuse what is no number of batches"
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1): raise ValueError(f"n_batches is at least 1, or None for all, not {n!r}")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1):
+        raise ValueError(f"n_batches is at least 1, or None for all, not {n!r}")
 
 def _n_inp(dl): # How many items of a batch the model takes, where a fastai loader knows
-    return next((n for n in (getattr(getattr(dl, 'dataset', None), 'n_inp', None), vars(dl).get('_n_inp') if hasattr(dl, '__dict__') else None) if isinstance(n, int)), None)
+    return next((n for n in (getattr(getattr(dl, 'dataset', None), 'n_inp', None),
+                             vars(dl).get('_n_inp') if hasattr(dl, '__dict__') else None) if isinstance(n, int)), None)
 
 # %% ../../nbs/criteria/02_stats.ipynb #0000000a
 def loss_of(
@@ -83,12 +89,15 @@ def loss_of(
     "The loss of a batch"
     if loss_func is None:
         loss = out.get('loss') if isinstance(out, Mapping) else getattr(out, 'loss', None)
-        if loss is None: raise ValueError(f"gradients need a loss, and this model returned {type(out).__name__} without one; pass loss_func=, such as F.cross_entropy")
+        if loss is None:
+            raise ValueError(f"gradients need a loss, and this model returned {type(out).__name__} without one; "
+                             "pass loss_func=, such as F.cross_entropy")
         return loss.mean()
     if y is None: raise ValueError('gradients need a loss, and these batches have no labels; data gives batches (x, y)')
     out = getattr(out, 'logits', out)
     loss = loss_func(out, *y) if isinstance(y, tuple) else loss_func(out, y)
-    if not isinstance(loss, Tensor) or not loss.is_floating_point(): raise TypeError(f"loss_func returned {loss!r}; it must return a tensor with one number, or one for each sample")
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise TypeError(f"loss_func returned {loss!r}; it must return a tensor with one number, or one for each sample")
     if loss.dim(): return loss.mean()
     return loss/n if _reduction(loss_func)=='sum' else loss
 
@@ -100,7 +109,8 @@ def same_random(
     loader=None, # A fastai loader has random numbers of its own
 ):
     "Draw random numbers, and let the others draw what they would have drawn"
-    while 'dl' in getattr(loader, '__dict__', {}): loader = vars(loader)['dl'] # with several processes, a loader of a loader
+    while 'dl' in getattr(loader, '__dict__', {}): # with several processes, a loader of a loader
+        loader = vars(loader)['dl']
     own = getattr(loader, 'rng', None)
     own = (own,own.getstate()) if isinstance(own, random.Random) else None
     gen = getattr(loader, 'generator', None)
@@ -119,7 +129,8 @@ def untouched(
     model:nn.Module,
 ):
     "Modes, gradients, buffers and who needs a gradient are afterwards what they were, whatever happens"
-    params,buffers = [(p, p.requires_grad, p.grad) for p in model.parameters()],[(b, b._version, b.clone()) for b in model.buffers()]
+    params,buffers = ([(p, p.requires_grad, p.grad) for p in model.parameters()],
+                      [(b, b._version, b.clone()) for b in model.buffers()])
     try:
         with eval_mode(model), torch.enable_grad(): yield
     finally:
@@ -137,11 +148,15 @@ class _Batch: # One batch, and the model's loss on it
     def run(self): return self.model(*self.args, **self.kwargs)
     def __call__(self, temperature=1.): # the mean loss
         out = self.run()
-        return loss_of(out if temperature==1 else tree_map(lambda o: o/temperature if isinstance(o, Tensor) else o, out), self.y, self.loss_func, self.n)
+        return loss_of(
+            out if temperature==1 else tree_map(lambda o: o/temperature if isinstance(o, Tensor) else o, out),
+            self.y, self.loss_func, self.n)
     def outputs(self): # What the model returns, and the mean loss as a function of it
         out = self.run()
         out = getattr(out, 'logits', out)
-        if not isinstance(out, Tensor): raise ValueError(f"the loss is differentiated by the model's output, which must be one tensor, and it is {type(out).__name__}; use a criterion such as 'fisher_w'")
+        if not isinstance(out, Tensor):
+            raise ValueError("the loss is differentiated by the model's output, which must be one tensor, and it is "
+                             f"{type(out).__name__}; use a criterion such as 'fisher_w'")
         return out,lambda o: loss_of(o, self.y, self.loss_func, self.n)
     def sample(self, i): # The same of one sample
         b = _Batch.__new__(_Batch)
@@ -162,7 +177,9 @@ def _gradient(l, b, i): # forward and backward: activations, and gradients of th
     l.on()
     try:
         total = b()*b.n
-        if not total.requires_grad: raise ValueError('the loss does not depend on anything that a criterion looks at; does loss_func return a tensor that can be differentiated?')
+        if not total.requires_grad:
+            raise ValueError('the loss does not depend on anything that a criterion looks at; '
+                             'does loss_func return a tensor that can be differentiated?')
         gs = torch.autograd.grad(total, [*params, *l.leaves], allow_unused=True)
     finally: l.off()
     l.end({k:None if g is None else g/b.n for k,g in zip(names, gs)})
@@ -188,12 +205,17 @@ def _own(l, b, i, by): # derivatives of any order
     l.begin(b.n, b.y, i)
     with sdpa_kernel(SDPBackend.MATH): values = by(b, params, i)
     for k,p,v in zip(names, params, values):
-        if not isinstance(v, Tensor) or v.shape!=p.shape: raise ValueError(f"{by.__name__} gave {described(v)} for {k!r} of shape {tuple(p.shape)}; it gives a value for each weight")
+        if not isinstance(v, Tensor) or v.shape!=p.shape:
+            raise ValueError(f"{by.__name__} gave {described(v)} for {k!r} of shape {tuple(p.shape)}; "
+                             "it gives a value for each weight")
     l.end(dict(zip(names, values)), by=by)
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000010
-_norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, *([nn.RMSNorm] if hasattr(nn, 'RMSNorm') else []))
-_acts = tuple(c for n,c in vars(nn.modules.activation).items() if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__=='torch.nn.modules.activation' and n not in ('MultiheadAttention', 'Softmax', 'Softmax2d', 'LogSoftmax', 'Softmin', 'GLU'))
+_norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm,
+          *([nn.RMSNorm] if hasattr(nn, 'RMSNorm') else []))
+_acts = tuple(c for n,c in vars(nn.modules.activation).items()
+              if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__=='torch.nn.modules.activation'
+              and n not in ('MultiheadAttention', 'Softmax', 'Softmax2d', 'LogSoftmax', 'Softmin', 'GLU'))
 
 def _pass_through(x, *args, **kwargs): return x
 
@@ -212,27 +234,43 @@ def _magnitudes(l, asked): # Parameters and buffers of a flow by name; tied weig
     size = lambda t: x.abs() if (x := wide(t.detach())).dtype==t.dtype else x.abs_() # in its own copy, if there is one
     leaf = lambda p: size(p).requires_grad_(id(p) in asked) if p.is_floating_point() else p
     own = {id(p):leaf(p) for p in l.params.values()}
-    return {**{n:own[id(p)] for n,p in l.params.items()}, **{n:size(b) if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
+    return {**{n:own[id(p)] for n,p in l.params.items()},
+            **{n:size(b) if b.is_floating_point() else b for n,b in l.model.named_buffers()}}
 
 def _flow(l, x, by): # the sum of all paths
-    bad = next((n for n,m in l.modules.items() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention))), None) if by=='flow' else None
-    if bad is not None: raise ValueError(f"a flow multiplies weights along paths, and {bad!r} ({type(l.modules[bad]).__name__}) divides by what comes in; use a criterion with data, such as 'taylor_w'")
+    bad = (next((n for n,m in l.modules.items()
+                 if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm,
+                                   nn.MultiheadAttention))), None)
+           if by=='flow' else None)
+    if bad is not None:
+        raise ValueError(f"a flow multiplies weights along paths, and {bad!r} ({type(l.modules[bad]).__name__}) "
+                         "divides by what comes in; use a criterion with data, such as 'taylor_w'")
     names = list(dict.fromkeys(k for es in l.weights.values() for s,p in es if s.by==by for k in l.params_of(p)))
     shifts = [n for n in l.params if n.rpartition('.')[2]=='bias'] if by=='flow' else []
-    values,device = _magnitudes(l, {id(l.params[k]) for k in (*names, *shifts)}),next((p.device for p in l.model.parameters()), None)
-    ones = lambda t: t if not isinstance(t, Tensor) else torch.ones_like(wide(t.as_subclass(Tensor)), device=device, requires_grad=by=='flow') if t.is_floating_point() else t.to(device)
+    values,device = (_magnitudes(l, {id(l.params[k]) for k in (*names, *shifts)}),
+                     next((p.device for p in l.model.parameters()), None))
+    ones = lambda t: (
+        t if not isinstance(t, Tensor)
+        else torch.ones_like(wide(t.as_subclass(Tensor)), device=device, requires_grad=by=='flow')
+        if t.is_floating_point() else t.to(device))
     args,kwargs = tree_map(ones, as_call(x))
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad]
     l.begin(n_samples(args, kwargs))
     l.on()
     try:
-        with _linear(l.model) if by=='linear' else contextlib.nullcontext(): out = functional_call(l.model, values, args, kwargs, tie_weights=False)
+        with _linear(l.model) if by=='linear' else contextlib.nullcontext():
+            out = functional_call(l.model, values, args, kwargs, tie_weights=False)
         total = _sum(out)
         wanted = [*[values[k] for k in (*names, *shifts)], *given, *l.leaves]
-        gs = [torch.zeros_like(t) if g is None else g for t,g in zip(wanted, torch.autograd.grad(total, wanted, allow_unused=True))]
+        gs = [torch.zeros_like(t) if g is None else g
+              for t,g in zip(wanted, torch.autograd.grad(total, wanted, allow_unused=True))]
     finally: l.off()
-    if not total.isfinite() or total==0: raise ValueError(f"nothing that can be counted flows through this {type(l.model).__name__}: the sum of its outputs is {total.item():.3g} for an input of ones; use a criterion with data")
-    if by=='flow': _check_homogeneous(l, values, args, kwargs, total, dict(zip(shifts, gs[len(names):])), list(zip(given, gs[len(names)+len(shifts):])))
+    if not total.isfinite() or total==0:
+        raise ValueError(f"nothing that can be counted flows through this {type(l.model).__name__}: the sum of its "
+                         f"outputs is {total.item():.3g} for an input of ones; use a criterion with data")
+    if by=='flow':
+        _check_homogeneous(l, values, args, kwargs, total, dict(zip(shifts, gs[len(names):])),
+                           list(zip(given, gs[len(names)+len(shifts):])))
     l.end(dict(zip(names, gs)), by=by, values=values)
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000012
@@ -241,13 +279,19 @@ def _check_homogeneous(l, values, args, kwargs, total, by_shift, by_input):
     euler = sum((t*g).sum() for t,g in by_input)+sum((values[n]*g).sum() for n,g in by_shift.items())
     for n,m in l.modules.items():
         n = f"{n}." if n else ''
-        if getattr(m, 'running_mean', None) is not None and n+'bias' in by_shift: euler = euler-(values[n+'running_mean']*values[n+'weight']/(values[n+'running_var']+m.eps).sqrt()*by_shift[n+'bias']).sum()
+        if getattr(m, 'running_mean', None) is not None and n+'bias' in by_shift:
+            euler = euler-(values[n+'running_mean']*values[n+'weight']/(values[n+'running_var']+m.eps).sqrt()
+                           *by_shift[n+'bias']).sum()
     if abs(euler-total)<=1e-6*abs(total): return
     shifts = {*by_shift, *[n for n in values if n.rpartition('.')[2]=='running_mean']}
     values = {n:torch.zeros_like(v) if n in shifts else v.detach() for n,v in values.items()}
     twice = lambda t: 2*t if isinstance(t, Tensor) and t.is_floating_point() else t
-    one,two = (_sum(functional_call(l.model, values, tree_map(f, args), tree_map(f, kwargs), tie_weights=False)) for f in (lambda t: t, twice))
-    if not abs(two-2*one)<=1e-6*abs(two): raise ValueError(f"a flow multiplies weights along paths, and twice the input does not give twice the output of this {type(l.model).__name__}: a ReLU6, GELU, sigmoid or softmax is on the way; use a criterion with data, such as 'taylor_w', or one of weights")
+    one,two = (_sum(functional_call(l.model, values, tree_map(f, args), tree_map(f, kwargs), tie_weights=False))
+               for f in (lambda t: t, twice))
+    if not abs(two-2*one)<=1e-6*abs(two):
+        raise ValueError("a flow multiplies weights along paths, and twice the input does not give twice the output of "
+                         f"this {type(l.model).__name__}: a ReLU6, GELU, sigmoid or softmax is on the way; use a "
+                         "criterion with data, such as 'taylor_w', or one of weights")
 
 # %% ../../nbs/criteria/02_stats.ipynb #00000014
 def gather(
@@ -273,7 +317,9 @@ def gather(
         if runs:
             total = min(filter(None, (n_batches, len(loader) if hasattr(loader, '__len__') else None)), default=None)
             batches,k = islice(loader, n_batches),-1
-            for k,batch in enumerate(progress_bar(batches, total=total, leave=False) if progress and total else batches): _run(runs, _Batch(model, batch, loss_func, _n_inp(loader)), k)
+            for k,batch in enumerate(
+                    progress_bar(batches, total=total, leave=False) if progress and total else batches):
+                _run(runs, _Batch(model, batch, loss_func, _n_inp(loader)), k)
             if k<0: raise ValueError('data is empty, so there is nothing to learn from it')
     return {k:v for by,l in ls.items() for k,v in l.found(parts[by]).items()}
 
@@ -283,7 +329,9 @@ def _by_run(wanted): # What comes out of a forward pass comes out of one with a 
     return res
 
 def _run(runs, b, i):
-    for by,l in runs.items(): dict(gradient=_gradient, forward=_forward, sample=_sample)[by](l, b, i) if isinstance(by, str) else _own(l, b, i, by)
+    for by,l in runs.items():
+        (dict(gradient=_gradient, forward=_forward, sample=_sample)[by](l, b, i) if isinstance(by, str)
+         else _own(l, b, i, by))
 
 def _example(x, loader, model): # What a flow is fed with
     if x is not None: return x
@@ -305,7 +353,8 @@ class Evidence:
     ):
         check_n_batches(n_batches)
         if data is not None: loader_of(data)
-        if loss_func is not None and not callable(loss_func): raise TypeError(f"loss_func is a function (out, y) → loss, not {loss_func!r}")
+        if loss_func is not None and not callable(loss_func):
+            raise TypeError(f"loss_func is a function (out, y) → loss, not {loss_func!r}")
         self.model,self.data,self.n_batches,self.loss_func = unwrap(model),data,n_batches,loss_func
         self.x,self.within,self.progress,self.found = x,within,progress,dict(found or {})
         self.stamp = _stamp(self.model)
@@ -314,15 +363,21 @@ class Evidence:
         model:nn.Module, # That it shall be about
     ):
         "Refuse what is known about another model, or about other weights"
-        if unwrap(model) is not self.model: raise ValueError(f"this Evidence is about another {type(self.model).__name__}; gather it from the model that is to be pruned, or pass the data itself")
-        if _stamp(model)!=self.stamp: raise ValueError(f"the weights of this {type(model).__name__} have changed since this Evidence began; make it anew, or pass the data itself")
+        if unwrap(model) is not self.model:
+            raise ValueError(f"this Evidence is about another {type(self.model).__name__}; gather it from the model "
+                             "that is to be pruned, or pass the data itself")
+        if _stamp(model)!=self.stamp:
+            raise ValueError(f"the weights of this {type(model).__name__} have changed since this Evidence began; "
+                             "make it anew, or pass the data itself")
 
     def __call__(self,
         wanted:list, # (`Statistic`, `Place`)
     )->dict: # (name of the statistic, place) → what was found
         "What was found, or is found now"
         new = list({(s.name,p):(s,p) for s,p in wanted if (s.name,p) not in self.found}.values())
-        if new: self.found.update(gather(self.model, new, self.data, n_batches=self.n_batches, loss_func=self.loss_func, x=self.x, within=self.within, progress=self.progress))
+        if new:
+            self.found.update(gather(self.model, new, self.data, n_batches=self.n_batches, loss_func=self.loss_func,
+                                     x=self.x, within=self.within, progress=self.progress))
         return self.found
 
 def _stamp(model): return [(id(p), p.shape, p._version) for p in model.parameters()]
@@ -336,8 +391,14 @@ def check_needs(
     "Refuse a criterion that lacks what it needs, before anything runs"
     c = f"criterion {criterion.name!r}"
     if training: return
-    if 'training' in criterion.needs: raise ValueError(f"{c} is gathered while a network trains; use SparsifyCallback(..., criterion={criterion.name!r}), or another criterion")
+    if 'training' in criterion.needs:
+        raise ValueError(f"{c} is gathered while a network trains; use SparsifyCallback(..., "
+                         f"criterion={criterion.name!r}), or another criterion")
     if 'data' in criterion.needs and data is None:
         also = ' and loss_func=, such as F.cross_entropy' if 'gradients' in criterion.needs else ''
-        raise ValueError(f"{c} needs {' and '.join(n for n in criterion.needs if n in ('data', 'gradients', 'labels'))}; pass data=, a DataLoader, fastai DataLoaders or a list of batches (x, y),{also} or use a criterion of weights such as 'l2'")
-    if any(s.by in ('flow','linear') for s in criterion.stats) and data is None and x is None: raise ValueError(f"{c} sends ones through the model, so it needs an example input; pass x")
+        raise ValueError(f"{c} needs "
+                         f"{' and '.join(n for n in criterion.needs if n in ('data', 'gradients', 'labels'))}; "
+                         f"pass data=, a DataLoader, fastai DataLoaders or a list of batches (x, y),{also} "
+                         "or use a criterion of weights such as 'l2'")
+    if any(s.by in ('flow','linear') for s in criterion.stats) and data is None and x is None:
+        raise ValueError(f"{c} sends ones through the model, so it needs an example input; pass x")

@@ -33,8 +33,12 @@ def taylor_act(
 )->Criterion:
     "Score a unit by activation times gradient"
     if not isinstance(per_sample, bool): raise TypeError(f"taylor_act: per_sample is True or False, not {per_sample!r}")
-    return Criterion('taylor_act', channel=_only, stats=(Statistic('act_grad' if per_sample else 'act_grad of all', _by_sample if per_sample else _signed, finish=_size_of_mean, by='gradient'),), normalizer='l2',
-                     family='taylor', source='Molchanov 2017, arXiv 1611.06440', note='activation times gradient, by sample' if per_sample else 'activation times gradient; samples cancel')
+    return Criterion('taylor_act', channel=_only,
+                     stats=(Statistic('act_grad' if per_sample else 'act_grad of all',
+                                      _by_sample if per_sample else _signed, finish=_size_of_mean, by='gradient'),),
+                     normalizer='l2', family='taylor', source='Molchanov 2017, arXiv 1611.06440',
+                     note='activation times gradient, by sample' if per_sample
+                     else 'activation times gradient; samples cancel')
 
 register(taylor_act());
 
@@ -45,16 +49,21 @@ def _mean(d): return d['s']/d['n']
 def _taylor_w(w, s): return s['weight_grad_square']
 def _taylor_abs(w, s): return s['weight_grad_size']
 
-register(Criterion('taylor_w', _taylor_w, stats=(Statistic('weight_grad_square', _square, finish=_mean, at='weight', by='gradient'),),
-                   family='taylor', source='Molchanov 2019, arXiv 1906.10771', note='squares of weight times gradient'))
-register(Criterion('taylor_abs', _taylor_abs, stats=(Statistic('weight_grad_size', _size, finish=_mean, at='weight', by='gradient'),),
+register(Criterion('taylor_w', _taylor_w,
+                   stats=(Statistic('weight_grad_square', _square, finish=_mean, at='weight', by='gradient'),),
+                   family='taylor', source='Molchanov 2019, arXiv 1906.10771',
+                   note='squares of weight times gradient'))
+register(Criterion('taylor_abs', _taylor_abs,
+                   stats=(Statistic('weight_grad_size', _size, finish=_mean, at='weight', by='gradient'),),
                    family='taylor', source='Blalock 2020, arXiv 2003.03033', note='absolute weight times gradient'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000018
 def _gate(b): return dict(s=wide(b.w*b.g).sum(1).square(), n=wide(torch.ones((), device=b.w.device)))
 
-register(Criterion('taylor_gate', channel=_only, stats=(Statistic('gate_square', _gate, finish=_mean, at='norm', by='gradient'),), needs=('norm',),
-                   family='taylor', source='Molchanov 2019, arXiv 1906.10771', note='gradient of a gate behind the normalisation, squared'));
+register(Criterion('taylor_gate', channel=_only,
+                   stats=(Statistic('gate_square', _gate, finish=_mean, at='norm', by='gradient'),), needs=('norm',),
+                   family='taylor', source='Molchanov 2019, arXiv 1906.10771',
+                   note='gradient of a gate behind the normalisation, squared'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #0000001c
 def _act_square(b): return dict(s=products(b.a, b.g).square().sum(0), n=wide(torch.tensor(len(b.a))))
@@ -62,23 +71,30 @@ def _grad_square(b): return dict(s=wide(b.g).square(), n=wide(torch.ones((), dev
 def _fisher_act(s): return s['act_grad_square']/2
 def _fisher_w(w, s): return w.square()*s['fisher']/2
 
-register(Criterion('fisher_act', channel=_fisher_act, stats=(Statistic('act_grad_square', _act_square, finish=_mean, by='gradient'),),
-                   family='taylor', source='Theis 2018, arXiv 1801.05787', note='squares of activation times gradient, by sample'))
-register(Criterion('fisher_w', _fisher_w, stats=(Statistic('fisher', _grad_square, finish=_mean, at='weight', by='sample'),),
-                   family='taylor', source='Theis 2018, arXiv 1801.05787', note='squared weights times squared gradients of each sample'));
+register(Criterion('fisher_act', channel=_fisher_act,
+                   stats=(Statistic('act_grad_square', _act_square, finish=_mean, by='gradient'),),
+                   family='taylor', source='Theis 2018, arXiv 1801.05787',
+                   note='squares of activation times gradient, by sample'))
+register(Criterion('fisher_w', _fisher_w,
+                   stats=(Statistic('fisher', _grad_square, finish=_mean, at='weight', by='sample'),),
+                   family='taylor', source='Theis 2018, arXiv 1801.05787',
+                   note='squared weights times squared gradients of each sample'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000021
 def _together(b): return dict(s=wide(b.p).square().sum(0))
 
 register(Criterion('group_fisher', channel=_only, stats=(Statistic('group', _together, at='group', by='gradient'),),
-                   family='taylor', source='Liu 2021, arXiv 2108.00708', note='activation times gradient over all readers together, squared by sample'));
+                   family='taylor', source='Liu 2021, arXiv 2108.00708',
+                   note='activation times gradient over all readers together, squared by sample'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000026
 def _signed_product(b): return dict(s=wide(b.w*b.g), n=wide(torch.ones((), device=b.w.device)))
 def _snip(w, s): return s['weight_grad'].abs()
 
-register(Criterion('snip', _snip, stats=(Statistic('weight_grad', _signed_product, finish=_mean, at='weight', by='gradient'),),
-                   family='taylor', source='Lee 2019, arXiv 1810.02340', note='absolute weight times gradient of all batches together, meant for initialisation'));
+register(Criterion('snip', _snip,
+                   stats=(Statistic('weight_grad', _signed_product, finish=_mean, at='weight', by='gradient'),),
+                   family='taylor', source='Lee 2019, arXiv 1810.02340',
+                   note='absolute weight times gradient of all batches together, meant for initialisation'));
 
 # %% ../../nbs/criteria/06_taylor.ipynb #00000029
 def _away(b): return dict(s=-wide(b.w*b.g))
@@ -86,7 +102,10 @@ def _start(b): return dict(w=b.w.clone())
 def _movement(w, s): return s['away_from_zero']
 def _weight_change(w, s): return (w-s['start']).abs()
 
-register(Criterion('movement', _movement, stats=(Statistic('away_from_zero', _away, at='weight', by='gradient', needs=('training',)),), normalizer='zscore',
-                   family='taylor', source='Sanh 2020, arXiv 2005.07683', note='how far training took it away from zero'))
-register(Criterion('weight_change', _weight_change, stats=(Statistic('start', _start, merge='first', at='weight', needs=('training',)),),
+register(Criterion('movement', _movement,
+                   stats=(Statistic('away_from_zero', _away, at='weight', by='gradient', needs=('training',)),),
+                   normalizer='zscore', family='taylor', source='Sanh 2020, arXiv 2005.07683',
+                   note='how far training took it away from zero'))
+register(Criterion('weight_change', _weight_change,
+                   stats=(Statistic('start', _start, merge='first', at='weight', needs=('training',)),),
                    family='taylor', note='how far training took it from where it was'));

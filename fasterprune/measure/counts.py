@@ -52,13 +52,15 @@ class Left:
         self.plan = p.plan()
         self.trace,self.labels = p.coupling.trace,p.coupling.labels
         self.gone = labels_of(p.coupling, {c.name:c.keep for c in self.plan.cuts})
-        self.small = replace(self.trace, shapes={i:tuple(int(k.sum()) for k in self.keeps(i)) for i in self.trace.shapes})
+        self.small = replace(self.trace,
+            shapes={i:tuple(int(k.sum()) for k in self.keeps(i)) for i in self.trace.shapes})
         self.edits,self.folds = {},{f.name:f for f in self.plan.folds}
         for e in self.plan.edits: self.edits.setdefault(e.param, []).append(e)
         self.twins,self.constants = {n.key:n for n in self.trace.nodes} if self.plan.branches else None,{}
         last = [b.modules[-1] for b in self.plan.branches]
         for g in last: # what a branch added may stay, as a bias of its last module
-            if g.value is not None: self.constants[f"{g.module}.bias"] = self._stays(f"{g.module}.bias", torch.tensor(g.value))
+            if g.value is not None:
+                self.constants[f"{g.module}.bias"] = self._stays(f"{g.module}.bias", torch.tensor(g.value))
 
     def _stays(self, name, v): return v[list(self.edits[name][0].keep)] if name in self.edits else v
 
@@ -95,7 +97,8 @@ def n_nonzero(
     return int(t.sum())
 
 # %% ../../nbs/measure/02_counts.ipynb #00000009
-_operands = ('weight','mat2','batch2','mat1','batch1','input','self') # the first two that an operator has are multiplied
+# the first two that an operator has are multiplied
+_operands = ('weight','mat2','batch2','mat1','batch1','input','self')
 _lookups = ('index','index_select','gather','take_along_dim') # they only take numbers out of a table
 
 class Tally:
@@ -119,7 +122,9 @@ class Tally:
     def listen(self, node:Node, args:tuple, out):
         "An operator has run"
         t = self.rec.trace
-        if not self.dep: self.dep |= {r.id for r in t.inputs}; self.origin |= {i:n for i,n in t.names.items() if n in self.own}
+        if not self.dep:
+            self.dep |= {r.id for r in t.inputs}
+            self.origin |= {i:n for i,n in t.names.items() if n in self.own}
         s = Site(node, t, {}, dict(zip([a.name for a in node.func._schema.arguments], args)))
         ids = [r.id for r in s.tensors]
         param = next((self.origin[i] for i in ids if i in self.origin), None)
@@ -128,7 +133,8 @@ class Tally:
         if reads: self.dep |= new
         elif param: self.origin |= {i:param for i in new if i not in self.origin}
         if macs_of(node, t): self.rows.append(self.count(s))
-        elif reads and param and rule_for(node) is None and node.op not in _lookups: self.uncounted[f"{node.op} in {node.module or 'the model'}"] = True
+        elif reads and param and rule_for(node) is None and node.op not in _lookups:
+            self.uncounted[f"{node.op} in {node.module or 'the model'}"] = True
 
 # %% ../../nbs/measure/02_counts.ipynb #0000000a
 @patch
@@ -136,14 +142,17 @@ def count(self:Tally, s:Site)->tuple:
     "(layer, MACs, nonzero MACs, effective MACs) of one operator"
     t,left,node = s.trace,self.left,s.node
     macs = macs_of(node, t)
-    k = next((k for k in [k for k in _operands if isinstance(s[k], Ref)][:2] if s[k].id in self.origin and s[k].id not in self.dep), None)
+    k = next((k for k in [k for k in _operands if isinstance(s[k], Ref)][:2]
+              if s[k].id in self.origin and s[k].id not in self.dep), None)
     w = None if k is None else s.values[k]
     multiplied = macs if k is None else macs*n_nonzero(w)//w.numel()
     layer = node.module if k is None else self.holder(node, self.origin[s[k].id])
     if left is None: return layer,macs,multiplied,multiplied
     twin = left.twin(node)
     if left.goes(node.module): return layer,macs,multiplied,0
-    if twin is None or twin.op!=node.op: raise ValueError('the model ran other operators than it did while it was captured; effective=False counts without propagation')
+    if twin is None or twin.op!=node.op:
+        raise ValueError('the model ran other operators than it did while it was captured; '
+                         'effective=False counts without propagation')
     effective = macs_of(twin, left.small)
     if k is None or not effective: return layer,macs,multiplied,effective
     keeps = left.keeps(Site(twin, left.trace, {})[k].id)
@@ -164,7 +173,8 @@ def effective_entries(
     "Count the entries of a parameter that are left, and not zero"
     f = left.folds.get(name)
     if name in left.constants: return int(left.constants[name].count_nonzero())
-    if f is not None and f.kind=='bias': p = (p.detach().double()+torch.tensor(f.value, dtype=torch.float64, device=p.device)).to(p.dtype)
+    if f is not None and f.kind=='bias':
+        p = (p.detach().double()+torch.tensor(f.value, dtype=torch.float64, device=p.device)).to(p.dtype)
     if any(e.others for e in left.edits.get(name, ())): return int(sliced(p.detach(), left.edits[name]).count_nonzero())
     keeps = [torch.ones(n, dtype=torch.bool) for n in p.shape]
     for e in left.edits.get(name, ()): keeps[e.dim][:] = False; keeps[e.dim][list(e.keep)] = True
@@ -179,7 +189,8 @@ def new_bias(
     f,owns = left.folds.get(name),dict(m.named_parameters(recurse=False))
     if (v := left.constants.get(f"{name}.bias")) is not None: return 0 if 'bias' in owns else int(v.count_nonzero())
     if f is None or f.kind!='new': return 0
-    rows = [e.keep for e in left.edits.get(f"{name}.weight", []) if e.dim==(1 if getattr(m, 'transposed', False) else 0)]
+    rows = [e.keep for e in left.edits.get(f"{name}.weight", [])
+            if e.dim==(1 if getattr(m, 'transposed', False) else 0)]
     v = torch.tensor(f.value, dtype=m.weight.dtype)
     return int((v[list(rows[0])] if rows else v).count_nonzero())
 
@@ -195,5 +206,7 @@ def layer_cost(
     if not isinstance(w, Tensor): w = max(params.values(), key=Tensor.numel, default=torch.empty(0))
     macs,nonzero,effective = (sum(o[i] for o in ops) for i in (1,2,3))
     count = sum(n_nonzero(p.detach()) for p in params.values())
-    kept = count if left is None else sum(effective_entries(left, n, p) for n,p in params.items()) + new_bias(left, name, m)
-    return LayerCost(name, type(m).__name__, tuple(w.shape) if w.numel() else (), sum(p.numel() for p in params.values()), count, macs, nonzero, kept, effective)
+    kept = (count if left is None
+            else sum(effective_entries(left, n, p) for n,p in params.items()) + new_bias(left, name, m))
+    return LayerCost(name, type(m).__name__, tuple(w.shape) if w.numel() else (),
+                     sum(p.numel() for p in params.values()), count, macs, nonzero, kept, effective)

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 from ..allocation import keep_top
 from ..core import check_fraction
-from ..granularity import Granularity, as_granularity, expand_units, kind_of, layer_axes, reduce_units, unit_dims, unit_tiles, why_not
+from ..granularity import Granularity, as_granularity, expand_units, kind_of, layer_axes
+from ..granularity import reduce_units, unit_dims, unit_tiles, why_not
 from .plots import plot_mask
 from .storage import Storage, layer_storage
 from ..sparse.sparsifier import Sparsifier
@@ -49,18 +50,25 @@ class Exhibit:
     weights: int # That it has
 
     @property
-    def index(self)->float: "Bits for each weight that say where the units are"; return self.storage['units'].index_bits/self.weights
+    def index(self)->float:
+        "Bits for each weight that say where the units are"
+        return self.storage['units'].index_bits/self.weights
     @property
-    def part(self)->float: "Bytes as a part of the dense layer's"; return self.storage['units'].bits/self.storage['dense'].bits
+    def part(self)->float:
+        "Bytes as a part of the dense layer's"
+        return self.storage['units'].bits/self.storage['dense'].bits
 
     def text(self)->list[str]: # Lines
         "What is written beside the picture"
         g = self.granularity
         axes = [a for d,a in enumerate(layer_axes[self.kind]) if d in (g.dims(self.kind) or ())]
         tiles = ', '.join(f"{n} neighbours along {a}" for a,n in g.tiles)
-        size = ' and '.join(x for x in (('all of '+', '.join(axes)) if axes else '', tiles) if x) or ('one weight' if g.layers else 'rows of query, key and value')
+        size = (' and '.join(x for x in (('all of '+', '.join(axes)) if axes else '', tiles) if x)
+                or ('one weight' if g.layers else 'rows of query, key and value'))
         how,index = _said(g.how, self.kind),f"{self.index:.2g}" if self.index>=.001 else 'under 0.001'
-        return [_said(g.meaning, self.kind), f"a unit is {size}", f"index {index} bits per weight, {self.part:.0%} of dense", f"removed: {how}" if how else 'stays as zeros']
+        return [_said(g.meaning, self.kind), f"a unit is {size}",
+                f"index {index} bits per weight, {self.part:.0%} of dense",
+                f"removed: {how}" if how else 'stays as zeros']
 
     def __repr__(self): return '\n'.join([self.granularity.name, *('  '+l for l in self.text())])
 
@@ -84,7 +92,8 @@ def exhibit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = layer or nn.Conv2d(4, 4, 3)
-        big = large or (nn.Linear(256, 256) if kind_of(layer) == 'Linear' else nn.Conv2d(64, 64, 3) if kind_of(layer) == 'Conv2d' else layer)
+        big = large or (nn.Linear(256, 256) if kind_of(layer) == 'Linear'
+                        else nn.Conv2d(64, 64, 3) if kind_of(layer) == 'Conv2d' else layer)
     keep,mask = example_mask(layer, g, sparsity),example_mask(big, g, sparsity)
     was = big.weight.detach().clone()
     with torch.no_grad(): big.weight.masked_fill_(~mask, 0)
@@ -111,8 +120,10 @@ def _panel(ax:Axes, beside:Axes, e:Exhibit, width:int):
     plot_mask(e.keep, ax=ax)
     beside.axis('off')
     lines = [l for i,t in enumerate(e.text()) for l in textwrap.wrap(t, width)]
-    beside.text(0, 1, e.granularity.name, fontsize=9.5, weight='bold', color='#333333', va='top', transform=beside.transAxes)
-    beside.text(0, .84, '\n'.join(lines), fontsize=7, color='#333333', va='top', transform=beside.transAxes, linespacing=1.25)
+    beside.text(0, 1, e.granularity.name, fontsize=9.5, weight='bold', color='#333333', va='top',
+                transform=beside.transAxes)
+    beside.text(0, .84, '\n'.join(lines), fontsize=7, color='#333333', va='top', transform=beside.transAxes,
+                linespacing=1.25)
 
 def plot_gallery(
     exhibits:Iterable[Exhibit|str|Granularity], # Names, or what `exhibit` gives
@@ -124,7 +135,10 @@ def plot_gallery(
     if not es: raise ValueError("no granularities to draw; give some names, such as ['weight', 'kernel', 'filter']")
     ncols = min(ncols, len(es))
     nrows = -(-len(es)//ncols)
-    fig,axs = plt.subplots(nrows, 2*ncols, figsize=(size[0]*ncols, size[1]*nrows), squeeze=False, gridspec_kw=dict(width_ratios=[1.1, 2.2]*ncols, wspace=.08, hspace=.12, left=.01, right=.99, top=.99, bottom=.01))
+    fig,axs = plt.subplots(
+        nrows, 2*ncols, figsize=(size[0]*ncols, size[1]*nrows), squeeze=False,
+        gridspec_kw=dict(width_ratios=[1.1, 2.2]*ncols, wspace=.08, hspace=.12,
+                         left=.01, right=.99, top=.99, bottom=.01))
     for i in range(nrows*ncols):
         ax,beside = axs[i//ncols, 2*(i%ncols)],axs[i//ncols, 2*(i%ncols)+1]
         if i<len(es): _panel(ax, beside, es[i], 40)

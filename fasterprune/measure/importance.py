@@ -29,24 +29,35 @@ class Importance:
 
     def table(self)->pd.DataFrame:
         "A row for each group: how many units, and quantiles of their scores"
-        rows = {n:(len(s), *(torch.quantile(s, q).item() for q in (0,.25,.5,.75,1))) for n,s in ((n,s.double()) for n,s in self.scores.items())}
-        return pd.DataFrame(rows, index=['units','lowest','25 %','median','75 %','highest']).T.rename_axis('group').astype({'units':int})
+        rows = {n:(len(s), *(torch.quantile(s, q).item() for q in (0,.25,.5,.75,1)))
+                for n,s in ((n,s.double()) for n,s in self.scores.items())}
+        return (pd.DataFrame(rows, index=['units','lowest','25 %','median','75 %','highest'])
+                .T.rename_axis('group').astype({'units':int}))
 
-    def __repr__(self): return f"Importance by {self.criterion!r}, normalizer {self.normalizer!r}\n{self.table().to_string(float_format='{:.4g}'.format)}"
-    def _repr_html_(self): return f"<p>Importance by <code>{self.criterion}</code>, normalizer <code>{self.normalizer}</code></p>{self.table().to_html(float_format='{:.4g}'.format)}"
+    def __repr__(self):
+        return (f"Importance by {self.criterion!r}, normalizer {self.normalizer!r}\n"
+                f"{self.table().to_string(float_format='{:.4g}'.format)}")
+    def _repr_html_(self):
+        return (f"<p>Importance by <code>{self.criterion}</code>, normalizer <code>{self.normalizer}</code></p>"
+                f"{self.table().to_html(float_format='{:.4g}'.format)}")
 
 # %% ../../nbs/measure/06_importance.ipynb #00000008
 def _normaliser(c, normalizer): # Its name, and what it does
-    if normalizer is None and c.across is None: raise ValueError(f"criterion {c.name!r} ranks units within one layer only, so there is no ranking over layers to show; give normalizer='none' for its scores as they are, or name one to look at them all the same")
+    if normalizer is None and c.across is None:
+        raise ValueError(f"criterion {c.name!r} ranks units within one layer only, so there is no ranking over layers "
+                         "to show; give normalizer='none' for its scores as they are, or name one to look at them all "
+                         "the same")
     normalizer = c.across if normalizer is None else normalizer
-    return (normalizer if isinstance(normalizer, str) else getattr(normalizer, '__name__', 'own')),as_normalizer(normalizer)
+    return ((normalizer if isinstance(normalizer, str) else getattr(normalizer, '__name__', 'own')),
+            as_normalizer(normalizer))
 
 def importance(
     model:nn.Module, # Any module that runs; it is not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; to find the groups
     criterion='l2', # A name, a `Criterion` or a function
     *, normalizer=None, # Name or function; None: what a ranking over layers uses with this criterion
-    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
     granularity:str='filter', # What one unit is
@@ -55,7 +66,8 @@ def importance(
     "Score every unit of a model, and make the scores comparable"
     c = as_criterion(criterion)
     name,f = _normaliser(c, normalizer)
-    s = Sparsifier(model, x, granularity=granularity, criterion=c, only=only, data=data, n_batches=n_batches, loss_func=loss_func).scores()
+    s = Sparsifier(model, x, granularity=granularity, criterion=c, only=only, data=data, n_batches=n_batches,
+                   loss_func=loss_func).scores()
     return Importance({n:f(v.flatten()).cpu() for n,v in s.items()}, c.name, name)
 
 # %% ../../nbs/measure/06_importance.ipynb #0000000f
@@ -71,15 +83,21 @@ class Lowest:
         q = o/o.sum()
         spread = np.sqrt(self.m*q*(1-q)*(o.sum()-self.m)/max(o.sum()-1, 1))
         part = lambda a,b: np.divide(a, b, out=np.zeros(len(a)), where=b>0)
-        cols = dict(units=o, count=c, part=part(c, o), expected=self.m*q, times=part(c, self.m*q), deviations=part(c-self.m*q, spread))
+        cols = dict(units=o, count=c, part=part(c, o), expected=self.m*q, times=part(c, self.m*q),
+                    deviations=part(c-self.m*q, spread))
         return pd.DataFrame(cols, index=pd.Index(list(self.counts), name='group'))
 
-    def __repr__(self): return f"The {self.m} lowest of {sum(o for _,o in self.counts.values())} units\n{self.table().to_string(float_format='{:.3g}'.format)}"
-    def _repr_html_(self): return f"<p>The {self.m} lowest of {sum(o for _,o in self.counts.values())} units</p>{self.table().to_html(float_format='{:.3g}'.format)}"
+    def __repr__(self):
+        return (f"The {self.m} lowest of {sum(o for _,o in self.counts.values())} units\n"
+                f"{self.table().to_string(float_format='{:.3g}'.format)}")
+    def _repr_html_(self):
+        return (f"<p>The {self.m} lowest of {sum(o for _,o in self.counts.values())} units</p>"
+                f"{self.table().to_html(float_format='{:.3g}'.format)}")
 
 # %% ../../nbs/measure/06_importance.ipynb #00000011
 def lowest(
-    scores:Mapping[str,Tensor], # Group → scores of its units, as in an `Importance`; −inf (already removed) does not count
+    # Group → scores of its units, as in an `Importance`; −inf (already removed) does not count
+    scores:Mapping[str,Tensor],
     m:int|None=None, # How many to look at; None: a quarter of all units
 )->Lowest:
     "Count where the `m` lowest-ranked units come from, against what their layers' widths let expect"
@@ -94,7 +112,8 @@ def without_lowest(
     "Scores after the `m` lowest-ranked units have gone"
     flat = torch.cat([torch.as_tensor(s).flatten() for s in scores.values()]).clone()
     there = (flat!=-torch.inf).nonzero().flatten()
-    if isinstance(m, bool) or not isinstance(m, int) or not 0<=m<=len(there): raise ValueError(f"m is how many of the {len(there)} units go, from 0 to {len(there)}, not {m!r}")
+    if isinstance(m, bool) or not isinstance(m, int) or not 0<=m<=len(there):
+        raise ValueError(f"m is how many of the {len(there)} units go, from 0 to {len(there)}, not {m!r}")
     flat[there[flat[there].sort(stable=True).indices[:m]]] = -torch.inf
     return {n:s for n,s in zip(scores, flat.split([torch.as_tensor(s).numel() for s in scores.values()]))}
 
@@ -119,7 +138,9 @@ def _spearman(scores): # [criteria, units] → [criteria, criteria]; NaN where t
 class Agreement:
     "How alike the rankings of several criteria are"
     criteria:tuple # Names
-    groups:dict # Group → Spearman's ρ of each pair [criteria, criteria]; NaN where one gives no order. '' is all groups in one ranking
+    # Group → Spearman's ρ of each pair [criteria, criteria]; NaN where one gives no order.
+    # '' is all groups in one ranking
+    groups:dict
 
     @property
     def values(self)->np.ndarray:
@@ -128,10 +149,17 @@ class Agreement:
         n = (~np.isnan(v)).sum(0)
         return np.where(n>0, np.nansum(v, 0)/np.maximum(n, 1), np.nan)
 
-    def table(self)->pd.DataFrame: "A row and a column for each criterion"; return pd.DataFrame(self.values, index=self.criteria, columns=self.criteria)
-    def __repr__(self): return f"Spearman's rank correlation, {self._of()}\n{self.table().to_string(float_format='{:.2f}'.format)}"
-    def _repr_html_(self): return f"<p>Spearman's rank correlation, {self._of()}</p>{self.table().to_html(float_format='{:.2f}'.format)}"
-    def _of(self): return 'one ranking over all groups' if list(self.groups)==[''] else f"mean over {len(self.groups)} groups"
+    def table(self)->pd.DataFrame:
+        "A row and a column for each criterion"
+        return pd.DataFrame(self.values, index=self.criteria, columns=self.criteria)
+    def __repr__(self):
+        return (f"Spearman's rank correlation, {self._of()}\n"
+                f"{self.table().to_string(float_format='{:.2f}'.format)}")
+    def _repr_html_(self):
+        return (f"<p>Spearman's rank correlation, {self._of()}</p>"
+                f"{self.table().to_html(float_format='{:.2f}'.format)}")
+    def _of(self):
+        return 'one ranking over all groups' if list(self.groups)==[''] else f"mean over {len(self.groups)} groups"
 
 # %% ../../nbs/measure/06_importance.ipynb #0000001e
 def agreement(
@@ -139,14 +167,20 @@ def agreement(
     *, across:bool=False, # One ranking over all groups; False: within each
 )->Agreement:
     "Compare the rankings of several criteria on one network"
-    if not scores: raise ValueError("no criteria to compare; give a dict of criterion → scores, such as {'l2': importance(model, x, 'l2').scores}")
+    if not scores:
+        raise ValueError("no criteria to compare; give a dict of criterion → scores, "
+                         "such as {'l2': importance(model, x, 'l2').scores}")
     first = next(iter(scores))
     sizes = {n:[(g, len(torch.as_tensor(s).flatten())) for g,s in of.items()] for n,of in scores.items()}
-    if other := [n for n in sizes if sizes[n]!=sizes[first]]: raise ValueError(f"{other[0]!r} scores other units than {first!r}: {sizes[other[0]]} and {sizes[first]}; compare scores of the same network")
+    if other := [n for n in sizes if sizes[n]!=sizes[first]]:
+        raise ValueError(f"{other[0]!r} scores other units than {first!r}: {sizes[other[0]]} and {sizes[first]}; "
+                         "compare scores of the same network")
     parts = {g:[torch.as_tensor(of[g]).detach().cpu().flatten() for of in scores.values()] for g,_ in sizes[first]}
     if across: parts = {'': [torch.cat([p[i] for p in parts.values()]) for i in range(len(scores))]}
     groups = {g:_spearman(p) for g,p in parts.items() if len(p[0])>1}
-    if not groups: raise ValueError(f"no group of {first!r} has two units, so there is no order to compare; use across=True for one ranking over all groups")
+    if not groups:
+        raise ValueError(f"no group of {first!r} has two units, so there is no order to compare; "
+                         "use across=True for one ranking over all groups")
     return Agreement(tuple(scores), groups)
 
 # %% ../../nbs/measure/06_importance.ipynb #00000020

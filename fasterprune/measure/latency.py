@@ -31,8 +31,9 @@ class Latency:
     memory_format: str # Of the first tensor with 4 or 5 dimensions: 'contiguous', 'channels_last' or 'strided'
 
     def __repr__(self):
-        return (f"{self.median_ms:.3g} ms (IQR {self.iqr_ms:.2g} ms, min {self.min_ms:.3g} ms; {self.runs} runs of {self.calls} call{'s'*(self.calls != 1)}, "
-                f"batch {self.batch}, {self.device}, {self.threads} thread{'s'*(self.threads != 1)}, {self.memory_format})")
+        return (f"{self.median_ms:.3g} ms (IQR {self.iqr_ms:.2g} ms, min {self.min_ms:.3g} ms; "
+                f"{self.runs} runs of {self.calls} call{'s'*(self.calls != 1)}, batch {self.batch}, {self.device}, "
+                f"{self.threads} thread{'s'*(self.threads != 1)}, {self.memory_format})")
 
 # %% ../../nbs/measure/01_latency.ipynb #00000008
 def _facts(model:nn.Module, x) -> dict:
@@ -40,7 +41,8 @@ def _facts(model:nn.Module, x) -> dict:
     args, kwargs = as_call(x)
     ts = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     devices = {str(t.device) for t in (*ts, *model.parameters())} or {'cpu'}
-    if len(devices) > 1: raise ValueError(f"the model and its input are on {' and '.join(sorted(devices))}; move both to one device")
+    if len(devices) > 1:
+        raise ValueError(f"the model and its input are on {' and '.join(sorted(devices))}; move both to one device")
     image = next((t for t in ts if t.ndim in (4,5)), None)
     last = torch.channels_last if image is not None and image.ndim == 4 else torch.channels_last_3d
     fmt = ('contiguous' if image is None or image.is_contiguous() else
@@ -50,7 +52,8 @@ def _facts(model:nn.Module, x) -> dict:
 
 def _check_count(n, name:str, least:int) -> int:
     "Refuse what is not a whole number of at least `least`"
-    if isinstance(n, bool) or not isinstance(n, int) or n < least: raise ValueError(f"{name} is a whole number, at least {least}, not {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+        raise ValueError(f"{name} is a whole number, at least {least}, not {n!r}")
     return n
 
 # %% ../../nbs/measure/01_latency.ipynb #0000000a
@@ -66,7 +69,9 @@ def _measure(models:Mapping, x, repeats:int, warmup:int, threads:int) -> dict[st
     models = {n: unwrap(m, compiled=False) for n,m in models.items()}
     facts = {n: _facts(m, x) for n,m in models.items()}
     runs = time_interleaved(models, x, repeats=repeats, warmup=warmup, threads=threads)
-    return {n: Latency(r.median, _quantile(r.ms,.75)-_quantile(r.ms,.25), min(r.ms), repeats, r.calls, threads, **facts[n]) for n,r in runs.items()}
+    return {n: Latency(r.median, _quantile(r.ms,.75)-_quantile(r.ms,.25), min(r.ms), repeats, r.calls, threads,
+                       **facts[n])
+            for n,r in runs.items()}
 
 # %% ../../nbs/measure/01_latency.ipynb #0000000b
 def latency(
@@ -104,6 +109,7 @@ def compare_latency(
     threads:int=1, # CPU threads
 ) -> LatencyComparison: # Medians, and speedups against the first
     "Measure models in turns, so that all of them meet the same conditions"
-    if not isinstance(models, Mapping): raise TypeError(f"models is a dict of name → model, not {type(models).__name__}; use latency for one model")
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models is a dict of name → model, not {type(models).__name__}; use latency for one model")
     if not models: raise ValueError("no models to compare; give a dict of name → model")
     return LatencyComparison(_measure(models, x, repeats, warmup, threads))

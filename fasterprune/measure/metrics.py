@@ -26,7 +26,9 @@ __all__ = ['convention', 'Evaluation', 'evaluate', 'compression_ratio', 'theoret
 def _ratio(total, part): return total/part if part else 1. if not total else float('inf')
 
 def _total(attr, doc):
-    def f(self): return None if any(getattr(l, attr) is None for l in self.layers) else sum(getattr(l, attr) for l in self.layers)
+    def f(self):
+        return (None if any(getattr(l, attr) is None for l in self.layers)
+                else sum(getattr(l, attr) for l in self.layers))
     f.__doc__ = doc
     return property(f)
 
@@ -47,32 +49,43 @@ class Evaluation:
     @property
     def compression_ratio(self)->float: "Total / nonzero parameters"; return _ratio(self.params, self.nonzero)
     @property
-    def theoretical_speedup(self)->float: "Total / nonzero multiply-accumulates"; return _ratio(self.macs, self.nonzero_macs)
+    def theoretical_speedup(self)->float:
+        "Total / nonzero multiply-accumulates"
+        return _ratio(self.macs, self.nonzero_macs)
     @property
-    def effective_compression(self)->float|None: "Total / effective parameters"; return None if self.effective_params is None else _ratio(self.params, self.effective_params)
+    def effective_compression(self)->float|None:
+        "Total / effective parameters"
+        return None if self.effective_params is None else _ratio(self.params, self.effective_params)
     @property
-    def effective_speedup(self)->float|None: "Total / effective multiply-accumulates"; return None if self.effective_macs is None else _ratio(self.macs, self.effective_macs)
+    def effective_speedup(self)->float|None:
+        "Total / effective multiply-accumulates"
+        return None if self.effective_macs is None else _ratio(self.macs, self.effective_macs)
 
 # %% ../../nbs/measure/02_metrics.ipynb #00000007
-convention = 'MACs are multiply-accumulates of convolutions and matrix products (two FLOPs each); biases, normalisations, activations and pooling do not count'
+convention = ('MACs are multiply-accumulates of convolutions and matrix products (two FLOPs each); '
+              'biases, normalisations, activations and pooling do not count')
 
 def _size(shape): return '×'.join(map(str, shape)) or '–'
 
 @patch
 def table(self:Evaluation)->pd.DataFrame: # A row for each layer
     "The layers as a data frame"
-    rows = [{'layer':l.name or '(model)', 'kind':l.kind, 'shape':_size(l.shape), 'parameters':l.params, 'nonzero':l.nonzero, 'sparsity':l.sparsity,
-             'MACs':l.macs, 'nonzero MACs':l.nonzero_macs, 'effective parameters':l.effective_params, 'effective MACs':l.effective_macs} for l in self.layers]
+    rows = [{'layer':l.name or '(model)', 'kind':l.kind, 'shape':_size(l.shape), 'parameters':l.params,
+             'nonzero':l.nonzero, 'sparsity':l.sparsity, 'MACs':l.macs, 'nonzero MACs':l.nonzero_macs,
+             'effective parameters':l.effective_params, 'effective MACs':l.effective_macs} for l in self.layers]
     df = pd.DataFrame(rows).set_index('layer') if rows else pd.DataFrame()
     return df.dropna(axis=1, how='all')
 
 @patch
 def rows(self:Evaluation)->list: # Lists of strings, the header first
     "The sums, with their ratios"
-    res = [['', 'parameters', 'compression ratio', 'MACs', 'theoretical speedup'], ['total', f"{self.params:,}", '', f"{self.macs:,}", ''],
-           ['nonzero', f"{self.nonzero:,}", f"{self.compression_ratio:.2f}", f"{self.nonzero_macs:,}", f"{self.theoretical_speedup:.2f}"]]
+    res = [['', 'parameters', 'compression ratio', 'MACs', 'theoretical speedup'],
+           ['total', f"{self.params:,}", '', f"{self.macs:,}", ''],
+           ['nonzero', f"{self.nonzero:,}", f"{self.compression_ratio:.2f}", f"{self.nonzero_macs:,}",
+            f"{self.theoretical_speedup:.2f}"]]
     if self.effective_params is None: return res
-    return [*res, ['effective', f"{self.effective_params:,}", f"{self.effective_compression:.2f}", f"{self.effective_macs:,}", f"{self.effective_speedup:.2f}"]]
+    return [*res, ['effective', f"{self.effective_params:,}", f"{self.effective_compression:.2f}",
+                   f"{self.effective_macs:,}", f"{self.effective_speedup:.2f}"]]
 
 @patch
 def notes(self:Evaluation)->list[str]:
@@ -84,12 +97,17 @@ def notes(self:Evaluation)->list[str]:
 # %% ../../nbs/measure/02_metrics.ipynb #00000008
 def _text(rows):
     wide = [max(map(len, c)) for c in zip(*rows)]
-    return '\n'.join('  '.join(c.rjust(n) if i else c.ljust(n) for i,(c,n) in enumerate(zip(r, wide))).rstrip() for r in rows)
+    return '\n'.join('  '.join(c.rjust(n) if i else c.ljust(n) for i,(c,n) in enumerate(zip(r, wide))).rstrip()
+                     for r in rows)
 
 def _html(rows, notes):
     import html
-    row = lambda r, tag: '<tr>' + ''.join(f"<{tag} style='text-align:{'right' if i else 'left'}'>{html.escape(c)}</{tag}>" for i,c in enumerate(r)) + '</tr>'
-    return f"<table><thead>{row(rows[0], 'th')}</thead><tbody>{''.join(row(r, 'td') for r in rows[1:])}</tbody></table>" + ''.join(f"<p><small>{html.escape(n)}</small></p>" for n in notes)
+    row = lambda r, tag: '<tr>' + ''.join(
+        f"<{tag} style='text-align:{'right' if i else 'left'}'>{html.escape(c)}</{tag}>"
+        for i,c in enumerate(r)) + '</tr>'
+    return (f"<table><thead>{row(rows[0], 'th')}</thead>"
+            f"<tbody>{''.join(row(r, 'td') for r in rows[1:])}</tbody></table>"
+            + ''.join(f"<p><small>{html.escape(n)}</small></p>" for n in notes))
 
 @patch
 def __repr__(self:Evaluation): return '\n'.join([_text(self.rows()), *self.notes()])
@@ -106,7 +124,8 @@ def _module(model): # The model itself, without wrappers
 def evaluate(
     model:nn.Module, # Any module that runs; not changed
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments
-    *, effective:bool=True, # Also count what is left once everything dead is removed; False needs one run of the model only
+    # Also count what is left once everything dead is removed; False needs one run of the model only
+    *, effective:bool=True,
 )->Evaluation:
     "Count the parameters and multiply-accumulates of a model, and what its zeros save"
     model,inputs = _module(model),as_call(x)
@@ -115,7 +134,8 @@ def evaluate(
     tally,ops,params = Tally(model, left),{},{}
     for o in tally.run(x): ops.setdefault(o[0], []).append(o)
     for n,p in model.named_parameters(): params.setdefault(n.rpartition('.')[0], {})[n] = p
-    layers = [layer_cost(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules() if n in params or n in ops or left and f"{n}.bias" in left.constants]
+    layers = [layer_cost(n, m, params.get(n, {}), ops.get(n, []), left) for n,m in model.named_modules()
+              if n in params or n in ops or left and f"{n}.bias" in left.constants]
     if not effective: layers = [replace(l, effective_params=None, effective_macs=None) for l in layers]
     return Evaluation(tuple(layers), tuple(tuple(t.shape) for t in tensors_in(inputs)), tuple(tally.uncounted))
 
@@ -131,8 +151,11 @@ def compression_ratio(
 )->float:
     "Total / nonzero parameters"
     model,total = _module(model),_dense(dense, 'params')
-    if effective and x is None: raise ValueError('effective=True follows channels through the network, and needs x: an example of what the model is called with')
-    nonzero = evaluate(model, x).effective_params if effective else sum(n_nonzero(p.detach()) for p in model.parameters())
+    if effective and x is None:
+        raise ValueError('effective=True follows channels through the network, and needs x: '
+                         'an example of what the model is called with')
+    nonzero = (evaluate(model, x).effective_params if effective
+               else sum(n_nonzero(p.detach()) for p in model.parameters()))
     return _ratio(n_params(model if total is None else total) if not isinstance(total, int) else total, nonzero)
 
 def theoretical_speedup(
@@ -151,7 +174,8 @@ def layer_collapse(
     model:nn.Module, # Any module
 )->tuple[str,...]: # Names of layers, none if all is well
     "Find the convolutions and linear layers without a nonzero weight"
-    return tuple(n for n,m in prunable_layers(_module(model)).items() if m.weight.numel() and not n_nonzero(m.weight.detach()))
+    return tuple(n for n,m in prunable_layers(_module(model)).items()
+                 if m.weight.numel() and not n_nonzero(m.weight.detach()))
 
 # %% ../../nbs/measure/02_metrics.ipynb #00000022
 class _Bytes:
@@ -183,10 +207,13 @@ class Comparison:
     def row(self, name:str)->dict:
         "Quantity → number, for one network"
         e,d = self.evaluations[name],self.evaluations[self.dense]
-        res = {'accuracy':self.accuracy.get(name), 'parameters':e.params, 'nonzero':e.nonzero, 'compression ratio':_ratio(d.params, e.nonzero),
-               'MACs':e.macs, 'theoretical speedup':_ratio(d.macs, e.nonzero_macs)}
+        res = {'accuracy':self.accuracy.get(name), 'parameters':e.params, 'nonzero':e.nonzero,
+               'compression ratio':_ratio(d.params, e.nonzero), 'MACs':e.macs,
+               'theoretical speedup':_ratio(d.macs, e.nonzero_macs)}
         if not self.accuracy: del res['accuracy']
-        if e.effective_params is not None: res |= {'effective compression':_ratio(d.params, e.effective_params), 'effective speedup':_ratio(d.macs, e.effective_macs)}
+        if e.effective_params is not None:
+            res |= {'effective compression':_ratio(d.params, e.effective_params),
+                    'effective speedup':_ratio(d.macs, e.effective_macs)}
         if self.latencies is not None:
             ms = self.latencies[name].median_ms
             res |= {'latency (ms)':ms, 'measured speedup':self.latencies[self.dense].median_ms/ms}
@@ -194,7 +221,8 @@ class Comparison:
 
     def table(self)->pd.DataFrame:
         "A row for each network"
-        return pd.DataFrame({n:self.row(n) for n in self.evaluations}).T.astype({k:int for k in ('parameters','nonzero','MACs')})
+        return (pd.DataFrame({n:self.row(n) for n in self.evaluations})
+                .T.astype({k:int for k in ('parameters','nonzero','MACs')}))
 
 # %% ../../nbs/measure/02_metrics.ipynb #00000026
 def _cell(name, v): # A number as it is read
@@ -212,10 +240,12 @@ def rows(self:Comparison)->list: # Lists of strings, the header first
 @patch
 def notes(self:Comparison)->list[str]:
     "What the numbers mean"
-    res = [f"ratios are against {self.dense!r}; {self.evaluations[self.dense].notes()[0]}", *self.evaluations[self.dense].notes()[1:]]
+    res = [f"ratios are against {self.dense!r}; {self.evaluations[self.dense].notes()[0]}",
+           *self.evaluations[self.dense].notes()[1:]]
     if self.latencies is None: return res
     l = self.latencies[self.dense]
-    return [*res, f"latency is the median of {l.runs} runs in turns, batch {l.batch}, {l.device}, {l.threads} thread{'s'*(l.threads!=1)}, {l.memory_format}"]
+    return [*res, f"latency is the median of {l.runs} runs in turns, batch {l.batch}, {l.device}, "
+                  f"{l.threads} thread{'s'*(l.threads!=1)}, {l.memory_format}"]
 
 @patch
 def __repr__(self:Comparison): return '\n'.join([_text(self.rows()), *self.notes()])
@@ -233,14 +263,17 @@ def compare(
     effective:bool=True, # Also count what is left once everything dead is removed
 )->Comparison:
     "Put several networks side by side"
-    if not isinstance(models, Mapping): raise TypeError(f"models is a dict of name → model, not {type(models).__name__}; use evaluate for one model")
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models is a dict of name → model, not {type(models).__name__}; use evaluate for one model")
     if not models: raise ValueError("no models to compare; give a dict of name → model")
     dense,accuracy = next(iter(models)) if dense is None else dense,dict(accuracy or {})
     given = latency if isinstance(latency, LatencyComparison) else None
     for what,names in (('dense',[dense]), ('accuracy',accuracy)):
         for n in names:
             if n not in models: raise ValueError(f"{what}: {no_such('model', n, list(models))}")
-    if given and set(models)-set(given.latencies): raise ValueError(f"latency: {no_such('model', min(set(models)-set(given.latencies)), list(given.latencies))}")
+    if given and set(models)-set(given.latencies):
+        raise ValueError('latency: '
+                         f"{no_such('model', min(set(models)-set(given.latencies)), list(given.latencies))}")
     evaluations = {n:evaluate(m, x, effective=effective) for n,m in models.items()}
     times = given or (compare_latency(models, x) if latency else None)
     return Comparison(evaluations, dense, accuracy, {n:file_size(m) for n,m in models.items()}, times)

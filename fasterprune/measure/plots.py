@@ -46,7 +46,8 @@ def _axes(ax:Axes|None, size:tuple[float,float]) -> Axes:
 def _panels(n:int, ncols:int, size:tuple[float,float], **kw) -> tuple[Figure, list[Axes]]:
     "A figure of `n` panels, `size` inches each; surplus panels are taken away"
     ncols = min(n, ncols); nrows = -(-n//ncols)
-    fig, axs = plt.subplots(nrows, ncols, figsize=(size[0]*ncols, size[1]*nrows), layout='constrained', squeeze=False, **kw)
+    fig, axs = plt.subplots(
+        nrows, ncols, figsize=(size[0]*ncols, size[1]*nrows), layout='constrained', squeeze=False, **kw)
     for ax in axs.flat[n:]: ax.remove()
     return fig, list(axs.flat[:n])
 
@@ -82,7 +83,8 @@ def plot_schedules(
     fig, axs = _panels(len(scheds), ncols, (2.2, 1.8), sharex=True, sharey=True)
     for i,(ax,(name,s)) in enumerate(zip(axs, scheds.items())):
         plot_schedule(s, target, updates=updates, title=name, ax=ax)
-        ax.set(xticks=(0,.5,1), xlabel='training' if i+ncols>=len(scheds) else '', ylabel='sparsity' if i%ncols==0 else '')
+        ax.set(xticks=(0,.5,1), xlabel='training' if i+ncols>=len(scheds) else '',
+               ylabel='sparsity' if i%ncols==0 else '')
         ax.tick_params(labelbottom=i+ncols>=len(scheds))
     return fig
 
@@ -107,7 +109,9 @@ def plot_mask(
     "Draw a mask: a row for each filter, a column for each channel, a small grid for each kernel"
     k = _np(keep) != 0
     if shape is not None: k = np.broadcast_to(k, shape)
-    if not 1 <= k.ndim <= 5: raise ValueError(f"a mask has 1 to 5 dimensions, not the {k.ndim} of shape {k.shape}; choose a part of it to draw")
+    if not 1 <= k.ndim <= 5:
+        raise ValueError(f"a mask has 1 to 5 dimensions, not the {k.ndim} of shape {k.shape}; "
+                         "choose a part of it to draw")
     n, k = k.shape, k[(None,)*(k.ndim==1)]               # a vector is one row
     cut = any(s > largest for s in k.shape[:2])
     k = k[:largest,:largest]; k = k.reshape(*k.shape[:2], *(1,)*(5-k.ndim), *k.shape[2:])
@@ -133,7 +137,8 @@ def plot_granularities(
     for ax,(name,keep) in zip(axs, masks.items()):
         k = _np(keep) != 0
         plot_mask(keep, name, ax=ax)
-        ax.text(.5, -.02, f'{k.mean():.0%} kept', transform=ax.transAxes, ha='center', va='top', fontsize=7.5, color='#777777')
+        ax.text(.5, -.02, f'{k.mean():.0%} kept', transform=ax.transAxes, ha='center', va='top', fontsize=7.5,
+                color='#777777')
     return fig
 
 # %% ../../nbs/measure/03_plots.ipynb #0000001b
@@ -168,7 +173,8 @@ def lowest_counts(
     total = sum(map(len, there.values()))
     if not total: raise ValueError("no units to rank; give a dict of layer → scores")
     if m is None: m = max(1, total//4)
-    if not 1 <= m <= total: raise ValueError(f"m is how many of the {total} units to look at, from 1 to {total}, not {m!r}")
+    if not 1 <= m <= total:
+        raise ValueError(f"m is how many of the {total} units to look at, from 1 to {total}, not {m!r}")
     layer = np.repeat(np.arange(len(there)), [len(a) for a in there.values()])
     first = np.argsort(np.concatenate(list(there.values())), kind='stable')[:m]
     count = np.bincount(layer[first], minlength=len(there))
@@ -184,7 +190,8 @@ def _lowest_panel(ax:Axes, counts:dict[str,tuple[int,int]], title:str|None) -> A
     ax.hlines(y, np.maximum(expect-spread, 0), expect+spread, color='black', lw=.8)
     ax.vlines(expect, y-.42, y+.42, color='black', lw=1.4)
     for yi,ci,oi,e in zip(y, c, o, expect+spread):
-        ax.annotate(f'{ci} ({ci/oi:.0%})' if oi else 'none left', (max(ci,e), yi), (4,0), textcoords='offset points', va='center', fontsize=7.5, color=_ink)
+        ax.annotate(f'{ci} ({ci/oi:.0%})' if oi else 'none left', (max(ci,e), yi), (4,0),
+                    textcoords='offset points', va='center', fontsize=7.5, color=_ink)
     ax.set_yticks(y, counts.keys()); ax.set_ylim(len(c)-.4, -.6); ax.margins(x=.28); ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return _tidy(ax, title, f'units among the {m} lowest', grid='x')
@@ -193,7 +200,8 @@ def _lowest_panel(ax:Axes, counts:dict[str,tuple[int,int]], title:str|None) -> A
 def plot_lowest(
     scores:Mapping[str,Tensor], # Layer → scores of its units; −inf (already removed) does not count
     m:int|None=None, # How many of the lowest to look at; None: a quarter of all units
-    *, rounds:Iterable[Mapping[str,Tensor]]=(), # Scores after the first round of pruning, after the second, ...: a panel for each
+    # Scores after the first round of pruning, after the second, ...: a panel for each
+    *, rounds:Iterable[Mapping[str,Tensor]]=(),
     title:str|None=None, # Above the picture
     ax:Axes|None=None, # Where to draw, without `rounds`; None makes a new figure
 ) -> Axes|Figure: # The `Figure` where there are rounds
@@ -257,14 +265,16 @@ def plot_groups(
             ax.add_patch(plt.Rectangle((x-.4, y-.4), .8, .8, color=_keep if role=='write' else _mark))
             ax.text(x, y, dim, ha='center', va='center', fontsize=7.5, color='white', weight='bold')
     ax.set(xlim=(-.6,len(groups)-.4), ylim=(len(params)-.4,-.6))
-    ax.set_xticks(range(len(groups)), groups.keys(), rotation=35, ha='right', rotation_mode='anchor'); ax.set_yticks(range(len(params)), params)
+    ax.set_xticks(range(len(groups)), groups.keys(), rotation=35, ha='right', rotation_mode='anchor')
+    ax.set_yticks(range(len(params)), params)
     ax.hlines(np.arange(len(params)-1)+.5, -.6, len(groups)-.4, color='#EEEEEE', lw=.7)
     return _tidy(ax, title)
 
 # %% ../../nbs/measure/03_plots.ipynb #00000039
 def plot_history(
     history, # List of dicts or data frame, a row for each epoch: 'epoch', 'sparsity...' and metrics
-    *, metrics:Iterable[str]|None=None, # Columns for the upper panel; None: all but epoch, sparsity, compression, losses and time
+    # Columns for the upper panel; None: all but epoch, sparsity, compression, losses and time
+    *, metrics:Iterable[str]|None=None,
     title:str|None=None, # Above the picture
 ) -> Figure:
     "Draw metrics and sparsity over the epochs"
@@ -272,11 +282,14 @@ def plot_history(
     if not rows: raise ValueError("no epochs to draw; give a list of dicts or a data frame with a row for each epoch")
     cols = list(dict.fromkeys(k for r in rows for k in r))
     below = [c for c in cols if c.startswith('sparsity')]
-    other = [c for c in cols if c not in (*below,'epoch','time') and 'loss' not in c and not c.startswith('compression')]
+    other = [c for c in cols
+             if c not in (*below,'epoch','time') and 'loss' not in c and not c.startswith('compression')]
     above = other if metrics is None else list(metrics)
-    if unknown := [c for c in above if c not in cols]: raise ValueError(f"no column {unknown[0]!r}; columns are {', '.join(cols)}")
+    if unknown := [c for c in above if c not in cols]:
+        raise ValueError(f"no column {unknown[0]!r}; columns are {', '.join(cols)}")
     parts = [(p,l) for p,l in ((above,'metric'), (below,'sparsity')) if p]
-    fig, axs = plt.subplots(len(parts), 1, figsize=(4.4, 1.7*len(parts)+.5), layout='constrained', sharex=True, squeeze=False)
+    fig, axs = plt.subplots(
+        len(parts), 1, figsize=(4.4, 1.7*len(parts)+.5), layout='constrained', sharex=True, squeeze=False)
     x = [r.get('epoch', i) for i,r in enumerate(rows)]
     for ax,(part,label) in zip(axs[:,0], parts): _history_panel(ax, x, rows, part, label)
     axs[-1,0].set_xlabel('epoch', fontsize=8.5); axs[0,0].set_title(title or '', fontsize=9.5, color=_ink, loc='left')
@@ -305,14 +318,18 @@ def plot_compare(
     is_number = lambda v: isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
     first = next(iter(table.values()))
     columns = [c for c,v in first.items() if is_number(v)] if columns is None else list(columns)
-    if unknown := [c for c in columns if c not in first]: raise ValueError(f"no column {unknown[0]!r}; columns are {', '.join(first)}")
+    if unknown := [c for c in columns if c not in first]:
+        raise ValueError(f"no column {unknown[0]!r}; columns are {', '.join(first)}")
     fig, axs = _panels(len(columns), ncols, (2.1, .24*len(table)+.6), sharey=True)
     y = np.arange(len(table))
     for ax,c in zip(axs, columns):
         v = [r[c] for r in table.values()]
         ax.barh(y, v, height=.62, color=[_cycle[i%len(_cycle)] for i in y])
-        for yi,vi in zip(y, v): ax.annotate(f'{vi:,.4g}' if vi < 1e4 else f'{vi:,.0f}', (vi, yi), (3,0), textcoords='offset points', va='center', fontsize=7.5, color=_ink)
-        ax.set_yticks(y, table.keys()); ax.set_ylim(len(y)-.4, -.6); ax.margins(x=.42); ax.set_xlim(left=0); ax.set_xticks([])
+        for yi,vi in zip(y, v):
+            ax.annotate(f'{vi:,.4g}' if vi < 1e4 else f'{vi:,.0f}', (vi, yi), (3,0),
+                        textcoords='offset points', va='center', fontsize=7.5, color=_ink)
+        ax.set_yticks(y, table.keys()); ax.set_ylim(len(y)-.4, -.6)
+        ax.margins(x=.42); ax.set_xlim(left=0); ax.set_xticks([])
         _tidy(ax, c)
     if title: fig.suptitle(title, fontsize=10, color=_ink)
     return fig
@@ -330,7 +347,8 @@ def plot_curves(
     if not curves: raise ValueError("no curves to draw; give a dict of name → values")
     curves = {n: _np(y if isinstance(y, Tensor) else list(y)) for n,y in curves.items()}
     for n,y in curves.items():
-        if len(y) != len(x): raise ValueError(f"curve {n!r} has {len(y)} values for {len(x)} positions; it needs one for each")
+        if len(y) != len(x):
+            raise ValueError(f"curve {n!r} has {len(y)} values for {len(x)} positions; it needs one for each")
     ax = _axes(ax, (4.6, 2.8))
     for i,(name,y) in enumerate(curves.items()):
         ax.plot(_np(x), y, color=_cycle[i%len(_cycle)], marker='osD^vPX*'[i%8], ms=4, lw=1.5, label=name)
@@ -348,13 +366,17 @@ def plot_matrix(
     "Draw a table of numbers as coloured cells"
     v, rows = _np(values), list(rows)
     columns = rows if columns is None else list(columns)
-    if v.shape != (len(rows), len(columns)): raise ValueError(f"values of shape {v.shape} do not fit {len(rows)} rows and {len(columns)} columns")
+    if v.shape != (len(rows), len(columns)):
+        raise ValueError(f"values of shape {v.shape} do not fit {len(rows)} rows and {len(columns)} columns")
     ax = _axes(ax, (.52*len(columns)+1.2, .36*len(rows)+.9))
     most = np.nanmax(np.abs(v)) or 1.
     cmap = LinearSegmentedColormap.from_list('orange to blue', [_mark, 'white', _keep])
     ax.imshow(v, cmap=cmap, vmin=-most, vmax=most, aspect='auto')
-    for (i,j),x in np.ndenumerate(v): ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=7.5, color='white' if abs(x) > .7*most else _ink)
-    ax.set_xticks(range(len(columns)), columns, rotation=35, ha='right', rotation_mode='anchor'); ax.set_yticks(range(len(rows)), rows)
+    for (i,j),x in np.ndenumerate(v):
+        ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=7.5,
+                color='white' if abs(x) > .7*most else _ink)
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha='right', rotation_mode='anchor')
+    ax.set_yticks(range(len(rows)), rows)
     ax.spines[:].set_visible(False)
     return _tidy(ax, title)
 

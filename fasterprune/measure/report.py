@@ -31,9 +31,11 @@ def table(
 )->Html:
     "Write a table"
     head, *body = [[str(c) for c in r] for r in rows]
-    if bad := next((r for r in body if len(r) != len(head)), None): raise ValueError(f"a row has {len(bad)} cells and the header {len(head)}: {bad!r}")
+    if bad := next((r for r in body if len(r) != len(head)), None):
+        raise ValueError(f"a row has {len(bad)} cells and the header {len(head)}: {bad!r}")
     line = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in r) + '</tr>'
-    return Html(f"<div class='wide'><table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in body)}</tbody></table></div>")
+    return Html(f"<div class='wide'><table><thead>{line(head, 'th')}</thead>"
+                f"<tbody>{''.join(line(r, 'td') for r in body)}</tbody></table></div>")
 
 def preformatted(
     text, # Anything whose text form is aligned by spaces, such as a `Report` or a `Plan`
@@ -48,10 +50,13 @@ def picture(
     *, dpi:int=144, # At which it was drawn
 )->Html:
     "Put a picture into the page"
-    if not isinstance(png, bytes) or png[:8] != b'\x89PNG\r\n\x1a\n': raise TypeError(f"a picture is the bytes of a PNG file, not {png if not isinstance(png, bytes) else png[:8]!r}; use to_png")
+    if not isinstance(png, bytes) or png[:8] != b'\x89PNG\r\n\x1a\n':
+        raise TypeError("a picture is the bytes of a PNG file, "
+                        f"not {png if not isinstance(png, bytes) else png[:8]!r}; use to_png")
     w,h = (round(s*96/dpi) for s in unpack('>II', png[16:24]))
     alt,text = escape(re.sub('`', '', caption), quote=True),prose(caption).replace('<p>', '').replace('</p>', '')
-    return Html(f"<figure><img src='data:image/png;base64,{b64encode(png).decode()}' width='{w}' height='{h}' alt='{alt}'>"
+    return Html(f"<figure><img src='data:image/png;base64,{b64encode(png).decode()}' "
+                f"width='{w}' height='{h}' alt='{alt}'>"
                 f"<figcaption>{text}</figcaption></figure>")
 
 # %% ../../nbs/measure/04_report.ipynb #0000000e
@@ -70,7 +75,8 @@ def _part(p):
     if isinstance(p, str): return prose(p)
     if isinstance(p, bytes): return picture(p)
     if isinstance(p, (list, tuple)): return table(p)
-    raise TypeError(f"a part of a page is text, a list of rows, the bytes of a picture or Html, not {type(p).__name__}; use preformatted for its text")
+    raise TypeError("a part of a page is text, a list of rows, the bytes of a picture or Html, "
+                    f"not {type(p).__name__}; use preformatted for its text")
 
 def section(
     heading:str, # Plain text
@@ -83,12 +89,14 @@ def section(
 _style = '''
 :root{color-scheme:light}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1.2rem 4rem;max-width:66rem;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:#1d2733;background:#fff}
+body{margin:0 auto;padding:2rem 1.2rem 4rem;max-width:66rem;\
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:#1d2733;background:#fff}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4rem}
 h2{font-size:1.25rem;margin:2.4rem 0 .5rem;padding-top:.9rem;border-top:1px solid #e3e8ee}
 p{margin:.5rem 0;max-width:46rem}
 .lead{font-size:1.1rem;color:#45515f}
-code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;background:#f4f6f8;border-radius:4px}
+code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;\
+background:#f4f6f8;border-radius:4px}
 code{padding:.1em .3em}
 pre{padding:.8rem 1rem;overflow-x:auto}
 .wide{overflow-x:auto;margin:.9rem 0}
@@ -112,7 +120,9 @@ def html_page(
     footer:str='', # Small text at the end
 )->str: # To be written to a file, in UTF-8
     "Write a page that needs no other file"
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{escape(title)}</title><style>\n{_style}\n</style>"
+    head = ("<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(title)}</title><style>\n{_style}\n</style>")
     top = f"<h1>{escape(title)}</h1>" + str(prose(lead)).replace('<p>', "<p class='lead'>")
     end = f'<footer>{prose(footer)}</footer>' if footer else ''
-    return '\n'.join(['<!doctype html>', f"<html lang='en'><head>{head}</head>", f'<body>{top}', *(s.html for s in sections), end, '</body></html>', ''])
+    return '\n'.join(['<!doctype html>', f"<html lang='en'><head>{head}</head>", f'<body>{top}',
+                      *(s.html for s in sections), end, '</body></html>', ''])

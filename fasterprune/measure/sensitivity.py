@@ -65,24 +65,36 @@ class Sensitivity:
         "The largest part of each group that costs no more than this"
         return {n:max(f for f,v in zip(self.fractions, c) if v>=self.baseline-drop) for n,c in self.curves.items()}
 
-    def __repr__(self): return f"Sensitivity of {len(self.curves)} groups by {self.criterion!r}, nothing removed: {self.baseline:.4g}\n{self.table().to_string(float_format='{:.4g}'.format)}"
-    def _repr_html_(self): return f"<p>Sensitivity by <code>{self.criterion}</code>, one group at a time; nothing removed: {self.baseline:.4g}</p>{self.table().to_html(float_format='{:.4g}'.format)}"
+    def __repr__(self):
+        return (f"Sensitivity of {len(self.curves)} groups by {self.criterion!r}, "
+                f"nothing removed: {self.baseline:.4g}\n"
+                f"{self.table().to_string(float_format='{:.4g}'.format)}")
+    def _repr_html_(self):
+        return (f"<p>Sensitivity by <code>{self.criterion}</code>, one group at a time; "
+                f"nothing removed: {self.baseline:.4g}</p>"
+                f"{self.table().to_html(float_format='{:.4g}'.format)}")
 
 # %% ../../nbs/measure/05_sensitivity.ipynb #0000000d
 def _checked(model, evaluate_fn, ratios): # The fractions, sorted, and the metric of the model as it is
-    if not callable(evaluate_fn): raise TypeError(f"evaluate_fn is a function of the model that returns a number, not {evaluate_fn!r}")
+    if not callable(evaluate_fn):
+        raise TypeError(f"evaluate_fn is a function of the model that returns a number, not {evaluate_fn!r}")
     ratios = tuple(sorted({0.} | {check_fraction(r, 'ratios') for r in ratios}))
-    if len(ratios)<2: raise ValueError('ratios are the fractions to remove; give at least one above 0, such as (.25, .5, .75)')
+    if len(ratios)<2:
+        raise ValueError('ratios are the fractions to remove; give at least one above 0, such as (.25, .5, .75)')
     with eval_mode(model), torch.no_grad(): v = evaluate_fn(model)
     try: return ratios,float(v)
-    except (TypeError, ValueError): raise TypeError(f"evaluate_fn returns one number for the model, not {v!r}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"evaluate_fn returns one number for the model, not {v!r}") from None
 
 def _scores(model, groups, criterion, ratios, evidence, reduce): # Of each fraction; a selector chooses again for each
-    if not criterion.selector: return dict.fromkeys(ratios, group_scores(model, groups, criterion, evidence=evidence, reduce=reduce))
+    if not criterion.selector:
+        return dict.fromkeys(ratios, group_scores(model, groups, criterion, evidence=evidence, reduce=reduce))
     stay = {r:{g.name:g.n-n_removed(g.n, r) for g in groups} for r in ratios}
     return {r:group_scores(model, groups, criterion, evidence=evidence, reduce=reduce, keep=stay[r]) for r in ratios}
 
-def _curve(model, evaluate_fn, g, scores, baseline): # The metric at each fraction; the same units are not evaluated twice
+def _curve(
+    model, evaluate_fn, g, scores, baseline,
+): # The metric at each fraction; the same units are not evaluated twice
     res,seen = [],{0:baseline}
     for r,s in scores.items():
         keep = keep_top(s[g.name], r)
@@ -99,16 +111,22 @@ def sensitivity(
     *, criterion='l2', # Which units go first: a name, a `Criterion` or a function
     ratios:Iterable[float]=(.1,.2,.3,.4,.5,.6,.7,.8,.9), # Parts of a group to remove
     only:str|list|None=None, # Names of layers whose groups to look at; None is all
-    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func:Callable|None=None, # `(out, y)` → loss, for a criterion that needs gradients
-    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first';
+    # None: as the criterion says, mostly the mean
+    reduce:str|None=None,
 )->Sensitivity:
     "Evaluate a model without a part of one group at a time"
     model,criterion = unwrap(model),as_criterion(criterion)
-    evidence = evidence_for(criterion, model, data, x, n_batches=n_batches, loss_func=loss_func) if criterion.stats else None
+    evidence = (evidence_for(criterion, model, data, x, n_batches=n_batches, loss_func=loss_func)
+                if criterion.stats else None)
     groups = [g for g in Pruner(model, x, only=only).couple().groups if g.primary]
-    if not groups: raise ValueError('no group of this model can be pruned, so there is nothing to compare; Pruner(model, x).plan() says why')
+    if not groups:
+        raise ValueError('no group of this model can be pruned, so there is nothing to compare; '
+                         'Pruner(model, x).plan() says why')
     ratios,baseline = _checked(model, evaluate_fn, ratios)
     scores = _scores(model, groups, criterion, ratios, evidence, reduce)
     curves = {g.name:_curve(model, evaluate_fn, g, scores, baseline) for g in progress_bar(groups, leave=False)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..core import prunable_layers, unwrap
-from ..granularity import Granularity, NofM, Pattern, as_granularity, kind_of, layer_axes, reduce_units, unit_dims, unit_size, unit_tiles, why_not
+from ..granularity import (Granularity, NofM, Pattern, as_granularity, kind_of, layer_axes, reduce_units, unit_dims,
+    unit_size, unit_tiles, why_not)
 
 # %% ../../nbs/measure/02_storage.ipynb #00000005
 formats = ('dense', 'csr', 'bitmask', 'units', 'small')
@@ -28,8 +29,11 @@ class Storage:
     def bits(self)->int: "All of it"; return self.value_bits+self.index_bits
     @property
     def nbytes(self)->int: "All of it in bytes, rounded up"; return -(-self.bits//8)
-    def __add__(self, o): return Storage(self.values+o.values, self.value_bits+o.value_bits, self.index_bits+o.index_bits)
-    def __repr__(self): return f"{self.nbytes:,} bytes: {self.values:,} numbers in {-(-self.value_bits//8):,}, index in {-(-self.index_bits//8):,}"
+    def __add__(self, o):
+        return Storage(self.values+o.values, self.value_bits+o.value_bits, self.index_bits+o.index_bits)
+    def __repr__(self):
+        return (f"{self.nbytes:,} bytes: {self.values:,} numbers in {-(-self.value_bits//8):,}, "
+                f"index in {-(-self.index_bits//8):,}")
 
 # %% ../../nbs/measure/02_storage.ipynb #00000007
 def _width(n): return max(1, (n-1).bit_length()) # Bits that tell `n` things apart

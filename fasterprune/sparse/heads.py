@@ -23,7 +23,9 @@ def _value(trace, start): # What a table of weights is multiplied with
         if n.op in _products: return next((i for i in refs[::-1] if i not in made), None)
         made |= {r.id for r in n.outs}
 
-def _tables(trace): # (tensor, how many of its first dimensions are heads, the tensor of values) where attention is computed
+def _tables(
+    trace,
+): # (tensor, how many of its first dimensions are heads, the tensor of values) where attention is computed
     for at,n in enumerate(trace.nodes):
         refs = [a.id for a in n.args if isinstance(a, Ref)]
         if 'scaled_dot_product' in n.op and len(refs)>2: yield refs[0],len(trace.shapes[refs[0]])-2,refs[2]
@@ -40,7 +42,9 @@ def _before(c): # Groups along the dimensions before a table; and those of them 
     for table,k,value in _tables(c.trace):
         wrote = set().union(*map(writers, on(d.env.get(value, [])[-2:]))) # the values
         before |= (now := on(d.env.get(table, [])[:k]))
-        heads |= {i for i in now if writers(i)&wrote and any((m.unit>=0).sum()>c.groups[i].n for m in c.groups[i].role('write'))} # a head is several rows
+        # a head is several rows
+        heads |= {i for i in now if writers(i)&wrote
+            and any((m.unit>=0).sum()>c.groups[i].n for m in c.groups[i].role('write'))}
     return [[c.groups[i] for i in sorted(s)] for s in (before, heads)]
 
 def head_groups(

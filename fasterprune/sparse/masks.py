@@ -42,7 +42,8 @@ def __repr__(self:Masks):
     "Layers with their share"
     w = max(map(len, self.units), default=0)
     rows = [f"  {n:<{w}}  {z:>6} of {a:<6} {z/max(a,1):6.1%}" for n,(z,a) in self.units.items()]
-    return '\n'.join([f"Masks: {self.sparsity:.2%} of the units in {len(self.units)} layers or groups, {len(self.keep)} parameters, {self.nbytes:,} bytes", *rows])
+    return '\n'.join([f"Masks: {self.sparsity:.2%} of the units in {len(self.units)} layers or groups, "
+        f"{len(self.keep)} parameters, {self.nbytes:,} bytes", *rows])
 
 # %% ../../nbs/sparse/00_masks.ipynb #00000008
 @patch
@@ -54,7 +55,8 @@ def apply_(self:Masks,
     m = unwrap(model)
     state = {**state_of(m), **dict(m.named_parameters(remove_duplicate=False))} # a shared weight by each of its names
     for n in self.keep:
-        if n not in state: raise ValueError(f"these masks are of another model: they mask {n!r}, which this one does not have")
+        if n not in state:
+            raise ValueError(f"these masks are of another model: they mask {n!r}, which this one does not have")
     for n,k in self.keep.items(): zero_(state[n], k)
     return model
 
@@ -65,7 +67,9 @@ def zero_(
     "Set to zero what is not kept"
     k = keep.to(t.device)
     try: t.masked_fill_(~k, 0)
-    except RuntimeError as e: raise ValueError(f"a mask of shape {tuple(keep.shape)} does not fit a parameter of shape {tuple(t.shape)}: these masks were made for another model, or before it was pruned") from e
+    except RuntimeError as e:
+        raise ValueError(f"a mask of shape {tuple(keep.shape)} does not fit a parameter of shape {tuple(t.shape)}: "
+            "these masks were made for another model, or before it was pruned") from e
 
 # %% ../../nbs/sparse/00_masks.ipynb #0000000c
 @patch
@@ -81,7 +85,8 @@ def cut(self:Masks,
 )->Masks: # Without `units`: they were those of the old shapes
     "The masks of what is left of a model"
     edits = tuple(edits)
-    keep = {n:k for n,k in self.keep.items() if n not in {e.param for e in edits if not len(e.keep)}} # these have gone as a whole
+    # these have gone as a whole
+    keep = {n:k for n,k in self.keep.items() if n not in {e.param for e in edits if not len(e.keep)}}
     for e in edits:
         k = keep.get(e.param)
         if k is not None and e.others and k.shape[0]==1: keep.pop(e.param) # was said of all groups, which differ now

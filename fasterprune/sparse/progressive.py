@@ -43,7 +43,8 @@ def kernel_norms(
     p:int=1, # 1: sum of magnitudes; 2: root of the sum of squares
 )->Tensor: # [groups, outputs of a group, inputs of a group]
     "The norm of each kernel"
-    if kind_of(layer)=='Linear': raise TypeError("a linear layer has no kernels; progressive kernel pruning takes convolutions")
+    if kind_of(layer)=='Linear':
+        raise TypeError("a linear layer has no kernels; progressive kernel pruning takes convolutions")
     if p not in (1, 2): raise ValueError(f"p is 1 or 2, not {p!r}")
     return by_group(torch.linalg.vector_norm(wide(layer.weight.detach()).flatten(2), p, dim=2), layer)
 
@@ -129,7 +130,9 @@ def conv_runs(
 # %% ../../nbs/sparse/02_progressive.ipynb #0000001c
 def low_level(
     runs:dict, # Name → `ConvRun`, in order, as from `conv_runs`
-    until:float|int, # Part of the layers, in [0, 1]; or how many times smaller than the image their output is not yet: a whole number from 2
+    # Part of the layers, in [0, 1]; or how many times smaller than the image their output is not yet: a whole number
+    # from 2
+    until:float|int,
 )->tuple: # Names
     "The layers in which every input channel keeps a kernel"
     names = list(runs)
@@ -146,29 +149,36 @@ class PKP:
         x, # What it is called with; only shapes matter
         *, mode:str='norm', # Rank kernels by their 'norm', or by what they are to both their channels: 'smioc'
         p:int=1, # The norm: 1 or 2
-        protect_until:float|int=.5, # Layers of low level, where each input channel keeps a kernel: the first part of them; or, from 2, those before the image is so many times smaller
+        # Layers of low level, where each input channel keeps a kernel: the first part of them; or, from 2, those before
+        # the image is so many times smaller
+        protect_until:float|int=.5,
         protect_out:bool=False, # Must each filter keep a kernel, too?
-        silence:bool=False, # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
+        # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
+        silence:bool=False,
         count:str='units', # What a sparsity is a part of: 'units' (kernels), 'params' or 'macs'
         only=None, # Names, prefixes or types of the layers to take; None is all convolutions
         ignore=None, # Names, prefixes or types of the layers to leave out
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"PKP needs an nn.Module, not {model!r}")
         as_call(x)
-        check_options(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out, silence=silence, count=count)
+        check_options(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out,
+            silence=silence, count=count)
         self.model,self.mode,self.p,self.protect_out,self.count = unwrap(model),mode,p,protect_out,count
         self.skipped = {} # name → why
         layers = self._convs(select_layers(self.model, only, ignore), only)
         runs = conv_runs(self.model, x, layers)
         self.skipped.update({n:'it did not run' for n in layers if n not in runs})
-        if not runs: raise ValueError(f"no convolution can be taken: {'; '.join(f'{n}: {why}' for n,why in self.skipped.items())}")
+        if not runs:
+            raise ValueError("no convolution can be taken: "
+                f"{'; '.join(f'{n}: {why}' for n,why in self.skipped.items())}")
         self.layers,self.low = {n:layers[n] for n in runs},low_level(runs, protect_until)
         self.groups = couple(self.model, x).groups if silence else ()
         self.costs = {n:r.macs if count=='macs' else layers[n].weight[0,0].numel() for n,r in runs.items()}
 
 # %% ../../nbs/sparse/02_progressive.ipynb #00000020
 def check_options(
-    *, mode:str='norm', p:int=1, protect_until:float|int=.5, protect_out:bool=False, silence:bool=False, count:str='units', # As for `PKP`
+    *, mode:str='norm', p:int=1, protect_until:float|int=.5, protect_out:bool=False,
+    silence:bool=False, count:str='units', # As for `PKP`
 ):
     "Refuse options that `PKP` could not follow"
     if mode not in modes: raise ValueError(no_such('mode', mode, modes))
@@ -176,18 +186,24 @@ def check_options(
     for n,v in dict(protect_out=protect_out, silence=silence).items():
         if not isinstance(v, bool): raise TypeError(f"{n} is True or False, not {v!r}")
     if count not in ('units','params','macs'): raise ValueError(no_such('count', count, ('units','params','macs')))
-    if isinstance(protect_until, bool) or not isinstance(protect_until, int) or protect_until<2: check_fraction(protect_until, 'protect_until')
+    if isinstance(protect_until, bool) or not isinstance(protect_until, int) or protect_until<2:
+        check_fraction(protect_until, 'protect_until')
 
 @patch
 def _convs(self:PKP, layers, only):
     kinds = {n:kind_of(m) for n,m in layers.items()}
     asked = next((n for n,k in kinds.items() if k=='Linear'), None) if only is not None else None
-    if asked is not None: raise ValueError(f"only: {asked!r} is a linear layer and has no kernels; progressive kernel pruning takes convolutions")
+    if asked is not None:
+        raise ValueError(f"only: {asked!r} is a linear layer and has no kernels; "
+            "progressive kernel pruning takes convolutions")
     res = {n:m for n,m in layers.items() if kinds[n]!='Linear'}
-    if not res: raise ValueError(f"{type(self.model).__name__} has no convolution, so it has no kernels; granularity='weight' takes linear layers")
+    if not res:
+        raise ValueError(f"{type(self.model).__name__} has no convolution, so it has no kernels; "
+            "granularity='weight' takes linear layers")
     made = [n for n,m in res.items() if 'weight' not in m._parameters]
     if made:
-        raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
+        raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as "
+            f"weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
     self.skipped.update({n:'all of it is zero' for n,m in res.items() if not m.weight.detach().any()})
     return {n:m for n,m in res.items() if n not in self.skipped}
 
@@ -203,19 +219,23 @@ def theta(self:PKP,
     res = {}
     for n,m in self.layers.items():
         s = kernel_norms(m, self.p)
-        if not s.isfinite().all(): raise ValueError(f"{n!r}: {int((~s.isfinite()).sum())} of {s.numel()} kernels have no finite norm; the weights hold NaN or infinity")
+        if not s.isfinite().all():
+            raise ValueError(f"{n!r}: {int((~s.isfinite()).sum())} of {s.numel()} kernels have no finite norm; "
+                "the weights hold NaN or infinity")
         alive = s>0
         keep = None if within is None else within.keep.get(f"{n}.weight" if n else 'weight')
         if keep is not None: alive &= by_group(keep.to(s.device).expand(m.weight.shape).flatten(2).any(2), m)
         force = (('input',) if stage==1 or n in self.low else ()) + (('output',) if self.protect_out else ())
-        res[n] = thresholds(s, 'input' if stage==1 else 'layer', rank=saliency(s*alive) if self.mode=='smioc' else s, alive=alive, force=force)
+        res[n] = thresholds(s, 'input' if stage==1 else 'layer',
+            rank=saliency(s*alive) if self.mode=='smioc' else s, alive=alive, force=force)
     return res
 
 @patch
 @torch.no_grad()
 def measured(self:PKP)->dict: # Layer name → (what is zero, all), of what is counted
     "How much is zero now, measured on the model"
-    return {n:(int((kernel_norms(m, self.p)==0).sum())*self._cost(n), math.prod(m.weight.shape[:2])*self._cost(n)) for n,m in self.layers.items()}
+    return {n:(int((kernel_norms(m, self.p)==0).sum())*self._cost(n), math.prod(m.weight.shape[:2])*self._cost(n))
+        for n,m in self.layers.items()}
 
 @patch
 def sparsity(self:PKP)->float:
@@ -232,7 +252,8 @@ def most(self:PKP,
 
 @patch
 def _most(self:PKP, t):
-    size,must = (sum(self._cost(n)*f(v) for n,v in t.items()) for f in (Tensor.numel, lambda v: int((v==-torch.inf).sum())))
+    size,must = (sum(self._cost(n)*f(v) for n,v in t.items())
+        for f in (Tensor.numel, lambda v: int((v==-torch.inf).sum())))
     return 1-must/size
 
 @patch
@@ -248,16 +269,21 @@ def masks(self:PKP,
     "Choose the kernels that go; the model is not changed"
     sparsity,t = check_fraction(sparsity),self.theta(stage, within)
     self._reachable(sparsity, stage, t)
-    keep = allocate({n:-v for n,v in t.items()}, sparsity, context='global', count='units' if self.count=='units' else 'params', costs=self.costs)
-    res = Masks({f"{n}.weight" if n else 'weight':by_weight(k, self.layers[n]) for n,k in keep.items()}, {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
+    keep = allocate({n:-v for n,v in t.items()}, sparsity, context='global',
+        count='units' if self.count=='units' else 'params', costs=self.costs)
+    res = Masks({f"{n}.weight" if n else 'weight':by_weight(k, self.layers[n]) for n,k in keep.items()},
+        {n:(int((~k).sum()), k.numel()) for n,k in keep.items()})
     return silenced(res, self.model, self.groups) if self.groups else res
 
 @patch
 def _reachable(self:PKP, sparsity, stage, t):
     if sparsity<=(most := self._most(t))+1e-12: return
-    why = 'each input channel keeps a kernel' if stage==1 else f"each input channel of the {len(self.low)} layers of low level keeps a kernel, and each layer one"
+    why = ('each input channel keeps a kernel' if stage==1
+        else f"each input channel of the {len(self.low)} layers of low level keeps a kernel, and each layer one")
     way = 'a smaller part for the first stage (moderate=)' if stage==1 else 'a smaller protect_until'
-    raise ValueError(f"sparsity={sparsity!r} cannot be reached in stage {stage}: {why}{', and each filter one' if self.protect_out else ''}, so at most {math.floor(most*1e4)/1e4:g} of the {self.count} can go; ask for less, or for {way}")
+    raise ValueError(f"sparsity={sparsity!r} cannot be reached in stage {stage}: {why}"
+        f"{', and each filter one' if self.protect_out else ''}, so at most {math.floor(most*1e4)/1e4:g} "
+        f"of the {self.count} can go; ask for less, or for {way}")
 
 # %% ../../nbs/sparse/02_progressive.ipynb #0000002b
 @dataclass(frozen=True)
@@ -275,11 +301,14 @@ def pkp_rounds(
 )->tuple: # `Round`s, each at least as sparse as the one before
     "The targets of all rounds"
     sparsity,moderate,schedule = check_fraction(sparsity),check_fraction(moderate, 'moderate'),as_schedule(schedule)
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"rounds is a whole number, at least 1, not {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n<1:
+        raise ValueError(f"rounds is a whole number, at least 1, not {n!r}")
     first = moderate*sparsity
     res = [Round(1, replace(schedule, initial=0.)(i/n, first)) for i in range(1, n+1)] if moderate else []
     res += [Round(2, replace(schedule, initial=first)(i/n, sparsity)) for i in range(1, n+1)]
-    if any(a.sparsity>b.sparsity for a,b in zip(res, res[1:])): raise ValueError(f"schedule {schedule.name!r} falls, and what has gone does not come back here; choose one that rises")
+    if any(a.sparsity>b.sparsity for a,b in zip(res, res[1:])):
+        raise ValueError(f"schedule {schedule.name!r} falls, and what has gone does not come back here; "
+            "choose one that rises")
     return tuple(res)
 
 # %% ../../nbs/sparse/02_progressive.ipynb #0000002e
@@ -289,7 +318,8 @@ def sparsify(self:PKP,
     *, rounds:int=1, # Of each stage
     moderate:float=1/3, # Part of the sparsity that is reached in the first stage; 0 leaves it out
     schedule='agp', # Of the rounds in a stage
-    tune=None, # `tune(model, masks)` is called after each round, to train; what the masks mask is set to zero again after it
+    # `tune(model, masks)` is called after each round, to train; what the masks mask is set to zero again after it
+    tune=None,
 )->Masks:
     "Choose kernels and make them zero, round by round"
     todo,masks = pkp_rounds(sparsity, rounds, moderate=moderate, schedule=schedule),None
@@ -309,11 +339,14 @@ def warn_of_none(self:PKP,
     sparsity:float, # this
 ):
     "Say so where a sparsity rounds to no kernel at all"
-    if sparsity and not any(z for z,_ in masks.units.values()): warnings.warn(f"no kernel was set to zero: sparsity={sparsity!r} of {sum(n for _,n in masks.units.values())} kernels rounds to none; ask for more", NoEffectWarning, stacklevel=3)
+    if sparsity and not any(z for z,_ in masks.units.values()):
+        warnings.warn(f"no kernel was set to zero: sparsity={sparsity!r} of {sum(n for _,n in masks.units.values())} "
+            "kernels rounds to none; ask for more", NoEffectWarning, stacklevel=3)
 
 @patch
 def check(self:PKP,
     rounds:tuple, # As from `pkp_rounds`
 ):
     "Refuse rounds that cannot be reached, before the first"
-    for stage in dict.fromkeys(r.stage for r in rounds): self._reachable(max(r.sparsity for r in rounds if r.stage==stage), stage, self.theta(stage))
+    for stage in dict.fromkeys(r.stage for r in rounds):
+        self._reachable(max(r.sparsity for r in rounds if r.stage==stage), stage, self.theta(stage))

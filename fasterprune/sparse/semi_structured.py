@@ -22,10 +22,15 @@ def is_two_of_four(
 
 # %% ../../nbs/sparse/03_semi_structured.ipynb #00000008
 def _reason(w): # Why a weight stays dense, or nothing
-    if not is_two_of_four(w): return "its weight is not 2:4; Sparsifier(model, granularity='2:4').sparsify() makes it so"
-    if not w.is_cuda: return f"it is on {w.device.type!r}, and sparse tensor cores are on CUDA devices; model.cuda() first"
-    if torch.cuda.get_device_capability(w.device) < (8, 0): return f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(w.device)))} has no sparse tensor cores; they begin at 8.0"
-    if w.dtype not in (torch.float16, torch.bfloat16, torch.int8): return f"its numbers are {str(w.dtype).removeprefix('torch.')}; use model.half() or model.bfloat16()"
+    if not is_two_of_four(w):
+        return "its weight is not 2:4; Sparsifier(model, granularity='2:4').sparsify() makes it so"
+    if not w.is_cuda:
+        return f"it is on {w.device.type!r}, and sparse tensor cores are on CUDA devices; model.cuda() first"
+    if torch.cuda.get_device_capability(w.device) < (8, 0):
+        return (f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(w.device)))} "
+            "has no sparse tensor cores; they begin at 8.0")
+    if w.dtype not in (torch.float16, torch.bfloat16, torch.int8):
+        return f"its numbers are {str(w.dtype).removeprefix('torch.')}; use model.half() or model.bfloat16()"
     return ''
 
 def _turned(w): # (the sparse parameter, '') or (None, why not)
@@ -33,7 +38,8 @@ def _turned(w): # (the sparse parameter, '') or (None, why not)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # it is called a prototype
-            return nn.Parameter(torch.sparse.to_sparse_semi_structured(w.detach().contiguous()), requires_grad=False), ''
+            return nn.Parameter(torch.sparse.to_sparse_semi_structured(w.detach().contiguous()),
+                requires_grad=False), ''
     except RuntimeError as e: return None, str(e).strip().splitlines()[0]
 
 def semi_structured_(
@@ -44,7 +50,10 @@ def semi_structured_(
     "Let linear layers that are 2:4 run on sparse tensor cores"
     layers = {n:m for n,m in select_layers(model, only, ignore).items() if isinstance(m, nn.Linear)}
     found = {n:_turned(m.weight) for n,m in layers.items()}
-    if not any(p is not None for p,_ in found.values()): raise ValueError("no layer can run on sparse tensor cores: "+('; '.join(f"{n!r}: {why}" for n,(_,why) in list(found.items())[:3]) or 'there is no linear layer among them'))
+    if not any(p is not None for p,_ in found.values()):
+        raise ValueError("no layer can run on sparse tensor cores: "
+            +('; '.join(f"{n!r}: {why}" for n,(_,why) in list(found.items())[:3])
+                or 'there is no linear layer among them'))
     for n,(p,_) in found.items():
         if p is not None: layers[n].weight = p
     return {n:why for n,(_,why) in found.items()}

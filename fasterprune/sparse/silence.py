@@ -28,7 +28,8 @@ def silenced(
     for g in groups:
         if not g.primary or not g.role('write'): continue
         alive = np.zeros(g.n, bool)
-        for m in g.role('write'): alive[m.unit[(m.unit>=0)&_live(state[m.param], masks.keep.get(m.param), m.dim)]] = True
+        for m in g.role('write'):
+            alive[m.unit[(m.unit>=0)&_live(state[m.param], masks.keep.get(m.param), m.dim)]] = True
         if alive.all(): continue
         for m in g.role('bias','scale','shift'):
             if m.param not in params: continue

@@ -32,17 +32,22 @@ class Sparsifier:
     def __init__(self,
         model:nn.Module, # Any module
         x=None, # What it is called with; needed to see which layers are coupled
-        *, granularity:str='filter', # What one unit is: a name, such as 'filter', 'kernel', '2:4' or 'head', or a `Granularity`
+        # What one unit is: a name, such as 'filter', 'kernel', '2:4' or 'head', or a `Granularity`
+        *, granularity:str='filter',
         context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
-        data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+        # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches
+        # `(x, y)`
+        data=None,
         n_batches:int|None=8, # How many of them, at most; None is all
         loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
-        reduce:str|None=None, # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+        # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion
+        # says, mostly the mean
+        reduce:str|None=None,
         evidence=None, # Instead of data: a function that gives the `Evidence` when it is needed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f"Sparsifier needs an nn.Module, not {model!r}")
@@ -51,16 +56,21 @@ class Sparsifier:
         self.criterion,self.normalizer = as_criterion(criterion),normalizer
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
-        if reduce is not None and reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+        if reduce is not None and reduce not in reductions:
+            raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
         check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
-        if self.criterion.stats and evidence is None: evidence_for(self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
-        self.reduce,self.evidence = reduce,evidence or partial(evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
+        if self.criterion.stats and evidence is None:
+            evidence_for(self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
+        self.reduce,self.evidence = reduce,evidence or partial(
+            evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
         g = self.granularity
-        self.units = CoupledUnits(self.model, x, g, only, ignore) if g.like in sides else LayerUnits(self.model, g, only, ignore)
+        self.units = (CoupledUnits(self.model, x, g, only, ignore) if g.like in sides
+            else LayerUnits(self.model, g, only, ignore))
         self.rule = g.rule
         self.units.check(self.criterion)
-        if not self.criterion.stats: self._scores(self._plain or self.criterion) # a criterion that cannot score this model says so now
+        # a criterion that cannot score this model says so now
+        if not self.criterion.stats: self._scores(self._plain or self.criterion)
         self.born_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
@@ -110,7 +120,8 @@ def scores(self:Sparsifier,
 @patch(as_prop=True)
 def _plain(self:Sparsifier): # The criterion without its function of a layer, where masks can do without; else None
     c = self.criterion
-    if c.rising is None or self.units.parts is not None or self.rule is not None or self.count!='units' or self.normalizer is not None: return None
+    if (c.rising is None or self.units.parts is not None or self.rule is not None
+        or self.count!='units' or self.normalizer is not None): return None
     return replace(c, layer=None, rising=None)
 
 @patch
@@ -134,22 +145,29 @@ def costs(self:Sparsifier)->dict: # Layer or group name → parameters of one un
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000b
 @patch
 def masks(self:Sparsifier,
-    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that of the granularity, such as half for '2:4'
+    # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that
+    # of the granularity, such as half for '2:4'
+    sparsity:float|dict|None=None,
     *, regrow:bool=False, # May units that are zero now be chosen to stay?
 )->Masks:
     "Choose what becomes zero; the model is not changed"
     self = self.naming(sparsity)
     sparsity,zeros,plain = self.check(sparsity),self.zeros(),self._plain
-    how = dict(context=self.context, count=self.count, costs=self.costs() if self.count=='params' else None, parts=self.units.parts, classes=self.units.classes)
+    how = dict(context=self.context, count=self.count, costs=self.costs() if self.count=='params' else None,
+        parts=self.units.parts, classes=self.units.classes)
     none = {n:torch.zeros(z.shape) for n,z in zeros.items()}
     if self.criterion.stats and self.part(sparsity)==0: s = none # nothing to choose: nothing to gather
-    else: s = self._scores(plain or self.criterion, _counts(allocate(none, sparsity, **how)) if self.criterion.selector else None)
+    else:
+        s = self._scores(plain or self.criterion,
+            _counts(allocate(none, sparsity, **how)) if self.criterion.selector else None)
     gone = {} if regrow else {n:z for n,z in zeros.items() if not (n in self.born_zero and z.all())}
     s = {n:v.masked_fill(gone[n].to(v.device), -torch.inf) if n in gone and gone[n].any() else v for n,v in s.items()}
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
-    keep = allocate_rising(s, sparsity, self.criterion.rising) if plain is not None and self.context=='global' else allocate(s, sparsity, **how)
+    keep = (allocate_rising(s, sparsity, self.criterion.rising) if plain is not None and self.context=='global'
+        else allocate(s, sparsity, **how))
     keep = self.units.arranged(keep, s)
-    if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()}) # more than the rule takes had gone already
+    # more than the rule takes had gone already
+    if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()})
     return Masks(self.units.spread(keep), {n:(k.numel()-int(k.count_nonzero()), k.numel()) for n,k in keep.items()})
 
 def _counts(keep): return {n:int(k.sum()) for n,k in keep.items()} # of units that stay
@@ -163,7 +181,9 @@ def _ruled(self:Sparsifier, s, part):
 
 @patch
 def sparsify(self:Sparsifier,
-    sparsity:float|dict|None=None, # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that of the granularity, such as half for '2:4'
+    # Part of the units that shall be zero, in all; or a dict of the name of a layer, block or group → part; None: that
+    # of the granularity, such as half for '2:4'
+    sparsity:float|dict|None=None,
 )->Masks:
     "Choose what becomes zero and make it so"
     m = self.masks(sparsity)
@@ -179,9 +199,11 @@ def warn_of_none(self:Sparsifier,
     "Say so where a sparsity rounds to no unit at all"
     if self.part(sparsity)==0 or any(z for z,_ in masks.units.values()): return
     most = max(masks.units, key=lambda n: masks.units[n][1])
-    of = f"{masks.units[most][1]} units of {most!r}, the most in a layer," if self.context=='local' else f"{sum(n for _,n in masks.units.values())} units"
+    of = (f"{masks.units[most][1]} units of {most!r}, the most in a layer," if self.context=='local'
+        else f"{sum(n for _,n in masks.units.values())} units")
     hint = ", or rank all layers together with context='global'" if self.context=='local' else ''
-    warnings.warn(f"no unit was set to zero: sparsity={sparsity!r} of the {of} rounds to none; ask for more{hint}", NoEffectWarning, stacklevel=3)
+    warnings.warn(f"no unit was set to zero: sparsity={sparsity!r} of the {of} rounds to none; ask for more{hint}",
+        NoEffectWarning, stacklevel=3)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0000000c
 @patch
@@ -206,12 +228,17 @@ def check(self:Sparsifier,
     if isinstance(sparsity, dict): sparsity = self.units.fractions(sparsity)
     res = check_allocation(sparsity, list(self.totals), context=self.context, count=self.count)
     over = max(res.values()) if isinstance(res, dict) else res
-    if over>self.granularity.most+1e-9: raise ValueError(f"sparsity={over!r} is more than {self.granularity.name!r} takes, which is {self.granularity.most:.4g} ({self.granularity.meaning}); ask for that or less, or use granularity='weight'")
+    if over>self.granularity.most+1e-9:
+        raise ValueError(f"sparsity={over!r} is more than {self.granularity.name!r} takes, which is "
+            f"{self.granularity.most:.4g} ({self.granularity.meaning}); ask for that or less, "
+            "or use granularity='weight'")
     return res
 
 @patch
 def _own(self:Sparsifier):
-    if self.rule is None: raise ValueError(f"sparsity is None, and granularity {self.granularity.name!r} has none of its own, as '2:4' or 'pattern' have; pass a fraction such as 0.5")
+    if self.rule is None:
+        raise ValueError(f"sparsity is None, and granularity {self.granularity.name!r} has none of its own, "
+            "as '2:4' or 'pattern' have; pass a fraction such as 0.5")
     return self.granularity.most
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000000a1
@@ -226,6 +253,9 @@ def warn_of_staying(self:Sparsifier,
     some = lambda n: asked.get(n, 0.)>0 if isinstance(asked, dict) else asked>0
     found = {n:v for n,v in self.units.staying().items() if some(n)}
     if not found: return
-    said = '; '.join(f"{n!r} ({self.totals[n]} units): {why}" for n,(why,_) in list(found.items())[:5])+(f"; and {len(found)-5} more" if len(found)>5 else '')
-    out = 'prune with exact_norms=True, which keeps the divisor, or ' if any(helps for _,helps in found.values()) else ''
-    warnings.warn(f"these units become zero, and pruning will leave them in the model: {said}; {out}leave them alone with ignore={list(found)[0]!r}", PruningWarning, stacklevel=stacklevel+1)
+    said = ('; '.join(f"{n!r} ({self.totals[n]} units): {why}" for n,(why,_) in list(found.items())[:5])
+        +(f"; and {len(found)-5} more" if len(found)>5 else ''))
+    out = ('prune with exact_norms=True, which keeps the divisor, or '
+        if any(helps for _,helps in found.values()) else '')
+    warnings.warn(f"these units become zero, and pruning will leave them in the model: {said}; "
+        f"{out}leave them alone with ignore={list(found)[0]!r}", PruningWarning, stacklevel=stacklevel+1)

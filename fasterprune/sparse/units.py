@@ -16,7 +16,8 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types, no_such, select_layers
 from ..criteria.base import check_compared, element_scores, layer_scores, unit_scores
-from ..granularity import Granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not
+from ..granularity import (
+    Granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
 from .heads import head_dim_groups, head_groups
 from ..surgery.choice import fractions_by_group, groups_left, groups_named, is_of, layers_of
 from ..surgery.choose import group_scores, sides, wanted_of, wanted_of_weights, weight_stats
@@ -38,10 +39,12 @@ class LayerUnits:
     ):
         g,layers = granularity,_chosen(model, only, ignore)
         if only is not None: [unit_dims(m, g) for m in layers.values()] # refuses a layer that was asked for and cannot
-        self.model,self.skipped = model,{n:why for n,m in layers.items() if (why := why_not(m, g))} # skipped: layer name → why it has no such units
+        # skipped: layer name → why it has no such units
+        self.model,self.skipped = model,{n:why for n,m in layers.items() if (why := why_not(m, g))}
         if self.skipped and only is not None:
             n,why = next(iter(self.skipped.items()))
-            raise ValueError(f"layer {n!r} has no units of granularity {g.name!r}: {why}; leave it out of only, or use another granularity")
+            raise ValueError(f"layer {n!r} has no units of granularity {g.name!r}: {why}; "
+                "leave it out of only, or use another granularity")
         first = {}
         for n,m in layers.items():
             if (o := first.setdefault(id(m.weight), n))!=n: self.skipped[n] = f"its weight is that of {o!r}"
@@ -50,10 +53,14 @@ class LayerUnits:
         _check_layers(self, g)
 
     @property
-    def totals(self)->dict: "Layer name → number of units"; return {n: m.weight.numel()//unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
+    def totals(self)->dict:
+        "Layer name → number of units"
+        return {n: m.weight.numel()//unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
 
     @property
-    def costs(self)->dict: "Layer name → parameters of one unit"; return {n: unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
+    def costs(self)->dict:
+        "Layer name → parameters of one unit"
+        return {n: unit_size(m.weight.shape, d, self.tiles[n]) for n,(m,d) in self.layers.items()}
 
     @property
     def weights(self)->dict:
@@ -75,22 +82,28 @@ class LayerUnits:
         def find(name):
             if name in self.layers: return [name],False
             inside = [n for n in self.layers if n.startswith(f"{name}.")]
-            if not inside: raise ValueError(f"sparsity: {no_such('layer', name, list(self.layers))}"+(f": {self.skipped[name]}" if name in self.skipped else ''))
+            if not inside:
+                raise ValueError(f"sparsity: {no_such('layer', name, list(self.layers))}"
+                    +(f": {self.skipped[name]}" if name in self.skipped else ''))
             return inside,True
         return fractions_by_group(sparsity, find)
 
 def _chosen(model, only, ignore): # Layers, and the embeddings that `only` names
     asked = [] if only is None else [only] if isinstance(only, (str, type)) else list(only)
-    found = {n:m for n,m in model.named_modules() if isinstance(m, nn.Embedding) and any(n==a or isinstance(a, type) and isinstance(m, a) for a in asked)}
+    found = {n:m for n,m in model.named_modules() if isinstance(m, nn.Embedding)
+        and any(n==a or isinstance(a, type) and isinstance(m, a) for a in asked)}
     rest = [a for a in asked if a not in found and not (isinstance(a, type) and issubclass(a, nn.Embedding) and found)]
     return {**(select_layers(model, rest if found else only, ignore) if rest or not found else {}), **found}
 
 def _check_layers(u, g):
     if not u.layers:
         said = ''.join(f"; {n!r}: {why}" for n,why in list(u.skipped.items())[:3])
-        raise ValueError(f"no layer of this model has units of granularity {g.name!r} ({g.meaning}); it is defined for {', '.join(g.layers)}{said}")
+        raise ValueError(f"no layer of this model has units of granularity {g.name!r} ({g.meaning}); "
+            f"it is defined for {', '.join(g.layers)}{said}")
     made = [n for n,(m,_) in u.layers.items() if 'weight' not in m._parameters]
-    if made: raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
+    if made:
+        raise ValueError(f"the weight of {made[0]!r} is computed from other parameters (a parametrization, such as "
+            f"weight_norm), so zeros in it would not last; leave it out with ignore={made[0]!r}")
 
 # %% ../../nbs/sparse/00_units.ipynb #00000007
 def _shape_of_units(w, dims, tiles): return [1 if d in dims else n//dict(tiles).get(d, 1) for d,n in enumerate(w.shape)]
@@ -106,7 +119,9 @@ def check(self:LayerUnits,
         except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
 
 @patch
-def wanted(self:LayerUnits, criterion)->list: "Pairs (`Statistic`, `Place`): what a criterion has to know"; return wanted_of_weights(criterion, self.model, list(self.weights.values()))
+def wanted(self:LayerUnits, criterion)->list:
+    "Pairs (`Statistic`, `Place`): what a criterion has to know"
+    return wanted_of_weights(criterion, self.model, list(self.weights.values()))
 
 @patch
 def scores(self:LayerUnits,
@@ -119,7 +134,9 @@ def scores(self:LayerUnits,
     names = self.weights
     stats,res = weight_stats(criterion, self.model, list(names.values()), evidence),{}
     for n,(m,d) in self.layers.items():
-        if names[n] not in stats: raise ValueError(f"layer {n!r} did not run, so criterion {criterion.name!r} knows nothing about it; leave it out with ignore={n!r}")
+        if names[n] not in stats:
+            raise ValueError(f"layer {n!r} did not run, so criterion {criterion.name!r} knows nothing about it; "
+                f"leave it out with ignore={n!r}")
         try: res[n] = _scores_of(criterion, m.weight, d, self.tiles[n], n, stats[names[n]], (keep or {}).get(n))
         except ValueError as e: raise ValueError(f"{n!r}: {e.args[0]}") from e
     return res
@@ -155,7 +172,8 @@ def spread(self:LayerUnits,
 @patch
 def _untiled(self:LayerUnits, n, k):
     m,dims = self.layers[n]
-    return expand_units(k, [1 if d in dims else a for d,a in enumerate(m.weight.shape)], self.tiles[n]) if self.tiles[n] else k
+    return (expand_units(k, [1 if d in dims else a for d,a in enumerate(m.weight.shape)], self.tiles[n])
+        if self.tiles[n] else k)
 
 # %% ../../nbs/sparse/00_units.ipynb #0000000a
 class CoupledUnits:
@@ -167,7 +185,9 @@ class CoupledUnits:
         only=None, # Names or types of layers, or of blocks of them; None is all
         ignore=None, # The same, to leave out
     ):
-        if x is None: raise ValueError(f"granularity {granularity.name!r} is for whole channels, which run through several layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
+        if x is None:
+            raise ValueError(f"granularity {granularity.name!r} is for whole channels, which run through several "
+                "layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
         self.model,self.granularity,self.role = model,granularity,sides[granularity.like]
         c = couple(model, x)
         self.pins = c.pins() # (layer, positions that stay, of how many, reason)
@@ -175,14 +195,19 @@ class CoupledUnits:
         found = c.groups if heads is None else heads(c)
         asked = groups_left(model, c.groups, only, ignore) if heads is None else _heads_left(model, found, only, ignore)
         self.groups = [g for g in asked if g.role(self.role)]
-        self.skipped = {**_pins_left(model, self.pins, only, ignore), **{g.name:f"no weight {self.role}s its units" for g in asked if not g.role(self.role)}}
+        self.skipped = {**_pins_left(model, self.pins, only, ignore),
+            **{g.name:f"no weight {self.role}s its units" for g in asked if not g.role(self.role)}}
         self._kept = _kept(c, self.groups, self.role)
         if not self.groups: raise ValueError(_none_left(granularity, model, found, self.pins, heads))
 
     @property
-    def parts(self)->dict: "Group name → the parts of which equally many have to stay"; return {g.name:g.even for g in self.groups}
+    def parts(self)->dict:
+        "Group name → the parts of which equally many have to stay"
+        return {g.name:g.even for g in self.groups}
     @property
-    def classes(self)->dict: "Group name → a number for each unit, the same for those that the same layers write"; return {g.name:g.classes for g in self.groups}
+    def classes(self)->dict:
+        "Group name → a number for each unit, the same for those that the same layers write"
+        return {g.name:g.classes for g in self.groups}
 
     @property
     def totals(self)->dict: "Group name → number of units"; return {g.name:g.n for g in self.groups}
@@ -218,19 +243,27 @@ def _heads_left(model, groups, only, ignore): # nn.MultiheadAttention is no laye
 
 def _none_left(granularity, model, found, pins, heads):
     can = ', '.join(repr(g.name) for g in found if g.primary)
-    if not heads and can: return f"only and ignore leave no layer whose channels can be chosen by {granularity.name!r}; those that can go are written by {can}"
-    layers = '' if any(isinstance(m, layer_types) for m in model.modules()) else ', which has no convolution and no linear layer,'
-    if not heads: return f"no channel of this model{layers} can be chosen by {granularity.name}: "+'; '.join(f"{n}: {why}" for n,_,_,why in pins)
-    why = 'that of this model is left out by only or ignore' if found else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs'
+    if not heads and can:
+        return (f"only and ignore leave no layer whose channels can be chosen by {granularity.name!r}; "
+            f"those that can go are written by {can}")
+    layers = ('' if any(isinstance(m, layer_types) for m in model.modules())
+        else ', which has no convolution and no linear layer,')
+    if not heads:
+        return (f"no channel of this model{layers} can be chosen by {granularity.name}: "
+            +'; '.join(f"{n}: {why}" for n,_,_,why in pins))
+    why = ('that of this model is left out by only or ignore' if found
+        else 'no heads that can go were seen in this model, as a softmax over a table of scores and what it weighs')
     return f"granularity {granularity.name!r} is for attention, and {why}; use granularity='filter' for whole channels"
 
 def _kept(c, groups, role): # a divisor can be kept where what is averaged is zero, not where it is only read no more
-    res = {g.name:(f"{g.mixed} computes statistics over them", role=='write' and g.mixed.split()[0] in AVERAGES) for g in groups if g.mixed}
+    res = {g.name:(f"{g.mixed} computes statistics over them", role=='write' and g.mixed.split()[0] in AVERAGES)
+        for g in groups if g.mixed}
     for r in c.labels.reads if role=='read' else ():
         if r.weight is not None and c.labels.is_param(r.weight): continue
         rows,who = np.unique(c.labels.rows(r.axis)),str(Site(c.labels.trace.nodes[r.node], c.labels.trace, {}))
         for g in groups:
-            if np.isin(g.labels, rows).any(): res.setdefault(g.name, (f"{who} reads them, too, and has no weights", False))
+            if np.isin(g.labels, rows).any():
+                res.setdefault(g.name, (f"{who} reads them, too, and has no weights", False))
     return res
 
 # %% ../../nbs/sparse/00_units.ipynb #0000000c
@@ -268,14 +301,17 @@ def fractions(self:CoupledUnits,
 @patch
 def _unknown(self:CoupledUnits, name):
     why = next((f": {w}" for n,_,_,w in self.pins if n==name or n.startswith(f"{name}.")), '')
-    return no_such('group of channels', name, list(dict.fromkeys(l for g in self.groups for l in (g.name, *g.layers))))+why
+    return no_such('group of channels', name,
+        list(dict.fromkeys(l for g in self.groups for l in (g.name, *g.layers))))+why
 
 # %% ../../nbs/sparse/00_units.ipynb #0000000d
 @patch
 def check(self:CoupledUnits, criterion): "Nothing to refuse before there are scores"
 
 @patch
-def wanted(self:CoupledUnits, criterion)->list: "Pairs (`Statistic`, `Place`): what a criterion has to know"; return wanted_of(criterion, self.model, self.groups, granularity=self.granularity.like)
+def wanted(self:CoupledUnits, criterion)->list:
+    "Pairs (`Statistic`, `Place`): what a criterion has to know"
+    return wanted_of(criterion, self.model, self.groups, granularity=self.granularity.like)
 
 @patch
 def scores(self:CoupledUnits,
@@ -285,7 +321,8 @@ def scores(self:CoupledUnits,
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict: # Group name → scores, high = keep
     "Score every unit"
-    return group_scores(self.model, self.groups, criterion, granularity=self.granularity.like, evidence=evidence, reduce=reduce, keep=keep)
+    return group_scores(self.model, self.groups, criterion,
+        granularity=self.granularity.like, evidence=evidence, reduce=reduce, keep=keep)
 
 @patch
 def arranged(self:CoupledUnits,
@@ -293,7 +330,8 @@ def arranged(self:CoupledUnits,
     scores:dict, # Group name → score
 )->dict: # As `keep`
     "As many units, and such as can stay together where code shuffles them"
-    more = {g.name:g.arranged(keep[g.name].cpu().numpy(), scores[g.name].cpu()) for g in self.groups if g.flow is not None}
+    more = {g.name:g.arranged(keep[g.name].cpu().numpy(), scores[g.name].cpu())
+        for g in self.groups if g.flow is not None}
     return {**keep, **{n:torch.as_tensor(k) for n,k in more.items()}}
 
 @patch

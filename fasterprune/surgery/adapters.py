@@ -20,8 +20,11 @@ ADAPTERS:dict[type,Callable] = {}
 
 def adapter(
     *kinds:type, # Module classes; subclasses are not meant
-    watch_only:bool=False, # Does the module's own forward work when it is smaller? Then the adapter is for watching only
-    sizes:Callable|None=None, # `(module, function of a parameter's name in it → its new shape)` → attributes that say sizes, for code that no run shows
+    # Does the module's own forward work when it is smaller? Then the adapter is for watching only
+    watch_only:bool=False,
+    # `(module, function of a parameter's name in it → its new shape)` → attributes that say sizes,
+    # for code that no run shows
+    sizes:Callable|None=None,
     **attrs, # Attributes that a module gets when it has been pruned
 ):
     "Register a forward in plain operators for a class of modules; it gets the module and the arguments of `forward`"
@@ -44,7 +47,8 @@ def adapted_class(
 def _signed(f, like): # A function of its own with the annotations and the docstring of another
     if not isinstance(f, types.FunctionType): return f
     new = types.FunctionType(f.__code__, f.__globals__, like.__name__, f.__defaults__, f.__closure__)
-    new.__kwdefaults__,new.__doc__,new.__module__,new.__qualname__ = f.__kwdefaults__,like.__doc__,like.__module__,like.__qualname__
+    new.__kwdefaults__,new.__doc__,new.__module__,new.__qualname__ = (
+        f.__kwdefaults__,like.__doc__,like.__module__,like.__qualname__)
     new.__annotations__ = typing.get_type_hints(like)
     new.__signature__ = inspect.signature(like)
     return new
@@ -68,12 +72,16 @@ def _more_keys(m, k, v, *masks):
 
 def _mask(m, t, heads, like):
     if t is None: return 0.
-    t = t.to(like.dtype) if t.is_floating_point() else torch.zeros_like(t, dtype=like.dtype).masked_fill(t, float('-inf'))
+    t = (t.to(like.dtype) if t.is_floating_point()
+        else torch.zeros_like(t, dtype=like.dtype).masked_fill(t, float('-inf')))
     return t.view(-1, heads, *t.shape[1:]) if t.dim()==3 and heads else t
 
 # %% ../../nbs/surgery/00_adapters.ipynb #00000008
 @adapter(nn.MultiheadAttention, _qkv_same_embed_dim=False) # which keeps `nn.TransformerEncoderLayer` off its fused path
-def multihead_attention(m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+def multihead_attention(
+    m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+    is_causal=False,
+):
     "What `nn.MultiheadAttention` computes, for any number and width of heads"
     alone,seq_first = query.dim()==2,not m.batch_first and query.dim()==3
     q,k,v = (x.unsqueeze(0) if alone else x.transpose(0, 1) if seq_first else x for x in (query,key,value))
@@ -82,7 +90,8 @@ def multihead_attention(m, query, key, value, key_padding_mask=None, need_weight
     b,t,s,h = q.shape[0],q.shape[1],k.shape[1],m.num_heads
     q,k,v = (x.reshape(b, n, h, m.head_dim).transpose(1, 2) for x,n in ((q,t),(k,s),(v,s)))
     mask = None if attn_mask is None else _mask(m, attn_mask, h, q)
-    if key_padding_mask is not None: mask = _mask(m, key_padding_mask, 0, q).view(b, 1, 1, s)+(0. if mask is None else mask)
+    if key_padding_mask is not None:
+        mask = _mask(m, key_padding_mask, 0, q).view(b, 1, 1, s)+(0. if mask is None else mask)
     if need_weights:
         a = (q*m.head_dim**-.5) @ k.transpose(-2, -1)
         a = F.dropout((a if mask is None else a+mask).softmax(-1), m.dropout, m.training)

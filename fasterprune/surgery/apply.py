@@ -52,9 +52,13 @@ def _sizes(m, shape, counts):
     w = shape('weight')
     if isinstance(m, nn.modules.conv._ConvNd) or _deforms(m): return _conv(m, w, counts.get('groups', m.groups))
     if isinstance(m, nn.Linear): return dict(in_features=w[1], out_features=w[0])
-    if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
-    if isinstance(m, nn.GroupNorm): return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
-    if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return dict(normalized_shape=tuple(w) if w else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
+    if isinstance(m, nn.modules.batchnorm._NormBase):
+        return dict(num_features=(w or shape('running_mean') or (counts.get('num_features', m.num_features),))[0])
+    if isinstance(m, nn.GroupNorm):
+        return dict(num_groups=counts.get('num_groups', m.num_groups), num_channels=(w or (m.num_channels,))[0])
+    if isinstance(m, (nn.LayerNorm, nn.RMSNorm)):
+        return dict(normalized_shape=tuple(w) if w
+            else (counts['normalized_shape'],) if 'normalized_shape' in counts else m.normalized_shape)
     if isinstance(m, nn.Embedding): return dict(num_embeddings=w[0], embedding_dim=w[1])
     if isinstance(m, nn.RNNBase): return _recurrent(m, shape, '_l0')
     if isinstance(m, nn.RNNCellBase): return _recurrent(m, shape, '')
@@ -62,12 +66,14 @@ def _sizes(m, shape, counts):
     follow = _follow(m)
     return follow(m, shape) if follow else {}
 
-def _follow(m): # What its adapter says of its attributes; on a copy the adapter's forward is that of a class made for it
+# What its adapter says of its attributes; on a copy the adapter's forward is that of a class made for it
+def _follow(m):
     return next((getattr(ADAPTERS[k], 'sizes', None) for k in type(m).__mro__[:2] if k in ADAPTERS), None)
 
 def _recurrent(m, shape, first): # Rows of the input matrix are gates × units
     rows,cols = shape(f'weight_ih{first}')
-    sizes = dict(input_size=cols, hidden_size=rows//(4 if isinstance(m, (nn.LSTM, nn.LSTMCell)) else 3 if isinstance(m, (nn.GRU, nn.GRUCell)) else 1))
+    sizes = dict(input_size=cols, hidden_size=rows//(
+        4 if isinstance(m, (nn.LSTM, nn.LSTMCell)) else 3 if isinstance(m, (nn.GRU, nn.GRUCell)) else 1))
     return {**sizes, 'proj_size':shape('weight_hr_l0')[0]} if getattr(m, 'proj_size', 0) else sizes
 
 _reparametrised = (nn.modules.conv._ConvNd, nn.Linear) # may compute their weights, as with `weight_norm`
@@ -197,7 +203,8 @@ def _folded(model, f, edits, optimizer):
     v = torch.tensor(f.value, dtype=torch.float64)[_stay(model, f, edits)].to(t.device)
     if f.kind!='new': return [partial(_hold_, t, (t.double() + (v if f.kind=='bias' else -v)).to(t.dtype))]
     bias = nn.Parameter(v.to(t.dtype), requires_grad=t.requires_grad)
-    return [partial(setattr, model.get_submodule(f.name), 'bias', bias), *(adopted(optimizer, bias, t) if optimizer is not None else ())]
+    return [partial(setattr, model.get_submodule(f.name), 'bias', bias),
+        *(adopted(optimizer, bias, t) if optimizer is not None else ())]
 
 def _hold_(t, v): t.data = v
 
@@ -282,8 +289,10 @@ def _room(folds): # The biases that a plan makes, to be filled by what is loaded
 
 def _told(others): # What is wrong with constants of other weights, in words
     name,now,then = others[0]
-    return (f"this plan moves constants that were made of other weights: {name!r} has the sum {now:.9g} here, and had {then:.9g}. The shapes are as planned, and no constant was moved: load the weights of the "
-        f"network that was pruned, or make a plan of this model; where it is a copy of one that is pruned, Pruner.prune(also=[...]) gives a copy its own constants")
+    return (f"this plan moves constants that were made of other weights: {name!r} has the sum {now:.9g} here, "
+        f"and had {then:.9g}. The shapes are as planned, and no constant was moved: load the weights of the "
+        "network that was pruned, or make a plan of this model; where it is a copy of one that is pruned, "
+        "Pruner.prune(also=[...]) gives a copy its own constants")
 
 def remove_(
     model:nn.Module, # Changed in place
@@ -294,8 +303,11 @@ def remove_(
     "Take the branches of a plan out"
     state,modules = state_of(model),{n for n,_ in model.named_modules()}
     for b in plan.branches:
-        missing = [n for n,k in b.params if n not in state or len(state[n])!=k]+[g.module for g in b.modules if g.module not in modules]
-        if missing: raise ValueError(f"this plan is of another model, or has been applied before: it takes out a branch with {missing[0]!r}, which this one does not have so")
+        missing = ([n for n,k in b.params if n not in state or len(state[n])!=k]
+            + [g.module for g in b.modules if g.module not in modules])
+        if missing:
+            raise ValueError("this plan is of another model, or has been applied before: "
+                f"it takes out a branch with {missing[0]!r}, which this one does not have so")
     if optimizer is not None:
         check_optimizer(optimizer, model, {})
         undo.append(OptimizerSnapshot(optimizer))
@@ -315,34 +327,51 @@ def check_plan(
     "Refuse a plan that does not fit a model, and an optimizer that cannot follow"
     state = state_of(model)
     for e in plan.slices:
-        if e.param not in state: raise ValueError(f"this plan is of another model: it cuts {e.param!r}, which this one does not have")
+        if e.param not in state:
+            raise ValueError(f"this plan is of another model: it cuts {e.param!r}, which this one does not have")
         n = tuple(state[e.param].shape)
-        if e.dim>=len(n) or n[e.dim]!=e.n: raise ValueError(f"this plan is of another model, or has been applied before: it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
+        if e.dim>=len(n) or n[e.dim]!=e.n:
+            raise ValueError("this plan is of another model, or has been applied before: "
+                f"it expects {e.n} positions along dimension {e.dim} of {e.param!r}, which has shape {n}")
     modules = dict(model.named_modules(remove_duplicate=False))
     for r in plan.recoded:
-        if r.module not in modules: raise ValueError(f"this plan is of another model: it changes the source of {r.module!r}, which this one does not have")
+        if r.module not in modules:
+            raise ValueError("this plan is of another model: "
+                f"it changes the source of {r.module!r}, which this one does not have")
         try: recode_module_(copy(modules[r.module]), r.methods)
-        except Exception as e: raise ValueError(f"this plan is of another model, or has been applied before: the source of {r.module!r} cannot be changed so ({type(e).__name__}: {e})") from e # whatever comes of a file
+        except Exception as e: # whatever comes of a file
+            raise ValueError("this plan is of another model, or has been applied before: "
+                f"the source of {r.module!r} cannot be changed so ({type(e).__name__}: {e})") from e
     for a in plan.attrs: _check_attr(modules, a)
     for f in plan.folds: _check_fold(model, f)
     for f in plan.factors: _check_factor(state, f)
     _check_layers(model, plan)
-    if optimizer is not None: check_optimizer(optimizer, model, {n:[e.dim for e in es] for n,es in edits_of(plan).items()})
+    if optimizer is not None:
+        check_optimizer(optimizer, model, {n:[e.dim for e in es] for n,es in edits_of(plan).items()})
 
 def _check_fold(model, f):
     try: t = taker(model, f.kind, f.name)
     except (AttributeError, ValueError): t = None
-    if not isinstance(t, Tensor): raise ValueError(f"this plan is of another model: it moves a constant to {f.name!r}, which this one does not have")
+    if not isinstance(t, Tensor):
+        raise ValueError("this plan is of another model: "
+            f"it moves a constant to {f.name!r}, which this one does not have")
     m = model.get_submodule(f.name) if f.kind=='new' else None
-    if m is not None and not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): raise ValueError(f"this plan is of another model: it gives a bias to {f.name!r}, which is a {type(m).__name__} here")
-    if m is not None and m.bias is not None: raise ValueError(f"this plan is of another model, or has been applied before: it gives a bias to {f.name!r}, which has one here")
+    if m is not None and not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
+        raise ValueError("this plan is of another model: "
+            f"it gives a bias to {f.name!r}, which is a {type(m).__name__} here")
+    if m is not None and m.bias is not None:
+        raise ValueError("this plan is of another model, or has been applied before: "
+            f"it gives a bias to {f.name!r}, which has one here")
     n = t.numel() if m is None else t.shape[1]*m.groups if getattr(m, 'transposed', False) else len(t)
-    if n!=len(f.value): raise ValueError(f"this plan is of another model, or has been applied before: it moves {len(f.value)} constants to {f.name!r}, which takes {n}")
+    if n!=len(f.value):
+        raise ValueError("this plan is of another model, or has been applied before: "
+            f"it moves {len(f.value)} constants to {f.name!r}, which takes {n}")
 
 def _check_factor(state, f): # Does the factor of a `weight_norm` fit its weight?
     v,g,d = f
     if v not in state or g not in state or not 0<=d<state[v].dim() or state[g].numel()!=state[v].shape[d]:
-        raise ValueError(f"this plan is of another model: it takes {g!r} for the factor of {v!r} along dimension {d}, and here it is none")
+        raise ValueError("this plan is of another model: "
+            f"it takes {g!r} for the factor of {v!r} along dimension {d}, and here it is none")
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000018
 def other_weights(
@@ -354,21 +383,28 @@ def other_weights(
     return [(n, now, then) for n,now,then in sums if not abs(now-then)<=1e-6*max(abs(now), abs(then))]
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000001a
-size_attributes = {'in_channels', 'out_channels', 'groups', 'in_features', 'out_features', 'num_features', 'num_groups', 'num_channels', 'normalized_shape',
-    'num_embeddings', 'embedding_dim', 'input_size', 'hidden_size', 'proj_size', 'num_parameters', 'kernel_size', 'dilation', 'padding', 'output_padding',
-    '_reversed_padding_repeated_twice', 'embed_dim', 'd_model', 'num_heads', 'head_dim', 'kdim', 'vdim', 'in1_features', 'in2_features', 'output_size', 'unflattened_size'}
+size_attributes = {'in_channels', 'out_channels', 'groups', 'in_features', 'out_features', 'num_features',
+    'num_groups', 'num_channels', 'normalized_shape', 'num_embeddings', 'embedding_dim', 'input_size', 'hidden_size',
+    'proj_size', 'num_parameters', 'kernel_size', 'dilation', 'padding', 'output_padding',
+    '_reversed_padding_repeated_twice', 'embed_dim', 'd_model', 'num_heads', 'head_dim', 'kdim', 'vdim',
+    'in1_features', 'in2_features', 'output_size', 'unflattened_size'}
 
 def _check_attr(modules, a): # Is this a size of that module?
     m = modules.get(a.module)
-    if m is None: raise ValueError(f"this plan is of another model: it sets {a.name!r} of {a.module!r}, which this one does not have")
+    if m is None:
+        raise ValueError("this plan is of another model: "
+            f"it sets {a.name!r} of {a.module!r}, which this one does not have")
     if a.name in (own := getattr(ADAPTERS.get(type(m)), 'attrs', {})) and own[a.name]==a.value: return
     if (a.name, a.value)==('use_nested_tensor', False) and isinstance(m, nn.TransformerEncoder): return
     old = vars(m).get(a.name)
     if not _is_size(old) or type(m).__module__.startswith('torch.nn') and a.name not in size_attributes:
-        raise ValueError(f"this plan is of another model: it sets {a.name!r} of {a.module!r}, which is no size of a {type(m).__name__}")
+        raise ValueError("this plan is of another model: "
+            f"it sets {a.name!r} of {a.module!r}, which is no size of a {type(m).__name__}")
     kind,old,new = type(old),_as_tuple(old),_as_tuple(a.value)
     more = a.name not in _may_grow and any(n>o for n,o in zip(new, old))
-    if isinstance(a.value, bool) or kind is int and isinstance(a.value, tuple) or len(old)!=len(new) or more: raise ValueError(f"this plan is of another model, or has been applied before: it sets {a.name!r} of {a.module!r} to {a.value!r}, and it is {vars(m)[a.name]!r} here")
+    if isinstance(a.value, bool) or kind is int and isinstance(a.value, tuple) or len(old)!=len(new) or more:
+        raise ValueError("this plan is of another model, or has been applied before: "
+            f"it sets {a.name!r} of {a.module!r} to {a.value!r}, and it is {vars(m)[a.name]!r} here")
 
 _may_grow = ('dilation', 'padding', 'output_padding', '_reversed_padding_repeated_twice') # where rows of a kernel go
 
@@ -380,9 +416,13 @@ def _check_layers(model, plan): # Would the tensors of each layer still fit each
     by_tensor,counts = {id(t):shapes[n] for n,t in state.items() if n in shapes},{}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
     for n,m in model.named_modules():
-        own = {k:by_tensor.get(id(t), tuple(t.shape)) for k,t in {**m._parameters, **m._buffers}.items() if t is not None}
-        if n in plan.apart or n not in counts and not any(id(t) in by_tensor for t in (*m._parameters.values(), *m._buffers.values())): continue
-        if why := _unfit(m, own, counts.get(n, {})): raise ValueError(f"this plan is of another model, or was changed: {n!r} would have {why}")
+        own = {k:by_tensor.get(id(t), tuple(t.shape))
+            for k,t in {**m._parameters, **m._buffers}.items() if t is not None}
+        if (n in plan.apart or n not in counts
+                and not any(id(t) in by_tensor for t in (*m._parameters.values(), *m._buffers.values()))):
+            continue
+        if why := _unfit(m, own, counts.get(n, {})):
+            raise ValueError(f"this plan is of another model, or was changed: {n!r} would have {why}")
 
 def _unfit(m, own, counts): # What would be wrong with a layer
     w = own.get('weight')
@@ -392,23 +432,28 @@ def _unfit(m, own, counts): # What would be wrong with a layer
         rows = w[1]*groups if m.transposed else w[0]
     elif isinstance(m, nn.GroupNorm):
         groups = counts.get('num_groups', m.num_groups)
-        if type(groups) is not int or groups<1 or w is not None and w[0]%groups: return f"{w[0] if w else m.num_channels} channels in {groups} groups"
+        if type(groups) is not int or groups<1 or w is not None and w[0]%groups:
+            return f"{w[0] if w else m.num_channels} channels in {groups} groups"
         rows = w and w[0]
     elif isinstance(m, (nn.Linear, nn.modules.batchnorm._NormBase)): rows = (w or own.get('running_mean') or (None,))[0]
     else: return None
-    return next((f"{s[0]} numbers in its {k}, and {rows} channels" for k,s in own.items() if rows is not None and k in ('weight','bias','running_mean','running_var') and s and k!='weight' and s[0]!=rows), None)
+    return next((f"{s[0]} numbers in its {k}, and {rows} channels" for k,s in own.items()
+        if rows is not None and k in ('weight','bias','running_mean','running_var')
+        and s and k!='weight' and s[0]!=rows), None)
 
 # %% ../../nbs/surgery/09_apply.ipynb #0000000e
 class Snapshot:
-    "Remember tensors, gradients, attributes and optimizer state of a model, by reference; `restore_` puts them back; branches remember themselves (`Removed`)"
+    "Remember what a plan will change in a model and its optimizer, by reference; `restore_` puts it back"
     def __init__(self, model:nn.Module, plan:Plan, optimizer=None):
         self.model = model = bare(model, plan)
         state = state_of(model)
-        names = {e.param for e in plan.slices} | {f.name for f in plan.folds if f.kind!='new'} | {g for _,g,_ in plan.factors}
+        names = ({e.param for e in plan.slices} | {f.name for f in plan.folds if f.kind!='new'}
+            | {g for _,g,_ in plan.factors})
         self.tensors = [(state[n], state[n].detach(), state[n].grad) for n in names]
         modules = dict(model.named_modules(remove_duplicate=False))
         self.attrs = [(modules[n], k, getattr(modules[n], k)) for n,k,_ in new_attributes(model, plan)]
-        self.classes = [(modules[r.module], type(modules[r.module]), dict(vars(modules[r.module]))) for r in plan.recoded]
+        self.classes = [(modules[r.module], type(modules[r.module]), dict(vars(modules[r.module])))
+            for r in plan.recoded]
         self.new = [f.name for f in plan.folds if f.kind=='new']
         self.optimizer = None if optimizer is None else OptimizerSnapshot(optimizer)
 

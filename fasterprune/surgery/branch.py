@@ -59,7 +59,8 @@ class Silent:
     def _same(self, *args, **kwargs): return Silent.outermost((self, args, kwargs))
     __mul__ = __rmul__ = __imul__ = __truediv__ = __neg__ = __getitem__ = __matmul__ = _same
     def __getattr__(self, name):
-        if name.startswith('__') or not callable(getattr(Tensor, name, None)): raise AttributeError(f"a branch that was removed has no {name!r}")
+        if name.startswith('__') or not callable(getattr(Tensor, name, None)):
+            raise AttributeError(f"a branch that was removed has no {name!r}")
         return self._same
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000007
@@ -87,7 +88,8 @@ class Gone:
     "A module of a branch that is removed"
     module:str # Path
     items:tuple[bool,...]|None=None # As for `Silence`
-    value:tuple[float,...]|None=None # What the branch adds from now on; None for nothing, and for all modules but its last
+    # What the branch adds from now on; None for nothing, and for all modules but its last
+    value:tuple[float,...]|None=None
     view:tuple[int,...]|None=None # The shape in which that is added
 
 @dataclass(frozen=True)
@@ -104,9 +106,11 @@ class Branch:
 class Idle:
     "The nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
     def __init__(self, t:Trace):
-        self.t,self.nodes,self.seals = t,set(),{} # nodes by index; seals: sums from which on a tensor or its memory is the other term's
+        # nodes by index; seals: sums from which on a tensor or its memory is the other term's
+        self.t,self.nodes,self.seals = t,set(),{}
         self.users,self.makers = {},{} # tensor, and memory → the nodes that use it, that make it or write there
-        self.busy,self.first = Counter(),{} # path of a module → how many of its nodes are needed; and the first of them all
+        # path of a module → how many of its nodes are needed; and the first of them all
+        self.busy,self.first = Counter(),{}
         for n in t.nodes:
             for k in self._takes(tensors_of(n)): self.users.setdefault(k, []).append(n.index)
             for k in self._makes(n): self.makers.setdefault(k, []).append(n.index)
@@ -130,7 +134,8 @@ class Idle:
         heapify(todo)
         while todo:
             n = self.t.nodes[-heappop(todo)]
-            if n.index in self.nodes or not (makes := self._makes(n)) or any(self._used(k, n.index) for k in makes): continue
+            if n.index in self.nodes or not (makes := self._makes(n)) or any(self._used(k, n.index) for k in makes):
+                continue
             self.nodes.add(n.index)
             found.append(n.index)
             self.busy.subtract(_around(n.module))
@@ -173,7 +178,9 @@ def _around(path): # The modules that a module is in, from the outside in, and i
 
 # %% ../../nbs/surgery/08_branch.ipynb #0000000f
 def _banks(model, paths): # Layers inside that are wholly zero
-    return tuple(f"{p}.{n}".rstrip('.') for p in paths for n,m in model.get_submodule(p).named_modules() if isinstance(m._parameters.get('weight'), Tensor) and not m.weight.any())
+    return tuple(
+        f"{p}.{n}".rstrip('.') for p in paths for n,m in model.get_submodule(p).named_modules()
+        if isinstance(m._parameters.get('weight'), Tensor) and not m.weight.any())
 
 class Owners:
     "Which modules hold which tensor of a model"
@@ -187,11 +194,14 @@ class Owners:
     )->tuple: # (name, length)
         "Parameters and buffers that are in these modules only"
         inside = {id(m):m for p in paths for m in self.model.get_submodule(p).modules()}
-        held = {id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        held = {
+            id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values())
+            if t is not None}
         own = sorted((*self.names[i], len(t)) for i,t in held.items() if t.dim() and self.of[i]<=inside.keys())
         return tuple((n, k) for _,n,k in own if any(n.startswith(f"{p}.") for p in paths))
 
-def _mixes(idle, nodes, modules): # A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
+# A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
+def _mixes(idle, nodes, modules):
     own = lambda n: any(n.module==m or n.module.startswith(f"{m}.") for m in modules)
     goes = lambda r,i: bool(made := idle._before(r, i)) and made[-1] in idle.nodes
     sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
@@ -220,17 +230,21 @@ def branch_at(
 def _branch(c, s, term, stays, idle, nodes, owners):
     t,node,modules = c.trace,s.node,idle.modules(nodes)
     if not modules: return None
-    if (teller := _teller(t, modules, idle.nodes-set(nodes)-idle.unused)) is None: return 'each of its modules runs elsewhere, too'
+    if (teller := _teller(t, modules, idle.nodes-set(nodes)-idle.unused)) is None:
+        return 'each of its modules runs elsewhere, too'
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
-    if isinstance(c.model.get_submodule(node.module), nn.TransformerEncoderLayer): return "PyTorch's fused path reads the weights of all its layers"
+    if isinstance(c.model.get_submodule(node.module), nn.TransformerEncoderLayer):
+        return "PyTorch's fused path reads the weights of all its layers"
     if _mixes(idle, nodes, modules): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
     last = Gone(teller, None, tuple(term.value.tolist()) if term.value.any() else None, view)
     later = idle.makers.get(idle._memory(node.outs[0]), [0])[-1]>node.index
-    params = tuple(p for p in (owners or Owners(c.model)).only(modules) if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
+    params = tuple(
+        p for p in (owners or Owners(c.model)).only(modules)
+        if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
     return Branch(node.module, (*(Gone(m) for m in modules if m!=teller), last), banks, node.key, params, later)
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000012
@@ -266,7 +280,9 @@ class Removed:
             like = like if like is not None else next(model.parameters())
             bias = m._parameters.get('bias')
             value = torch.tensor(g.value, dtype=torch.float64).to(like.dtype).to(like.device)
-            if bias is None or bias.shape!=value.shape: bias = nn.Parameter(value, requires_grad=like.requires_grad); self.new.append((bias, like))
+            if bias is None or bias.shape!=value.shape:
+                bias = nn.Parameter(value, requires_grad=like.requires_grad)
+                self.new.append((bias, like))
             else: self.data.append((bias, bias.detach())); bias.data = value
         stub = Silence(bias, g.view, g.items, b.copy, level).train(m.training)
         for parent,k in places[id(m)]:
@@ -280,7 +296,8 @@ class Removed:
         for p,data in self.data: p.data = data
 
 # %% ../../nbs/surgery/08_branch.ipynb #00000015
-def _given(c, x): # What modules give that is no tensor: identity → as `items` of a `Silence`, or False where that cannot be said
+# What modules give that is no tensor: identity → as `items` of a `Silence`, or False where that cannot be said
+def _given(c, x):
     res,own = {},{n:id(m) for n,m in modules_of(c.model)}
     def see(key, m, i, o):
         if isinstance(o, Tensor) or res.get(key) is False: return
@@ -296,11 +313,15 @@ def _tried(c, x, branches): # Does the model run without them? If not, why
     try:
         out.take_out_()
         t = fake_trace(c.model, x)
-    except Exception as e: return f"its code asks the branch for something ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})" # whatever the user's code raises is an answer
+    except Exception as e: # whatever the user's code raises is an answer
+        return ('its code asks the branch for something '
+                f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
     finally: out.restore_()
-    if [t.shapes[r.id] for r in t.outputs]!=[c.trace.shapes[r.id] for r in c.trace.outputs]: return 'without it the outputs would have other shapes'
+    if [t.shapes[r.id] for r in t.outputs]!=[c.trace.shapes[r.id] for r in c.trace.outputs]:
+        return 'without it the outputs would have other shapes'
 
-def _refused(c, x, branches, n): # The first of them does not work with those before it: (its place, why); None if all do; of `n` it is known
+# The first of them does not work with those before it: (its place, why); None if all do; of `n` it is known
+def _refused(c, x, branches, n):
     if len(branches)==n or not (why := _tried(c, x, branches)): return None
     lo,hi,more = n,len(branches),1 # `lo` of them work, `hi` do not
     while hi-lo>1:
@@ -328,7 +349,8 @@ def silent_branches(
         branches,held = look()
     return branches,held
 
-def _candidates(c, terms, may, given, no): # What would go and what would stay if all worked that has not been seen to fail
+# What would go and what would stay if all worked that has not been seen to fail
+def _candidates(c, terms, may, given, no):
     idle,owners,res,held = Idle(c.trace),Owners(c.model),[],[]
     for n in c.trace.nodes:
         if n.key not in terms: continue
@@ -337,7 +359,8 @@ def _candidates(c, terms, may, given, no): # What would go and what would stay i
             if may and not all(may(m) for m in _inside(c.model, b)): idle.undo(); continue
             items = {g.module:given.get(id(c.model.get_submodule(g.module))) for g in b.modules}
             if bad := [m for m,i in items.items() if i is False]: idle.undo()
-            b = f"{min(bad)} gives something else than tensors" if bad else replace(b, modules=tuple(replace(g, items=items[g.module]) for g in b.modules))
+            b = f"{min(bad)} gives something else than tensors" if bad else replace(
+                b, modules=tuple(replace(g, items=items[g.module]) for g in b.modules))
         if isinstance(b, Branch): res.append(b)
         elif b: held.append((n.module, 1, f"it is a branch of it, and {b}"))
     return tuple(res),tuple(held)

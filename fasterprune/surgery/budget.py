@@ -17,7 +17,9 @@ from .coupling import Coupling
 from .plan import score_of, wider
 
 # %% ../../nbs/surgery/12_budget.ipynb #00000005
-UNITS = dict(params='a whole number of parameters', macs='a whole number of multiply-accumulates', latency='milliseconds above 1', memory='a whole number of bytes')
+UNITS = dict(
+    params='a whole number of parameters', macs='a whole number of multiply-accumulates',
+    latency='milliseconds above 1', memory='a whole number of bytes')
 
 @dataclass(frozen=True)
 class Budget:
@@ -28,11 +30,15 @@ class Budget:
     memory:float|int|None=None # Parameters, buffers and the activations that are alive together, in bytes
 
     def __post_init__(self):
-        if not self.given: raise ValueError('a budget says what may be left, such as Budget(macs=0.5) or Budget(params=1_000_000)')
+        if not self.given:
+            raise ValueError('a budget says what may be left, such as Budget(macs=0.5) or Budget(params=1_000_000)')
         for k,v in self.given.items():
             must = f"{k} of a budget is a fraction in (0, 1] or {UNITS[k]}, not {v!r}"
             if isinstance(v, bool) or not isinstance(v, Real) or not 0<v<float('inf'): raise ValueError(must)
-            if k=='latency' and isinstance(v, Integral) and v==1: raise ValueError(f"{must}: that could be all of the time, 1.0, or one millisecond, which must be given as a fraction of what the model takes now")
+            if k=='latency' and isinstance(v, Integral) and v==1:
+                raise ValueError(
+                    f"{must}: that could be all of the time, 1.0, or one millisecond, "
+                    'which must be given as a fraction of what the model takes now')
             if k!='latency' and v>1 and v!=int(v): raise ValueError(f"{must}; did you mean {v/100:g}?")
 
     @property
@@ -44,7 +50,9 @@ class Budget:
         whole:dict, # Cost of the original
     )->dict:
         "The largest cost of each kind that is in `whole`"
-        return {k: v if v>1 or isinstance(v, Integral) and v!=1 else float(v)*whole[k] for k,v in self.given.items() if k in whole}
+        return {
+            k: v if v>1 or isinstance(v, Integral) and v!=1 else float(v)*whole[k]
+            for k,v in self.given.items() if k in whole}
 
 # %% ../../nbs/surgery/12_budget.ipynb #00000008
 def within(
@@ -57,14 +65,16 @@ def within(
 )->dict: # Group name → bool, True = stays
     "Remove the fewest units, lowest scores first, so that the rest is within a budget"
     costs = costs or Costs(c, [k for k in kinds if k in budget.given])
-    whole,blocks = costs(np.zeros(c.labels.size, bool)),ranked(scores, min_keep=min_keep, parts={n:c.by_name[n].even for n in scores}, **how)
+    whole,blocks = costs(np.zeros(c.labels.size, bool)),ranked(
+        scores, min_keep=min_keep, parts={n:c.by_name[n].even for n in scores}, **how)
     limits,label = budget.limits(whole),[c.by_name[n].labels[u] for n,u in blocks]
     def gone(k):
         g = np.zeros(c.labels.size, bool)
         if k: g[np.concatenate(label[:k])] = True
         return g
     fits = lambda g: all(v<=limits[k] for k,v in costs(_arranged(c, g, scores, how)).items() if k in limits)
-    if not fits(gone(len(blocks))): raise ValueError(_unmet(limits, whole, costs(gone(len(blocks))), dict(min_keep=min_keep, **how)))
+    if not fits(gone(len(blocks))):
+        raise ValueError(_unmet(limits, whole, costs(gone(len(blocks))), dict(min_keep=min_keep, **how)))
     lo,hi = 0,len(blocks)
     while lo<hi:
         k = (lo+hi)//2
@@ -72,7 +82,8 @@ def within(
     g = _arranged(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
     return {n: ~g[c.by_name[n].labels] for n in scores}
 
-def _arranged(c, gone, scores, how): # Where code shuffles channels, others go; some come back where a width must stay larger
+# Where code shuffles channels, others go; some come back where a width must stay larger
+def _arranged(c, gone, scores, how):
     flows = [c.by_name[n] for n in scores if c.by_name[n].flow is not None]
     g = gone.copy() if flows else gone
     for f in flows: g[f.labels] = ~f.arranged(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))
@@ -88,6 +99,9 @@ def _put_back(g, removed, fits):
     return g
 
 def _unmet(limits, whole, least, how):
-    said = '; '.join(f"{k}: {least[k]:,.10g} would be left of {whole[k]:,.10g}, and {v:,.10g} may be" for k,v in limits.items() if least[k]>v)
+    said = '; '.join(
+        f"{k}: {least[k]:,.10g} would be left of {whole[k]:,.10g}, and {v:,.10g} may be"
+        for k,v in limits.items() if least[k]>v)
     kept = [f"{k}={v!r}" for k,v in how.items() if k in ('min_keep','max_ratio','round_to') and v!=1]
-    return f"the budget cannot be met ({said}) with all removed that may go{' under '+', '.join(kept) if kept else ''}; allow more, or let more layers be cut"
+    return (f"the budget cannot be met ({said}) with all removed that may go"
+            f"{' under '+', '.join(kept) if kept else ''}; allow more, or let more layers be cut")

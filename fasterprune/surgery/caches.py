@@ -19,7 +19,9 @@ _most = 1000 # items of a container that are looked at one by one
 
 def _searched(module:str)->bool: # Is it somebody's code that uses PyTorch? Only there a tensor may be kept
     if (module or '').partition('.')[0] in _not_searched: return False
-    names = [getattr(v, '__module__', None) or getattr(v, '__name__', '') for v in vars(sys.modules.get(module, types)).values()]
+    names = [
+        getattr(v, '__module__', None) or getattr(v, '__name__', '')
+        for v in vars(sys.modules.get(module, types)).values()]
     return any(isinstance(n, str) and n.partition('.')[0]=='torch' for n in names)
 
 class Places:
@@ -48,7 +50,9 @@ class Places:
         elif kind in (staticmethod, classmethod, types.MethodType): self.todo.append(o.__func__)
         elif kind is property: self.todo += [o.fget, o.fset]
         elif kind is functools.cached_property: self.todo.append(o.func)
-        elif not isinstance(o, (nn.Module, Tensor)) and isinstance(own := getattr(o, '__dict__', None), dict) and self.searched(kind.__module__): self.todo += [own, kind]
+        elif (not isinstance(o, (nn.Module, Tensor)) and isinstance(own := getattr(o, '__dict__', None), dict)
+                and self.searched(kind.__module__)):
+            self.todo += [own, kind]
 
     def note(self, o, inside):
         self.whole.append(o)
@@ -76,7 +80,8 @@ class Places:
         self.call(names)
         if self.searched(f.__globals__.get('__name__')): self.namespace(f.__globals__, names)
         for n in names:
-            if isinstance(m := f.__globals__.get(n), types.ModuleType) and self.searched(m.__name__): self.namespace(vars(m), names)
+            if isinstance(m := f.__globals__.get(n), types.ModuleType) and self.searched(m.__name__):
+                self.namespace(vars(m), names)
 
     def namespace(self, ns, names):
         found = self.names.setdefault(id(ns), (ns, set()))[1]
@@ -84,7 +89,8 @@ class Places:
         found |= new
         self.todo += [ns[n] for n in new]
 
-_global_hooks = [d for k,d in vars(nn.modules.module).items() if k.startswith('_global_') and isinstance(d, dict)] # run in each module
+# run in each module
+_global_hooks = [d for k,d in vars(nn.modules.module).items() if k.startswith('_global_') and isinstance(d, dict)]
 _plain = {int, float, bool, str, bytes, type(None), complex, types.ModuleType, types.BuiltinFunctionType}
 _containers = (dict, collections.OrderedDict, collections.defaultdict, list, set, collections.deque)
 
@@ -107,7 +113,7 @@ def holds_tensor(
     return any(holds_tensor(v, depth-1) for v in inside)
 
 class Kept:
-    "Remember what stands in one place outside of a model; `restore_` puts entries back that hold tensors now and did not before"
+    "Remember what stands in one place outside of a model; `restore_` puts back entries that hold tensors now"
     def __init__(self, place, names=None): self.place,self.names,self.was = place,names,_contents(place, names)
 
     def restore_(self):
@@ -120,10 +126,14 @@ class Kept:
 
     def _restore_entries(self, now): # Of a dict, a namespace or a class
         o = self.place
-        put,drop = ((lambda k, v: setattr(o, k, v)),(lambda k: delattr(o, k))) if isinstance(o, type) else (o.__setitem__, o.__delitem__)
+        put,drop = (
+            ((lambda k, v: setattr(o, k, v)),(lambda k: delattr(o, k))) if isinstance(o, type)
+            else (o.__setitem__, o.__delitem__))
         for k in [*now, *(self.was.keys()-now.keys())]:
             before,after = self.was.get(k, self),now.get(k, self) # itself where there is none
-            if before is after or not (holds_tensor(after) or holds_tensor(k) or after is self and holds_tensor(before)): continue
+            if before is after or not (
+                    holds_tensor(after) or holds_tensor(k) or after is self and holds_tensor(before)):
+                continue
             drop(k) if before is self else put(k, before)
 
 def _contents(o, names=None): # A copy, one level deep
@@ -153,14 +163,16 @@ def caches_kept(
     "Let code keep tensors outside of the model for a while; afterwards, and after an interrupt, they are gone"
     found = _found(model)
     for o in found.whole:
-        if isinstance(o, functools._lru_cache_wrapper) and _remembers_tensors(o): o.cache_clear() # each run computes what it needs
+        if isinstance(o, functools._lru_cache_wrapper) and _remembers_tensors(o):
+            o.cache_clear() # each run computes what it needs
     kept = [Kept(o) for o in found.whole]+[Kept(ns, names) for ns,names in found.names.values()]
     try:
         try: yield
         finally: _restore(kept)
     finally: _restore(kept) # an interrupt may have stopped the first
 
-_searches = contextvars.ContextVar('searches', default=None) # What was found for models of which classes, while an operation is under way
+# What was found for models of which classes, while an operation is under way
+_searches = contextvars.ContextVar('searches', default=None)
 
 @contextlib.contextmanager
 def searched_once():
@@ -179,5 +191,6 @@ def _found(model):
 def _restore(kept):
     for k in kept: k.restore_()
 
-def _remembers_tensors(f): # Are there tensors among the results of an `lru_cache`? They are seen by the garbage collector only
+# Are there tensors among the results of an `lru_cache`? They are seen by the garbage collector only
+def _remembers_tensors(f):
     return f.cache_info().currsize and any(holds_tensor(o) for o in gc.get_referents(f) if o is not f.__dict__)

@@ -44,10 +44,13 @@ class Runner(TorchDispatchMode):
         super().__init__()
         self.run,self.training,self.exact = run or plainly,training,exact
         self.watches = watches and self.run is not plainly
-        self.stack,self.seen,self.paths,self.direct = [],{},{},None # direct: may change a call that says sizes before it is made
+        # direct: may change a call that says sizes before it is made
+        self.stack,self.seen,self.paths,self.direct = [],{},{},None
 
     @property
-    def modes(self)->list: "What is entered while the copy runs"; return [PlainNorms()]*(not self.exact) + [self]*(self.run is not plainly)
+    def modes(self)->list:
+        "What is entered while the copy runs"
+        return [PlainNorms()]*(not self.exact) + [self]*(self.run is not plainly)
 
     def key(self, op:str)->tuple:
         "Name an operator that runs now: (path of the module, its name, how many there were before)"
@@ -66,7 +69,10 @@ class Runner(TorchDispatchMode):
 
 class Recorder(Runner):
     "Write down each operator that passes; `listen(node, args, out)` sees its results"
-    def __init__(self, listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0, again:bool=False):
+    def __init__(self,
+        listen:Callable|None=None, run:Callable|None=None, training:tuple=(), exact:bool=False, base:int=0,
+        again:bool=False,
+    ):
         super().__init__(run, training, exact)
         self.again,self.watches = again,True
         self.trace,self.refs,self.count,self.listen,self.at = Trace(base=base),WeakIdKeyDictionary(),0,listen,{}
@@ -85,7 +91,8 @@ class Recorder(Runner):
         self.trace.inputs = [self.ref(t) for t in tensors_in(call)]
 
     def end(self, model, copy, state, found):
-        self.trace.counts = any(_numbers_on(m)!=_numbers_on(c) for (_,m),(_,c) in zip(modules_of(model), modules_of(copy)))
+        self.trace.counts = any(
+            _numbers_on(m)!=_numbers_on(c) for (_,m),(_,c) in zip(modules_of(model), modules_of(copy)))
         written = {r.id for n in self.trace.nodes for r in n.mutates}
         now = state_of(copy)
         self.trace.state = {n for i,n in self.trace.names.items() if i in written or now.get(n) is not state[n]}
@@ -93,7 +100,8 @@ class Recorder(Runner):
 
     def ref(self, t:Tensor)->Ref:
         "The number of tensor `t`"
-        r = t.__dict__.get('ref') if type(t) is FakeTensor else self.refs.get(t) # a fake tensor is ours, and can carry its number
+        # a fake tensor is ours, and can carry its number
+        r = t.__dict__.get('ref') if type(t) is FakeTensor else self.refs.get(t)
         return self._new(t) if r is None else r
 
     def _new(self, t):
@@ -125,7 +133,8 @@ class Recorder(Runner):
         key = self.key(op)
         out = self.run(key, func, args, kwargs)
         value = numbers_in(args[0]) if op=='lift_fresh' and type(args[0]) is Tensor else ()
-        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)), mutated(func, ra, rk), key[0], key, value)
+        node = Node(len(self.trace.nodes), func, ra, rk, tuple(self.ref(t) for t in tensors_in(out)),
+            mutated(func, ra, rk), key[0], key, value)
         self.trace.nodes.append(node)
         if op=='lift_fresh' and not _is_written_there(): self.trace.given.update(r.id for r in node.outs)
         if self.listen is not None: self.listen(node, args, out)
@@ -137,10 +146,14 @@ def _is_written_there(): # Do the numbers of a new tensor stand in the code that
     f = sys._getframe(2)
     while f is not None and _is_ours(f.f_code): f = f.f_back
     node = executing.Source.executing(f).node if f is not None else None
-    return node is not None and not any(isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and not isinstance(_named(f, n.value.id), types.ModuleType) for a in getattr(node, 'args', ()) for n in ast.walk(a))
+    return node is not None and not any(
+        isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+        and not isinstance(_named(f, n.value.id), types.ModuleType)
+        for a in getattr(node, 'args', ()) for n in ast.walk(a))
 
 def _named(f, name): return f.f_locals.get(name, f.f_globals.get(name))
-def _is_ours(code): return code.co_name in ('__torch_dispatch__', '__torch_function__') or code.co_filename.startswith(_torch) # of a mode or of PyTorch
+def _is_ours(code): # of a mode or of PyTorch
+    return code.co_name in ('__torch_dispatch__', '__torch_function__') or code.co_filename.startswith(_torch)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000007
 def numbers_in(
@@ -153,7 +166,7 @@ def numbers_in(
 def plainly(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
 
 def roughly(key, func, args, kwargs):
-    "Run an operator where any values will do: of many samples (a detector has a hundred boxes), a convolution computes eight and repeats them"
+    "Run an operator where any values will do: of many samples a convolution computes eight and repeats them"
     n = args[0].shape[0] if func.overloadpacket.__name__=='convolution' else 0
     if n<=2*_few: return func(*args, **kwargs)
     return torch.cat([func(args[0][:_few], *args[1:], **kwargs)]*-(-n//_few))[:n]
@@ -172,11 +185,13 @@ def mutated(
 
 @lru_cache(maxsize=None)
 def _written(func): # (position, name) of the arguments that an operator writes to
-    return tuple((i, a.name) for i,a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return tuple((i, a.name) for i,a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write)
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000009
-size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__', 'scaled_dot_product_attention', 'mul', '__mul__',
-    '__rmul__', 'mul_', '__imul__', 'tensor', 'div', '__truediv__', 'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
+size_calls = ('view', 'reshape', 'expand', 'repeat', 'unflatten', 'split', 'narrow', '__getitem__',
+    'scaled_dot_product_attention', 'mul', '__mul__', '__rmul__', 'mul_', '__imul__', 'tensor', 'div', '__truediv__',
+    'div_', '__itruediv__', 'layer_norm', 'group_norm', 'rms_norm', 'mean', 'var', 'std', 'var_mean',
     'zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty', 'new_full')
 
 size_questions = ('__get__', 'size', '__len__', 'numel', 'nelement', 'stride', 'sym_size', 'shape')
@@ -190,25 +205,30 @@ def caller(
     return f
 
 _layers = nn.__file__.rpartition('__init__')[0]
-_between = {sys.modules[m].__file__ for m in ('torch.overrides', 'torch._tensor')} # Python of PyTorch's that stands between code and mode
+# Python of PyTorch's that stands between code and mode
+_between = {sys.modules[m].__file__ for m in ('torch.overrides', 'torch._tensor')}
 
 class CallLog(TorchFunctionMode):
-    "Note the calls in `size_calls` and those with numbers, by module and place, and the tensors whose size is asked for"
+    "Note calls in `size_calls` and those with numbers, by module and place, and tensors whose size is asked for"
     def __init__(self, rec:Recorder):
         super().__init__()
         self.rec = rec
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name,rec = kwargs or {},getattr(func, '__name__', ''),self.rec
         # a norm that keeps its divisor has the name of the norm that it stands for, and is written down as that
-        if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'): rec.trace.asked.add(rec.ref(args[0]).id)
-        if name=='multi_head_attention_forward': rec.trace.asked.update(rec.ref(t).id for t in tensors_in((args, kwargs))) # Python that asks unseen
+        if name in size_questions and (name!='__get__' or func.__self__.__name__=='shape'):
+            rec.trace.asked.add(rec.ref(args[0]).id)
+        if name=='multi_head_attention_forward': # Python that asks unseen
+            rec.trace.asked.update(rec.ref(t).id for t in tensors_in((args, kwargs)))
         if not rec.stack or not (name in size_calls or _has_number(args, kwargs)): return func(*args, **kwargs)
         frame,place,node = rec.stack[-1],caller(func),len(rec.trace.nodes)
-        if name not in size_calls and place.f_code.co_filename.startswith(_layers): return func(*args, **kwargs) # the number of a layer of PyTorch
+        if name not in size_calls and place.f_code.co_filename.startswith(_layers):
+            return func(*args, **kwargs) # the number of a layer of PyTorch
         order = frame.next(place, name)
         if rec.direct is not None: func,args,kwargs = rec.direct(place, str(frame), order, func, args, kwargs)
         part = None
-        if not rec.exact and hasattr(func, 'plain'): kwargs,part,func = {k:v for k,v in kwargs.items() if k!='part'},kwargs['part'],func.plain
+        if not rec.exact and hasattr(func, 'plain'):
+            kwargs,part,func = {k:v for k,v in kwargs.items() if k!='part'},kwargs['part'],func.plain
         out = func(*args, **kwargs)
         as_ref = lambda o: rec.ref(o) if isinstance(o, Tensor) else o
         if part is not None: kwargs = {**kwargs, 'part':part}
@@ -223,7 +243,9 @@ class PlainNorms(TorchFunctionMode):
         if hasattr(func, 'plain'): return func.plain(*args, **{k:v for k,v in kwargs.items() if k!='part'})
         return func(*args, **kwargs)
 
-def _has_number(args, kwargs): return any(isinstance(a, float) for a in args) or bool(kwargs) and any(isinstance(a, float) for a in kwargs.values())
+def _has_number(args, kwargs):
+    return (any(isinstance(a, float) for a in args)
+        or bool(kwargs) and any(isinstance(a, float) for a in kwargs.values()))
 
 class Frame(str):
     "The path of a running module, and how often each of its places has called"
@@ -257,7 +279,8 @@ def record(
 )->list: # The tensors that it returns
     "Run a copy of `model`"
     state = state_of(model) if state is None else state
-    with structural_copy(model, state, tensor) as copied, preserved(), caches_kept(model), contextlib.ExitStack() as modes:
+    with (structural_copy(model, state, tensor) as copied, preserved(), caches_kept(model),
+          contextlib.ExitStack() as modes):
         copy,(args,kwargs) = copied(model),copied(as_call(x))
         prepare_(copy, rec)
         if change is not None: change(copy)
@@ -309,11 +332,13 @@ def _of_its_kind(t, gen): # Other values than those of a tensor, as good for who
     whole = v is not None and bool(there.all())
     own = v.flatten() if whole else v[there] if v is not None else None
     if v is not None and not whole and not v.isnan().any() and not own.any(): return v # a mask of 0 and -inf
-    if v is None or not whole and v.isnan().any() or not own.any(): return torch.randn(t.shape, generator=gen, dtype=kind)
+    if v is None or not whole and v.isnan().any() or not own.any():
+        return torch.randn(t.shape, generator=gen, dtype=kind)
     new = _redrawn(own, gen)
     return new.view(v.shape) if whole else v.masked_scatter(there, new)
 
-def _redrawn(own, gen): # Numbers of the same kind: others of them, between the smallest and the largest, whole ones if they are
+# Numbers of the same kind: others of them, between the smallest and the largest, whole ones if they are
+def _redrawn(own, gen):
     (lo,hi),n = own.aminmax(),own.numel()
     if lo==hi: return own*(.5+torch.rand(n, generator=gen, dtype=own.dtype))
     new = own[torch.randint(n, (n,), generator=gen)]
@@ -333,7 +358,8 @@ def clones(
     instead:dict|None=None, # Name → tensor, where another one is meant
 )->dict: # Name → tensor
     "Copy parameters and buffers"
-    def one(t): return t.detach().to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.detach().clone()
+    def one(t):
+        return t.detach().to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.detach().clone()
     instead = instead or {}
     return {n:one(instead.get(n, t)) for n,t in state_of(model).items()}
 
@@ -371,7 +397,8 @@ def fake_trace(
         new = run.like(as_plain(t), shape)
         if isinstance(t, nn.Parameter): new._is_param = True
         return new
-    with quiet('torch._subclasses.fake_tensor'): record(model, x, rec, {n:fake(t, shapes.get(n)) for n,t in state_of(model).items()}, fake, **kwargs)
+    with quiet('torch._subclasses.fake_tensor'):
+        record(model, x, rec, {n:fake(t, shapes.get(n)) for n,t in state_of(model).items()}, fake, **kwargs)
     return rec.trace
 
 # %% ../../nbs/surgery/01_capture.ipynb #00000012
@@ -383,7 +410,8 @@ def capture(
 )->Trace:
     "The operators of one forward pass of `model`, without running it if that can be done"
     try: return fake_trace(model, x, rec=Recorder(training=training, base=base))
-    except Exception: pass # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
+    # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
+    except Exception: pass
     rec = Recorder(run=roughly, training=training, base=base)
     record(model, x, rec, clones(model))
     rec.trace.fake = False

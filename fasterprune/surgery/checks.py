@@ -24,13 +24,17 @@ def _quantised(o): return any(w in type(o).__module__.split('.') for w in _packe
 
 def _why_not_module(m): # What makes a module one that cannot be cut
     if _scripted(m):
-        return "is a scripted or traced module, whose code can neither be followed nor changed; prune the model that it was made of, and script or trace it afterwards"
-    return next((why for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and (why := _why_not_tensor(t))), None)
+        return ('is a scripted or traced module, whose code can neither be followed nor changed; '
+                'prune the model that it was made of, and script or trace it afterwards')
+    return next((
+        why for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None and (why := _why_not_tensor(t))), None)
 
 def _why_not_tensor(t): # What makes a parameter or buffer one that cannot be cut
     if is_lazy(t): return "has no weight yet; run the model once on an example input first"
     if _quantised(t) or t.is_quantized: return "has quantised weights; prune first and quantise afterwards"
-    if type(t).__module__.startswith('torch.distributed'): return "has weights that are spread over several processes; prune the model before it is sharded"
+    if type(t).__module__.startswith('torch.distributed'):
+        return "has weights that are spread over several processes; prune the model before it is sharded"
 
 # %% ../../nbs/surgery/00_checks.ipynb #00000008
 def check_model(
@@ -42,17 +46,22 @@ def check_model(
     check_mode()
     model = unwrap(model)
     for n,m in modules_of(model):
-        if why := _why_not_module(m): raise ValueError(f"{f'module {n!r} of this {type(model).__name__}' if n else f'this {type(model).__name__}'} {why}")
+        if why := _why_not_module(m):
+            raise ValueError(
+                f"{f'module {n!r} of this {type(model).__name__}' if n else f'this {type(model).__name__}'} {why}")
     if not any(t is not None for _,m in modules_of(model) for t in (*m._parameters.values(), *m._buffers.values())):
         packed = next((n for n,m in modules_of(model) if _quantised(m)), None)
-        why = '' if packed is None else f" (module {packed!r} is quantised, and its weights are packed: prune first and quantise afterwards)"
+        why = '' if packed is None else (
+            f" (module {packed!r} is quantised, and its weights are packed: prune first and quantise afterwards)")
         raise ValueError(f"this {type(model).__name__} has no parameters{why}, so there is nothing to prune")
     return model
 
 def check_mode():
     "Refuse to work under inference mode"
     if torch.is_inference_mode_enabled():
-        raise PruningError('this was called under torch.inference_mode(): weights that are cut there could never be trained again; call it outside of it, or under torch.no_grad()')
+        raise PruningError(
+            'this was called under torch.inference_mode(): weights that are cut there could never be trained again; '
+            'call it outside of it, or under torch.no_grad()')
 
 # %% ../../nbs/surgery/00_checks.ipynb #0000000b
 def as_example(
@@ -63,7 +72,10 @@ def as_example(
     args,kwargs = as_call(x)
     try: inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:
-        if not _own_way(model): raise TypeError(f"the example input x does not fit forward{_signature(model)} of this {type(model).__name__}: {e}; {_advice(x)}") from None
+        if not _own_way(model):
+            raise TypeError(
+                f"the example input x does not fit forward{_signature(model)} of this {type(model).__name__}: {e}; "
+                f"{_advice(x)}") from None
     except ValueError: pass # there is no signature
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, x)
 
@@ -74,8 +86,11 @@ def _signature(model): return str(inspect.signature(model.forward)).split(' ->')
 
 def _advice(x): # What to write instead
     args,kwargs = as_call(x)
-    if args and all(type(a) is int for a in args): return f"it looks like a shape: pass an input of this shape, such as torch.randn({', '.join(map(str, args))})"
-    if not args and not kwargs: return 'it is empty, so the model is called without arguments; pass what the model is called with, such as torch.randn(...)'
+    if args and all(type(a) is int for a in args):
+        return f"it looks like a shape: pass an input of this shape, such as torch.randn({', '.join(map(str, args))})"
+    if not args and not kwargs:
+        return ('it is empty, so the model is called without arguments; '
+                'pass what the model is called with, such as torch.randn(...)')
     return 'pass a tensor, a tuple of positional arguments or a dict of keyword arguments, as the model is called with'
 
 # %% ../../nbs/surgery/00_checks.ipynb #0000000e

@@ -48,29 +48,47 @@ class Choice:
     evidence:Evidence|None=None # For a criterion that has to see the model run
 
     def __post_init__(self):
-        if self.granularity not in sides: raise ValueError(f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; others can be set to zero with a Sparsifier")
-        if self.budget is not None and not isinstance(self.budget, Budget): raise TypeError(f"budget is a Budget, such as Budget(macs=0.5), not {self.budget!r}")
-        if self.budget is not None and self.sparsity is not None: raise ValueError('give a sparsity or a budget, not both: a budget decides how much goes')
-        if self.budget is None and self.sparsity is None: raise ValueError('give a sparsity or a budget: how much shall go')
+        if self.granularity not in sides:
+            raise ValueError(
+                f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; "
+                'others can be set to zero with a Sparsifier')
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise TypeError(f"budget is a Budget, such as Budget(macs=0.5), not {self.budget!r}")
+        if self.budget is not None and self.sparsity is not None:
+            raise ValueError('give a sparsity or a budget, not both: a budget decides how much goes')
+        if self.budget is None and self.sparsity is None:
+            raise ValueError('give a sparsity or a budget: how much shall go')
         if self.sparsity=={}: raise ValueError('sparsity is an empty dict; give at least one layer a fraction')
         names = self.sparsity if isinstance(self.sparsity, dict) else ()
-        check_allocation(0. if self.sparsity is None else self.sparsity, names, context=self.context, **self.caps, sets={})
-        if self.min_keep<1: raise ValueError(f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
-        if self.per is not None and self.per not in currencies: raise ValueError(f"per: {no_such('cost', self.per, currencies)}, or None for scores as they are")
+        check_allocation(
+            0. if self.sparsity is None else self.sparsity, names, context=self.context, **self.caps, sets={})
+        if self.min_keep<1:
+            raise ValueError(
+                f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
+        if self.per is not None and self.per not in currencies:
+            raise ValueError(f"per: {no_such('cost', self.per, currencies)}, or None for scores as they are")
         if self.normalizer is not None: as_normalizer(self.normalizer)
-        if self.reduce is not None and self.reduce not in reductions: raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
-        if self.per is not None and self.criterion.selector: raise ValueError(f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; use per=None")
+        if self.reduce is not None and self.reduce not in reductions:
+            raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
+        if self.per is not None and self.criterion.selector:
+            raise ValueError(
+                f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; "
+                'use per=None')
         check_where(self.criterion, self.granularity)
         self.normal # refuses what cannot be ranked
 
     @property
-    def caps(self)->dict: "What no group may lose"; return dict(min_keep=self.min_keep, max_ratio=self.max_ratio, round_to=self.round_to)
+    def caps(self)->dict:
+        "What no group may lose"
+        return dict(min_keep=self.min_keep, max_ratio=self.max_ratio, round_to=self.round_to)
 
     @property
     def normal(self):
         "The normaliser of a ranking over several groups; None within one"
         if self.budget is None and self.context=='local': return None
-        return ranking(self.criterion, self.normalizer, alike=self.context=='isomorphic', asks='a budget' if self.budget is not None else f"context={self.context!r}")
+        return ranking(
+            self.criterion, self.normalizer, alike=self.context=='isomorphic',
+            asks='a budget' if self.budget is not None else f"context={self.context!r}")
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000006
 def layers_with(
@@ -85,8 +103,9 @@ def groups_named(
     name:str, # Of a group, of a layer, or of a block of layers
     role:str='write', # Does a layer mean the channels that it writes, or those that it reads ('read')?
 )->tuple: # (the groups, is it the name of a block?)
-    "What a name means: a group, what a layer writes or reads, or that of all layers in a block; () where it means nothing"
-    if role=='write' or not any(name in g.layers for g in groups): # 'conv1' is a group, and a layer that reads another one
+    "Find what a name means: a group, what a layer writes or reads, or all layers in a block; () for nothing"
+    # 'conv1' is a group, and a layer that reads another one
+    if role=='write' or not any(name in g.layers for g in groups):
         exact = tuple(g for g in groups if g.name==name)
         if exact: return exact,False
     own = _of_layer(groups, name, role)
@@ -113,7 +132,8 @@ def groups_of(
     raise ValueError(no_such('group', name, list(c.by_name)))
 
 def _reads_what_stays(name):
-    zeros = f"Sparsifier(model, x, granularity='shared_kernel').sparsify({{{name!r}: .5}}) sets its kernels to zero all the same"
+    zeros = (f"Sparsifier(model, x, granularity='shared_kernel').sparsify({{{name!r}: .5}}) "
+             'sets its kernels to zero all the same')
     return f"{name!r} reads no channels that can be removed, so none of its shared kernels can go; {zeros}"
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000008
@@ -134,7 +154,8 @@ def fractions_by_group(
     return {g:v for g,(v,_,_) in res.items()}
 
 def _two_fractions(name, v, group, other, was, verb):
-    return f"sparsity: {name!r} {verb} the same channels as {other!r}, those of {group!r}, so it cannot have {v!r} where that has {was!r}; give one of them a fraction, or name {group!r} itself"
+    return (f"sparsity: {name!r} {verb} the same channels as {other!r}, those of {group!r}, "
+            f"so it cannot have {v!r} where that has {was!r}; give one of them a fraction, or name {group!r} itself")
 
 def shares_of(
     c:Coupling,
@@ -143,7 +164,9 @@ def shares_of(
     "What the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
     def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
-    return [(c.by_name[g].labels, v) for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
+    return [
+        (c.by_name[g].labels, v)
+        for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
 
 def _by_group(c, shares): # Group → part, for those that there are by now
     return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, c.labels.find(labels)).any()}
@@ -155,7 +178,10 @@ def per_cost(
     name:str, # Of the group
 )->Tensor: # A unit that costs nothing goes last
     "Importance per cost"
-    if (s<0).any(): raise ValueError(f"per= divides importances by costs, and those of {name!r} go down to {s.min().item():.4g}; use a criterion and a normalizer with scores ≥ 0, or per=None")
+    if (s<0).any():
+        raise ValueError(
+            f"per= divides importances by costs, and those of {name!r} go down to {s.min().item():.4g}; "
+            'use a criterion and a normalizer with scores ≥ 0, or per=None')
     return torch.where(cost>0, s/cost.clamp(min=1e-12), torch.inf)
 
 def scores_for(
@@ -167,7 +193,9 @@ def scores_for(
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → scores that can be ranked in the choice's context
     "Scores as a choice ranks them"
-    scores = group_scores(model, groups, how.criterion, granularity=how.granularity, pooled=pooled, evidence=how.evidence, reduce=how.reduce, keep=keep)
+    scores = group_scores(
+        model, groups, how.criterion, granularity=how.granularity, pooled=pooled, evidence=how.evidence,
+        reduce=how.reduce, keep=keep)
     if how.normal: scores = {n:how.normal(s) for n,s in scores.items()}
     if how.per is None: return scores
     costs = unit_costs(c, groups, how.per)
@@ -189,9 +217,15 @@ def choose(
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
     parts,classes = {g.name:g.even for g in groups},{g.name:g.classes for g in groups}
-    keep = {n:int(k.sum()) for n,k in allocate({g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps).items()} if how.criterion.selector else None
-    scores,sets = scores_for(model, c, groups, how, pooled, keep),alike(model, groups) if how.context=='isomorphic' else None
-    if how.budget is not None: return within(c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
+    keep = {n:int(k.sum()) for n,k in allocate(
+        {g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps,
+    ).items()} if how.criterion.selector else None
+    scores,sets = (
+        scores_for(model, c, groups, how, pooled, keep),
+        alike(model, groups) if how.context=='isomorphic' else None)
+    if how.budget is not None:
+        return within(
+            c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, classes=classes, **how.caps)
     stays = {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
     return widened(c, stays, scores)
@@ -211,8 +245,13 @@ def warn_of_emptied(
 ):
     "Say so where a ranking nearly empties a group"
     if not (few := nearly_emptied(plan)): return
-    said = ', '.join(f"{k.name!r} ({len(k.keep)} of {k.n})" for k in few[:5])+(f" and {len(few)-5} more" if len(few)>5 else '')
-    warnings.warn(f"next to nothing stays of {said}, while the model keeps {plan.units-plan.removed} of {plan.units} units; max_ratio=0.9 leaves each group a tenth of its units, context='isomorphic' compares layers of one shape only", PruningWarning, stacklevel=stacklevel)
+    said = (', '.join(f"{k.name!r} ({len(k.keep)} of {k.n})" for k in few[:5])
+        +(f" and {len(few)-5} more" if len(few)>5 else ''))
+    warnings.warn(
+        f"next to nothing stays of {said}, while the model keeps {plan.units-plan.removed} of {plan.units} units; "
+        "max_ratio=0.9 leaves each group a tenth of its units, "
+        "context='isomorphic' compares layers of one shape only",
+        PruningWarning, stacklevel=stacklevel)
 
 # %% ../../nbs/surgery/13_choice.ipynb #00000013
 def layers_of(
@@ -225,10 +264,14 @@ def layers_of(
     modules = dict(model.named_modules(remove_duplicate=False))
     names,res = {n for n in modules if n} | {n for n,_ in model.named_parameters()},[]
     for s in [specs] if isinstance(specs, (str,type)) or not hasattr(specs, '__iter__') else list(specs):
-        if isinstance(s, type) and issubclass(s, nn.Module): found = [n for n,m in modules.items() if n and isinstance(m, s)]
+        if isinstance(s, type) and issubclass(s, nn.Module):
+            found = [n for n,m in modules.items() if n and isinstance(m, s)]
         elif isinstance(s, str): found = [s] if s in names else []
         else: raise TypeError(f"{what} takes names and types of layers, such as 'layer1' or nn.Linear, not {s!r}")
-        if not found and isinstance(s, type): raise ValueError(f"{what}: {no_such('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n}))}")
+        if not found and isinstance(s, type):
+            raise ValueError(
+                f"{what}: "
+                f"{no_such('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n}))}")
         if not found: raise ValueError(f"{what}: {no_such('layer', s, sorted(names))}")
         res += found
     return res

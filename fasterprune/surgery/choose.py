@@ -33,15 +33,29 @@ def check_where(
 ):
     "Refuse a criterion where it is not defined"
     c = f"criterion {criterion.name!r}"
-    if criterion.units_only and granularity not in sides: raise ValueError(f"{c} scores whole channels by {'their normalisation' if criterion.reads=='norm' or criterion.channel and criterion.stats[0].at=='norm' else 'the layers that read them'}, so it needs granularity='filter', not {granularity!r}")
-    if criterion.where is not None and granularity not in criterion.where: raise ValueError(f"{c} is defined for granularity {' or '.join(map(repr, criterion.where))}, not {granularity!r}")
-    if criterion.vectors is not None and granularity in ('weight', 'layer'): raise ValueError(f"{c} compares the units of a layer with each other as vectors, and {'a single weight is no vector' if granularity=='weight' else 'here the layer is one unit'}; use units between these, such as granularity='filter'")
+    if criterion.units_only and granularity not in sides:
+        raise ValueError(
+            f"{c} scores whole channels by "
+            f"""{'their normalisation'
+                if criterion.reads=='norm' or criterion.channel and criterion.stats[0].at=='norm'
+                else 'the layers that read them'}"""
+            f", so it needs granularity='filter', not {granularity!r}")
+    if criterion.where is not None and granularity not in criterion.where:
+        raise ValueError(
+            f"{c} is defined for granularity {' or '.join(map(repr, criterion.where))}, not {granularity!r}")
+    if criterion.vectors is not None and granularity in ('weight', 'layer'):
+        raise ValueError(
+            f"{c} compares the units of a layer with each other as vectors, and "
+            f"{'a single weight is no vector' if granularity=='weight' else 'here the layer is one unit'}; "
+            "use units between these, such as granularity='filter'")
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000007
 def _pooled(criterion, w, dim, s=None): # One score for each position along `dim`; pieces that fit a cache
     w = w.detach().movedim(dim, 0)
     rest = list(range(1, w.dim()))
-    pool = lambda s: s if not rest else s.amax(rest) if criterion.pool=='max' else s.mean(rest) if criterion.pool=='mean' else s.sum(rest)
+    pool = lambda s: (
+        s if not rest else s.amax(rest) if criterion.pool=='max'
+        else s.mean(rest) if criterion.pool=='mean' else s.sum(rest))
     if not criterion.pointwise: return pool(element_scores(criterion, w.movedim(0, dim), s).movedim(dim, 0))
     return torch.cat([pool(element_scores(criterion, p)) for p in w.split(max(1, (1<<15)//max(w[0].numel(), 1)))])
 
@@ -57,7 +71,8 @@ def member_scores(
 
 def _by_unit(criterion, s, m, n): # From positions of a dimension to units
     unit = torch.as_tensor(m.unit, device=s.device) # several positions may be one unit
-    out = s.new_zeros(n).scatter_reduce(0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
+    out = s.new_zeros(n).scatter_reduce(
+        0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
     return out if criterion.finish is None else criterion.finish(out)
 
 def rows_of(
@@ -75,7 +90,8 @@ def _vectors(w, dim, index): # `[n, R, T]`
     t = t.reshape(len(t), t.shape[1] if t.dim()>1 else 1, -1)[torch.as_tensor(index, device=w.device)]
     return t.transpose(1, 2).flatten(2)
 
-def _joined(criterion, ws, ms, n, k): # The vectors of all members side by side; None if one of them sees a part of the units
+# The vectors of all members side by side; None if one of them sees a part of the units
+def _joined(criterion, ws, ms, n, k):
     rows = [rows_of(m.unit) for m in ms]
     if any(len(r)!=1 or len(r[0][0])!=n for r in rows): return None
     v = torch.cat([_vectors(w, m.dim, r[0][1]).flatten(1) for w,m,r in zip(ws, ms, rows)], 1)
@@ -91,10 +107,15 @@ def layer_of(
     model:nn.Module,
     param:str, # Name of a parameter
 )->str|None: # Name of the layer
-    "The layer whose input meets a parameter: a convolution or linear layer, also with a parametrization; self-attention; a recurrent layer"
-    path,_,k = param.split('.parametrizations.')[0].rpartition('.') if '.parametrizations.' not in param else (param.split('.parametrizations.')[0],'','weight')
+    "Find the layer whose input meets a parameter: convolution, linear (also parametrized), attention, recurrent"
+    path,_,k = (
+        param.split('.parametrizations.')[0].rpartition('.') if '.parametrizations.' not in param
+        else (param.split('.parametrizations.')[0],'','weight'))
     m = model.get_submodule(path)
-    reads = ('weight', 'weight_v') if isinstance(m, layer_types) else ('in_proj_weight',) if isinstance(m, nn.MultiheadAttention) else ('weight_ih_l0', 'weight_ih_l0_reverse') if isinstance(m, nn.RNNBase) else ()
+    reads = (
+        ('weight', 'weight_v') if isinstance(m, layer_types)
+        else ('in_proj_weight',) if isinstance(m, nn.MultiheadAttention)
+        else ('weight_ih_l0', 'weight_ih_l0_reverse') if isinstance(m, nn.RNNBase) else ())
     return path if k in reads else None
 
 def readers(
@@ -117,7 +138,10 @@ def places_of(
     at:str, # 'input', 'norm' or 'group'
 )->tuple: # `Place`s
     "Where statistics of a group's units are taken"
-    if at=='norm': return tuple(Place('norm', m.param.rpartition('.')[0], index, units) for m in g.role('scale') for units,index in rows_of(m.unit))
+    if at=='norm':
+        return tuple(
+            Place('norm', m.param.rpartition('.')[0], index, units)
+            for m in g.role('scale') for units,index in rows_of(m.unit))
     res = readers(model, g)
     return res if at=='input' or not res else (Place('group', g.name, np.arange(g.n)[:,None], np.arange(g.n), res),)
 
@@ -132,7 +156,9 @@ def watched(
 def evidence_for(
     criterion:Criterion,
     model:nn.Module,
-    data=None, # A `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`; or `Evidence` about the model, which is what comes back then
+    # A `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
+    # or `Evidence` about the model, which is what comes back then
+    data=None,
     x=None, # What the model is called with
     *, n_batches:int|None=8, # Not more than this; None is all
     loss_func=None, # `(out, y)` → loss
@@ -142,7 +168,9 @@ def evidence_for(
     if isinstance(data, Evidence):
         data.check(model); check_needs(criterion, data.data, data.x)
         return data
-    res = Evidence(model, data, n_batches=n_batches, loss_func=loss_func, x=x, within=partial(watched, model), found=found, progress=found is None) # a training has a bar of its own
+    res = Evidence(
+        model, data, n_batches=n_batches, loss_func=loss_func, x=x, within=partial(watched, model), found=found,
+        progress=found is None) # a training has a bar of its own
     if found is None: check_needs(criterion, data, x)
     return res
 
@@ -157,7 +185,9 @@ def wanted_of(
 )->list: # (`Statistic`, `Place`)
     "What a criterion needs to know about the units of these groups"
     state = state_of(model)
-    if criterion.channel is None: return wanted_of_weights(criterion, model, [m.param for g in groups for m in _members(criterion, state, g, granularity)])
+    if criterion.channel is None:
+        return wanted_of_weights(
+            criterion, model, [m.param for g in groups for m in _members(criterion, state, g, granularity)])
     stats = (*criterion.stats, *([LOWEST] if 'relu' in criterion.needs else []))
     return [(s, p) for g in groups for s in stats for p in places_of(model, g, s.at)]
 
@@ -168,7 +198,9 @@ def wanted_of_weights(
 )->list: # (`Statistic`, `Place`)
     "What a criterion needs to know about weights"
     at = {n:layer_of(model, n) for n in dict.fromkeys(params)}
-    return [(s, Place('weight', n) if s.at=='weight' else Place('input', l)) for n,l in at.items() for s in criterion.stats if s.at=='weight' or l is not None]
+    return [
+        (s, Place('weight', n) if s.at=='weight' else Place('input', l))
+        for n,l in at.items() for s in criterion.stats if s.at=='weight' or l is not None]
 
 # %% ../../nbs/surgery/06_choose.ipynb #0000000f
 def weight_stats(
@@ -184,7 +216,9 @@ def weight_stats(
         l = layer_of(model, n)
         got = {s.name:found.get((s.name, Place(s.at, n if s.at=='weight' else l or ''))) for s in criterion.stats}
         if any(v is None for v in got.values()): continue
-        res[n] = {s.name:_broadcast(criterion, s, got[s.name], model.get_submodule(l) if l is not None else None, state[n]) for s in criterion.stats}
+        res[n] = {
+            s.name:_broadcast(criterion, s, got[s.name], model.get_submodule(l) if l is not None else None, state[n])
+            for s in criterion.stats}
     return res
 
 def over_weight(
@@ -195,12 +229,18 @@ def over_weight(
     "Numbers of input channels, where the weight meets them"
     g = getattr(layer, 'groups', 1)
     if getattr(layer, 'transposed', False): return v.view(-1, *[1]*(w.dim()-1))
-    return v.view(g, 1, -1).expand(g, w.shape[0]//g, -1).reshape(w.shape[0], -1, *[1]*(w.dim()-2)) if g>1 else v.view(1, -1, *[1]*(w.dim()-2))
+    return (
+        v.view(g, 1, -1).expand(g, w.shape[0]//g, -1).reshape(w.shape[0], -1, *[1]*(w.dim()-2)) if g>1
+        else v.view(1, -1, *[1]*(w.dim()-2)))
 
 def _broadcast(criterion, s, v, layer, w):
     if s.at=='input' and v.dim()==1: v = over_weight(v, layer, w)
     try: v.expand(w.shape)
-    except RuntimeError: raise ValueError(f"statistic {s.name!r} of criterion {criterion.name!r} has shape {tuple(v.shape)} for a weight of shape {tuple(w.shape)}; it must have {'one number for each input channel' if s.at=='input' else 'its shape'}") from None
+    except RuntimeError:
+        raise ValueError(
+            f"statistic {s.name!r} of criterion {criterion.name!r} has shape {tuple(v.shape)} "
+            f"for a weight of shape {tuple(w.shape)}; it must have "
+            f"{'one number for each input channel' if s.at=='input' else 'its shape'}") from None
     return v.to(w.device)
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000011
@@ -212,7 +252,8 @@ def combined(
     "One score for each unit from those of its members"
     if how not in reductions: raise ValueError(f"reduce: {no_such('reduction', how, reductions)}")
     t = torch.full((len(scores), n), torch.nan, dtype=torch.float64)
-    for row,(units,s) in zip(t, scores): row[slice(None) if units is None else torch.as_tensor(units)] = s.double().cpu()
+    for row,(units,s) in zip(t, scores):
+        row[slice(None) if units is None else torch.as_tensor(units)] = s.double().cpu()
     no = t.isnan()
     if how=='mean': res = t.nanmean(0)
     elif how=='first': res = t.gather(0, (~no).int().argmax(0, keepdim=True))[0]
@@ -236,39 +277,66 @@ def group_scores(
     score = _Scoring(model, groups, criterion, granularity, {} if pooled is None else pooled, evidence, keep or {})
     res = {}
     for g in groups:
-        s = combined(score.seen(g) if criterion.channel is not None else score.weighed(g), g.n, reduce or criterion.reduce)
-        if criterion.channel is not None and s.isnan().any(): raise ValueError(f"{int(s.isnan().sum())} of {g.n} units of {g.name!r} are read by no layer that could be listened to, so criterion {criterion.name!r} cannot score them; use a criterion of weights, or ignore={g.name!r}")
+        s = combined(
+            score.seen(g) if criterion.channel is not None else score.weighed(g), g.n, reduce or criterion.reduce)
+        if criterion.channel is not None and s.isnan().any():
+            raise ValueError(
+                f"{int(s.isnan().sum())} of {g.n} units of {g.name!r} are read by no layer that could be listened to, "
+                f"so criterion {criterion.name!r} cannot score them; use a criterion of weights, or ignore={g.name!r}")
         res[g.name] = layer_scores(criterion, s.nan_to_num(0., torch.inf, -torch.inf), g.name)
     return res
 
 # %% ../../nbs/surgery/06_choose.ipynb #00000013
 class _Scoring: # The scores of each member of a group
     def __init__(self, model, groups, criterion, granularity, pooled, evidence, keep):
-        self.model,self.criterion,self.granularity,self.pooled,self.keep,self.state = model,criterion,granularity,pooled,keep,state_of(model)
-        if criterion.channel is not None: self.found = evidence(wanted_of(criterion, model, groups)) # all at once: the model runs once
-        elif criterion.stats: self.stats = weight_stats(criterion, model, [m.param for g in groups for m in _members(criterion, self.state, g, granularity)], evidence)
+        self.model,self.criterion,self.granularity,self.pooled,self.keep,self.state = (
+            model,criterion,granularity,pooled,keep,state_of(model))
+        if criterion.channel is not None:
+            self.found = evidence(wanted_of(criterion, model, groups)) # all at once: the model runs once
+        elif criterion.stats:
+            self.stats = weight_stats(
+                criterion, model,
+                [m.param for g in groups for m in _members(criterion, self.state, g, granularity)], evidence)
 
     def weighed(self, g): # by weights
         c,ms = self.criterion,_members(self.criterion, self.state, g, self.granularity)
         if not ms: raise ValueError(_nothing_to_score(c, g, self.granularity))
-        if c.stats and not (ms := [m for m in ms if m.param in self.stats]): raise ValueError(f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; use a criterion of weights alone, or ignore={g.name!r}")
-        if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))): return res
-        if c.vectors is not None: return self.named(g, lambda: [r for m in ms for r in _compared(c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
+        if c.stats and not (ms := [m for m in ms if m.param in self.stats]):
+            raise ValueError(
+                f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; "
+                f"use a criterion of weights alone, or ignore={g.name!r}")
+        if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(
+                c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))):
+            return res
+        if c.vectors is not None:
+            return self.named(g, lambda: [r for m in ms for r in _compared(
+                c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
         whole = lambda m: (m.unit>=0).all() and len(m.unit)>=g.n
-        return [(None, s) if whole(m) else (u, s[u]) for m in ms for s,u in [(self.pool(m, g.n), None if whole(m) else np.unique(m.unit[m.unit>=0]))]]
+        return [
+            (None, s) if whole(m) else (u, s[u]) for m in ms
+            for s,u in [(self.pool(m, g.n), None if whole(m) else np.unique(m.unit[m.unit>=0]))]]
 
     def pool(self, m, n):
-        if (m.param,m.dim) not in self.pooled: self.pooled[m.param,m.dim] = _pooled(self.criterion, self.state[m.param], m.dim, self.stats[m.param] if self.criterion.stats else None)
+        if (m.param,m.dim) not in self.pooled:
+            self.pooled[m.param,m.dim] = _pooled(
+                self.criterion, self.state[m.param], m.dim, self.stats[m.param] if self.criterion.stats else None)
         return _by_unit(self.criterion, self.pooled[m.param,m.dim], m, n).cpu()
 
     def seen(self, g): # by what was seen
         c,at = self.criterion,self.criterion.stats[0].at
         ps = places_of(self.model, g, at)
         heard = [p for p in ps if self.found.get((c.stats[0].name,p)) is not None]
-        if at=='group' and (deaf := next((m.param for m in g.role('read') if layer_of(self.model, m.param) is None), None)): raise ValueError(f"criterion {c.name!r} adds up all readers of a unit, and {deaf!r}, which reads {g.name!r}, cannot be listened to; use a criterion such as 'fisher_w', or ignore={g.name!r}")
+        if at=='group' and (deaf := next(
+                (m.param for m in g.role('read') if layer_of(self.model, m.param) is None), None)):
+            raise ValueError(
+                f"criterion {c.name!r} adds up all readers of a unit, and {deaf!r}, which reads {g.name!r}, "
+                f"cannot be listened to; use a criterion such as 'fisher_w', or ignore={g.name!r}")
         if not heard: raise ValueError(_nobody(c, g, at, ps))
         if 'relu' in c.needs: self.rectified(g, places_of(self.model, g, 'input'))
-        return self.named(g, lambda: [(p.units, channel_scores(c, {s.name:self.found[s.name,p] for s in c.stats}, len(p.units), self.keep.get(g.name))) for p in heard])
+        return self.named(g, lambda: [
+            (p.units, channel_scores(
+                c, {s.name:self.found[s.name,p] for s in c.stats}, len(p.units), self.keep.get(g.name)))
+            for p in heard])
 
     def named(self, g, f): # What a criterion refuses, it refuses for this group
         try: return f()
@@ -277,7 +345,11 @@ class _Scoring: # The scores of each member of a group
     def rectified(self, g, ps):
         for p in ps:
             low = self.found.get((LOWEST.name,p))
-            if low is not None and low.min()<0: raise ValueError(f"criterion {self.criterion.name!r} counts zeros behind a ReLU, and what {p.name!r} reads of {g.name!r} goes down to {low.min().item():.3g}; use 'mean_act' or 'l2', or ignore={g.name!r}")
+            if low is not None and low.min()<0:
+                raise ValueError(
+                    f"criterion {self.criterion.name!r} counts zeros behind a ReLU, "
+                    f"and what {p.name!r} reads of {g.name!r} goes down to {low.min().item():.3g}; "
+                    f"use 'mean_act' or 'l2', or ignore={g.name!r}")
 
 def _members(criterion, state, g, granularity): # The weights that speak for a group; `state`: all by name
     if criterion.reads=='norm': return list(g.role('scale'))
@@ -286,11 +358,15 @@ def _members(criterion, state, g, granularity): # The weights that speak for a g
 def _nobody(c, g, at, ps):
     if at=='norm': return _nothing_to_score(c, g, '')
     why = f"{ps[0].name!r} did not run as a layer" if ps else 'none is a convolution or a linear layer'
-    return f"no reader of {g.name!r} could be listened to ({why}), so criterion {c.name!r} has nothing to score; use a criterion of weights, or leave this layer out with ignore={g.name!r}"
+    return (f"no reader of {g.name!r} could be listened to ({why}), so criterion {c.name!r} has nothing to score; "
+            f"use a criterion of weights, or leave this layer out with ignore={g.name!r}")
 
 def _nothing_to_score(criterion, g, granularity):
-    if criterion.reads=='norm' or criterion.channel is not None: return f"criterion {criterion.name!r} reads the scale of a normalisation, and {g.name!r} has none behind it; use another criterion, or leave this layer out with ignore={g.name!r}"
-    return f"no weight {'read' if criterion.reads=='readers' else sides[granularity]}s the units of {g.name!r}, so criterion {criterion.name!r} has nothing to score; leave this layer out with ignore={g.name!r}"
+    if criterion.reads=='norm' or criterion.channel is not None:
+        return (f"criterion {criterion.name!r} reads the scale of a normalisation, and {g.name!r} has none behind it; "
+                f"use another criterion, or leave this layer out with ignore={g.name!r}")
+    return (f"no weight {'read' if criterion.reads=='readers' else sides[granularity]}s the units of {g.name!r}, "
+            f"so criterion {criterion.name!r} has nothing to score; leave this layer out with ignore={g.name!r}")
 
 # %% ../../nbs/surgery/06_choose.ipynb #0000001c
 def alike(
@@ -299,5 +375,6 @@ def alike(
 )->dict: # Group name → name of the first group of its shape
     "Which groups have the same shape"
     state,first = state_of(model),{}
-    shape = lambda g: (g.n, tuple(sorted((str(m.role), m.dim, tuple(state[m.param].shape), int((m.unit>=0).sum())) for m in g.members)))
+    shape = lambda g: (g.n, tuple(sorted(
+        (str(m.role), m.dim, tuple(state[m.param].shape), int((m.unit>=0).sum())) for m in g.members)))
     return {g.name: first.setdefault(shape(g), g.name) for g in groups}

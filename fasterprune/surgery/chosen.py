@@ -38,8 +38,13 @@ class Measured:
     clock:str="the wall's" # Or "the processor's own"
 
     @property
-    def met(self)->bool: "Is it within 5 % of the target, or below because of another limit?"; return self.ratio<=self.target*(1+TOLERANCE)
-    def __repr__(self): return f"{self.pruned_ms:.4g} ms of {self.dense_ms:.4g} ms, {self.ratio:.3f} of the time (asked: {self.target:.3f}) on {self.threads} thread{'s'*(self.threads!=1)}, after {len(self.rounds)} round{'s'*(len(self.rounds)!=1)}, by {self.clock} clock"
+    def met(self)->bool:
+        "Is it within 5 % of the target, or below because of another limit?"
+        return self.ratio<=self.target*(1+TOLERANCE)
+    def __repr__(self):
+        return (f"{self.pruned_ms:.4g} ms of {self.dense_ms:.4g} ms, {self.ratio:.3f} of the time "
+                f"(asked: {self.target:.3f}) on {self.threads} thread{'s'*(self.threads!=1)}, "
+                f"after {len(self.rounds)} round{'s'*(len(self.rounds)!=1)}, by {self.clock} clock")
 
 def clock_of(
     model:nn.Module,
@@ -66,7 +71,8 @@ def race(
 # %% ../../nbs/surgery/18_chosen.ipynb #00000006
 def _settled(model, x, c, how, costs=None):
     shares,pooled = shares_of(c, how),{} # before anything is pinned
-    return settle(c, lambda: (labels_of(c, choose(model, c, how, costs=costs, shares=shares, pooled=pooled)), lambda gone: ()))
+    return settle(c, lambda: (
+        labels_of(c, choose(model, c, how, costs=costs, shares=shares, pooled=pooled)), lambda gone: ()))
 
 class Clock:
     "The table of a model, corrected by what was measured"
@@ -119,15 +125,21 @@ def in_time(
         res,got,dense,small = clock.attempt(min(asked, 1.))
         target = min(limit if limit<=1 else limit/dense.median, 1.)
         seen.append((got, time_ratio(small, dense) if res[0].edits else 1.))
-        m = Measured(dense.median, small.median, seen[-1][1], target, tuple(seen), clock.threads, *["the processor's own"]*bool(clock_of(model, clock.threads)))
+        m = Measured(
+            dense.median, small.median, seen[-1][1], target, tuple(seen), clock.threads,
+            *["the processor's own"]*bool(clock_of(model, clock.threads)))
         made.append((m, res))
         slack = len(how.budget.given)>1 and got<.98*asked and m.met # another limit decides
         if abs(m.ratio/target-1)<=AIM or slack or not res[0].edits and target>=1: return *res,m
-        if m.ratio>target and asked>part: raise ValueError(f"a latency of {limit!r} cannot be met: with all removed that may go, {m!r}")
+        if m.ratio>target and asked>part:
+            raise ValueError(f"a latency of {limit!r} cannot be met: with all removed that may go, {m!r}")
         part = next_part(seen, target)
     m,res = max([r for r in made if r[0].met] or made, key=lambda r: r[0].ratio if r[0].met else -r[0].ratio)
     m = replace(m, rounds=tuple(seen))
-    if not m.met: raise PruningError(f"a latency of {limit!r} was not met in {ROUNDS} rounds; the nearest was {m!r}. The machine may be busy: try again, or ask for a little more time")
+    if not m.met:
+        raise PruningError(
+            f"a latency of {limit!r} was not met in {ROUNDS} rounds; the nearest was {m!r}. "
+            'The machine may be busy: try again, or ask for a little more time')
     return *res,m
 
 # %% ../../nbs/surgery/18_chosen.ipynb #0000000b

@@ -29,8 +29,10 @@ class _Means:
             mask = ~c.labels.keeps(r.axis, gone) & ~(exact or {}).get(i, np.zeros(r.axis.n, bool))
             n = t.nodes[r.node]
             if to is None or not mask.any() or n.kwargs or r.data not in n.args: continue
-            missing = np.where(mask, 1., 0.) if n.module not in (factors or {}) else np.where(mask, 1., 1-factors[n.module])
-            if n.args.index(r.data)==(1 if n.op=='addmm' else 0): self.reads.setdefault(n.key, []).append((to, r, torch.as_tensor(missing)))
+            missing = (np.where(mask, 1., 0.) if n.module not in (factors or {})
+                else np.where(mask, 1., 1-factors[n.module]))
+            if n.args.index(r.data)==(1 if n.op=='addmm' else 0):
+                self.reads.setdefault(n.key, []).append((to, r, torch.as_tensor(missing)))
 
     def listen(self, node, args, out):
         for to,r,mask in self.reads.get(node.key, ()):
@@ -58,7 +60,8 @@ def removed_means(
     for x in batches if m.reads else ():
         rec = Recorder(m.listen)
         record(model, x, rec, clones(model))
-    if m.reads and not m.total: raise ValueError('compensate: the data loader is empty, so there is nothing to measure on')
+    if m.reads and not m.total:
+        raise ValueError('compensate: the data loader is empty, so there is nothing to measure on')
     return m.folds()
 
 # %% ../../nbs/surgery/17_compensate.ipynb #00000007
@@ -77,7 +80,10 @@ def softened(
     targets:list, # From `fold_targets`
 )->dict: # Facts, by which more is dead
     "As if a constant could be folded wherever a mean can go"
-    return {i: f if targets[i] is None else replace(f, fold=np.zeros(()) if f.fold is None else f.fold, value=np.nan_to_num(f.value, nan=1.)) for i,f in facts.items()}
+    return {
+        i: f if targets[i] is None
+        else replace(f, fold=np.zeros(()) if f.fold is None else f.fold, value=np.nan_to_num(f.value, nan=1.))
+        for i,f in facts.items()}
 
 def exact_constants(
     facts:dict, # From `observe`
@@ -91,7 +97,9 @@ class Compensation:
     "How far the outputs are from those of the model before, without and with the means"
     without:float # ‖y-y₀‖/‖y₀‖ of the pruned model
     compensated:float # The same with the means folded in
-    def __str__(self): return f"outputs are {self.compensated:.3g} from those before, without it {self.without:.3g} (‖y-y₀‖/‖y₀‖ on the first batch)"
+    def __str__(self):
+        return (f"outputs are {self.compensated:.3g} from those before, without it {self.without:.3g} "
+                '(‖y-y₀‖/‖y₀‖ on the first batch)')
 
 def answers(
     model:nn.Module, # Not changed
@@ -105,7 +113,8 @@ def distance(
     b:list, # As many; the reference
 )->float:
     "‖a-b‖/‖b‖ over all of them"
-    return (sum((x.double()-y.double()).square().sum().item() for x,y in zip(a, b))/max(sum(y.double().square().sum().item() for y in b), 1e-300))**.5
+    return (sum((x.double()-y.double()).square().sum().item() for x,y in zip(a, b))
+        /max(sum(y.double().square().sum().item() for y in b), 1e-300))**.5
 
 # %% ../../nbs/surgery/17_compensate.ipynb #00000011
 def examples(
@@ -117,7 +126,8 @@ def examples(
 ):
     "What to call a model with, batch by batch"
     args,kwargs = as_call(x)
-    batches = [(*args, None)] if data is True and not kwargs else [kwargs] if data is True else batches_of(data, n, what)[0]
+    batches = ([(*args, None)] if data is True and not kwargs else [kwargs] if data is True
+        else batches_of(data, n, what)[0])
     for b in batches:
         a,k = inputs_of(b, model, len(args) or None)
         yield k or a

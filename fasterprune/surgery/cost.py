@@ -30,7 +30,9 @@ def macs_of(
     f = flop_registry.get(node.func.overloadpacket)
     if f is None: return 0
     shape = lambda v: trace.shapes[v.id] if hasattr(v, 'id') else v
-    args = [tuple(shape(i) for i in v) if isinstance(v, (list,tuple)) and any(hasattr(i, 'id') for i in v) else shape(v) for v in node.args]
+    args = [
+        tuple(shape(i) for i in v) if isinstance(v, (list,tuple)) and any(hasattr(i, 'id') for i in v) else shape(v)
+        for v in node.args]
     f = getattr(f, '__wrapped__', f)
     outs = [trace.shapes[r.id] for r in node.outs]
     return f(*args, **{k:shape(v) for k,v in node.kwargs.items()}, out_shape=outs[0] if len(outs)==1 else outs)//2
@@ -59,7 +61,8 @@ class Costs:
         for k in of:
             if k not in kinds: raise ValueError(no_such('cost', k, kinds))
         t,state,self.of = c.trace,state_of(c.model),tuple(of)
-        self.rows,self.n,self._at,self._of_axis = {},[],{},{} # sizes are numbered: those that can change have rows of labels
+        # sizes are numbered: those that can change have rows of labels
+        self.rows,self.n,self._at,self._of_axis = {},[],{},{}
         self.shapes = {i:tuple(self._size(c.labels, a) for a in axes) for i,axes in c.labels.env.items()}
         own,traced = {n for n,_ in c.model.named_parameters()},set(t.names.values())
         self.params = [self.shapes[i] for i,n in t.names.items() if n in own]
@@ -94,7 +97,9 @@ class Costs:
         shape = lambda s: tuple(n[k] for k in s)
         if 'params' in self.of: res['params'] = self.rest+sum(prod(shape(s)) for s in self.params)
         if 'macs' in self.of:
-            small = Trace(shapes={**self.trace.shapes, **{r.id:shape(self.shapes[r.id]) for m in self.nodes for r in tensors_of(m) if r.id in self.shapes}})
+            small = Trace(shapes={
+                **self.trace.shapes,
+                **{r.id:shape(self.shapes[r.id]) for m in self.nodes for r in tensors_of(m) if r.id in self.shapes}})
             res['macs'] = sum(macs_of(m, small) for m in self.nodes)
         if 'memory' in self.of: res['memory'] = self._peak(shape)
         return res
@@ -120,7 +125,9 @@ def _lives(self:Costs, t, state):
     self.alive = [(self.shapes.get(w), t.shapes[w], first[w], last[w]+1) for w in first]
     floats = [p.element_size() for p in state.values() if p.is_floating_point()]
     self.width = max(set(floats), key=floats.count) if floats else torch.get_default_dtype().itemsize
-    seen = {w:(self.shapes[i], state[n].element_size()) for i,n in t.names.items() if n in state and (w := t.storage.get(i)) is not None}
+    seen = {
+        w:(self.shapes[i], state[n].element_size()) for i,n in t.names.items()
+        if n in state and (w := t.storage.get(i)) is not None}
     other = {id(p):p.numel()*p.element_size() for n,p in state.items() if n not in set(t.names.values())}
     self.weights,self.unseen,self.length = list(seen.values()),sum(other.values()),len(t.nodes)+2
 
@@ -144,7 +151,8 @@ def unit_costs(
     whole = costs(nothing)[of]
     for g in groups:
         counts = np.stack([np.bincount(m.unit[m.unit>=0], minlength=g.n) for m in g.members], 1)
-        _,first,kind = np.unique(counts, axis=0, return_index=True, return_inverse=True) # units that take equally many positions of each tensor cost the same
+        # units that take equally many positions of each tensor cost the same
+        _,first,kind = np.unique(counts, axis=0, return_index=True, return_inverse=True)
         saved = []
         for u in first:
             gone = nothing.copy()

@@ -44,15 +44,19 @@ class Coupler(Labels):
     ):
         super().__init__()
         self.loose = loose
-        self.model,self.trace,self.tied,self.even,self.halves = model,trace,set(tied),[],[] # even: (node, what, axes) that lose equally many positions; halves: (what, labels of each) where that says something
+        # even: (node, what, axes) that lose equally many positions;
+        # halves: (what, labels of each) where that says something
+        self.model,self.trace,self.tied,self.even,self.halves = model,trace,set(tied),[],[]
         self.env = {i:[Axis(n) for n in trace.shapes[i]] for i in trace.names}
         self.dep = {r.id for r in trace.inputs} # tensors that depend on the input
         self.shuffles = {i:v for i,v in shuffles(trace).items() if i not in straight and v[2] not in straight}
         self.taken,self.splits = used_refs(trace),{k.node for k in trace.calls if k.name=='split'}
         self.met = set(),0,0 # axes that are read or mixed, by identity, of so many reads and so many that are mixed
-        self.uses,self.steps,self.flows,self.decks = None,[],[],{} # who takes each tensor; movements of channels; those that shuffle; and what is shuffled
+        # who takes each tensor; movements of channels; those that shuffle; and what is shuffled
+        self.uses,self.steps,self.flows,self.decks = None,[],[],{}
         narrow = projections(model)
-        self.smaller = [self.env[i] for i,n in trace.names.items() if n in narrow] # (axis, another that must stay larger)
+        # (axis, another that must stay larger)
+        self.smaller = [self.env[i] for i,n in trace.names.items() if n in narrow]
         self.weight_norms = [] # (weight, factor, dimension) of each `weight_norm`
         self.reads,self.mixed,self.counts,self.starts,self.writes,self.numbers = [],[],[],[],[],[]
 
@@ -91,7 +95,8 @@ class Coupler(Labels):
     def mixes(self, s, ref, i):
         self.mixed.append((s.axes(ref)[i], str(s), s.node.index, ref, i, s.axes(ref)[i]))
         return s.axes(ref)[i]
-    def broadcast(self, s, refs, shape): return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
+    def broadcast(self, s, refs, shape):
+        return [self.same(*a) if a else self.free(n) for a,n in zip(aligned(s, refs, shape), shape)]
 
     def _reparametrises(self, module): # Does it compute a weight there?
         layers = (nn.modules.conv._ConvNd, nn.Linear)
@@ -107,7 +112,7 @@ class Coupler(Labels):
     def is_used(self, ref): "Does an operator or the caller take it?"; return ref in self.taken
     def is_param(self, ref): "Does it not depend on the input?"; return ref.id not in self.dep
     def written(self, s, a:Axis, connect=True)->Axis:
-        "Note that a layer writes along this axis; `connect`: do its positions hang together? 'part': of one that is noted itself"
+        "Note that a layer writes along this axis; `connect`: do its positions hang together, 'part': those of a part"
         self.rows(a)
         if a.n>1: self.writes.append((a, s.node.module, connect))
         a.mark('write')
@@ -180,11 +185,12 @@ def _is_met(self:Coupler, a): # Has something read it, or computed something ove
 
 @patch
 def _loosely(self:Coupler, s, x, read, write, g):
-    "The output axis of a grouped convolution whose groups lose as many channels each, and its input channels one by one"
+    "Give the output axis of a grouped convolution whose groups lose as many channels, and each input channel"
     k,m = x.n//g,s.out_shapes[0][1]//g
     again = read.of is not None and read.of[1]==g # it runs a second time
     fits = again or read.open and write.open
-    if not self.loose or s['transposed'] or s.node.index in self.tied or k==1 or not fits or self._is_met(read): return None
+    if not self.loose or s['transposed'] or s.node.index in self.tied or k==1 or not fits or self._is_met(read):
+        return None
     if (found := self.loosen(x, g)) is None: return None
     outer,each = found
     self._count(s, 'groups', outer)
@@ -209,9 +215,10 @@ def _param(self:Coupler, a, p, role):
 # %% ../../nbs/surgery/04_coupler.ipynb #0000000c
 @patch
 def _count(self:Coupler, s, attr:str, a:Axis):
-    "Note that a module's attribute counts the positions of an axis, or that the code says their number: a dry run will see whether it follows"
+    "Note that an attribute of a module, or its code, says the size of an axis: a dry run sees whether it follows"
     m = self.model.get_submodule(s.node.module)
-    if getattr(m, attr, None)==a.n and isinstance(m, (nn.modules.conv._ConvNd, nn.GroupNorm)): self.counts.append((s.node.module, attr, a))
+    if getattr(m, attr, None)==a.n and isinstance(m, (nn.modules.conv._ConvNd, nn.GroupNorm)):
+        self.counts.append((s.node.module, attr, a))
     else: self.numbers.append((s.node.index, 'group' if attr=='num_groups' else attr, a))
 
 @patch
@@ -246,7 +253,8 @@ def batch_norm(self:Coupler, s):
     if s['training']: # its statistics are over all other dimensions; some networks standardise their weights so
         for i in range(len(x)):
             if i!=1 and x[i].n>1: self.mixes(s, s['input'], i)
-    n = getattr(self.model.get_submodule(s.node.module), 'num_features', 0) # of an InstanceNorm, where all images stand in a row
+    # of an InstanceNorm, where all images stand in a row
+    n = getattr(self.model.get_submodule(s.node.module), 'num_features', 0)
     if n and x[1].n%n==0: self.counts.append((s.node.module, 'num_features', self.take(x[1], np.arange(n))))
     return x
 
@@ -257,7 +265,8 @@ def layer_norm(self:Coupler, s):
         for k,role in (('weight','scale'), ('bias','shift')):
             if s[k] is not None: self._param(x[i], s.axes(k)[i-len(x)+n], role)
         self.mixes(s, s['input'], i)
-    if n==1 and getattr(self.model.get_submodule(s.node.module), 'normalized_shape', None)==(x[-1].n,): self.counts.append((s.node.module, 'normalized_shape', x[-1]))
+    if n==1 and getattr(self.model.get_submodule(s.node.module), 'normalized_shape', None)==(x[-1].n,):
+        self.counts.append((s.node.module, 'normalized_shape', x[-1]))
     return x
 
 @patch

@@ -50,7 +50,9 @@ def _followed(d, f): # Are the channels in the order of the flow wherever a para
     axes = {id(a.rows):a for i in d.trace.names for a in d.env[i] if not a.open}.values()
     return all(key_of(d, a) in f.axes for a in axes if own[d.expand(a.rows)].any())
 
-def _even(d, parts): # Equal parts: for each part the labels of which as many must go; nothing where they go together anyhow; None where that is not to be said by counts
+# Equal parts: for each part the labels of which as many must go; nothing where they go together anyhow;
+# None where that is not to be said by counts
+def _even(d, parts):
     rows = [distinct(np.where(d.pinned[r], 0, r)) for r in map(d.rows, parts)]
     if all(np.array_equal(r, rows[0]) for r in rows): return ()
     if any(r.shape[1]>1 for r in rows): return None
@@ -104,7 +106,8 @@ class Coupling:
         for i,name in self.trace.names.items():
             path,_,k = name.rpartition('.')
             m = modules[path]
-            role = {'bias':'bias'} if isinstance(m, layer_types) else {'weight':'scale','bias':'shift'} if isinstance(m, norm_types) else {}
+            role = ({'bias':'bias'} if isinstance(m, layer_types)
+                else {'weight':'scale','bias':'shift'} if isinstance(m, norm_types) else {})
             if len(a := self.labels.env[i])==1: a[0].role = a[0].role or role.get(k)
 
     def refresh(self):
@@ -158,7 +161,9 @@ class Coupling:
         return probe(x) if self.trace.fake else x
 
     @property
-    def walked(self)->tuple: "The runs whose operators were walked through: the others run the same"; return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
+    def walked(self)->tuple:
+        "The runs whose operators were walked through: the others run the same"
+        return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
 
     def run_of(self, node:int)->int:
         "Which of the runs that were walked through an operator belongs to"
@@ -204,5 +209,7 @@ def pins(self:Coupling)->list[tuple]:
         rows,name = d.rows(a),layer_of(d, a) or layer
         if name in res or layer in chosen or d.pinned[rows].all(): continue
         g = min((g for g in self.groups if np.isin(rows, g.labels).any()), key=lambda g: -g.n)
-        res[name] = (a.n, a.n, f"its channels hang together in {g.n} units; to cut these, name the group {g.name!r} in the sparsity")
+        res[name] = (
+            a.n, a.n,
+            f"its channels hang together in {g.n} units; to cut these, name the group {g.name!r} in the sparsity")
     return [(k,*v) for k,v in res.items()]

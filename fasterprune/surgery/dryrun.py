@@ -37,7 +37,8 @@ class Comparison:
         for i,k,a in self.l.numbers: self.said.setdefault(i, []).append((k, a))
         self.other = set() # tensors that are numbers, and other ones now
         self.left,self.by_key = iter(self.t.nodes),{n.key:n for n in self.t.nodes}
-        self.apart,self.trusted = None,False # the module in which other operators run, because a width is 1 now; was there one?
+        # the module in which other operators run, because a width is 1 now; was there one?
+        self.apart,self.trusted = None,False
 
     def partner(self, new:Node, shapes:dict)->Node|None:
         "The node of the original that this one stands for; where values decide what runs, by its order in a module"
@@ -48,14 +49,15 @@ class Comparison:
         return old
 
     def parts(self, old:Node, new:Node)->bool:
-        "Do the two go apart because a width is 1 now, or was before? That is contiguous in any order, so the rest of the module is not compared"
+        "Do the two go apart because a width is 1 now, or was? Any order is contiguous then, and no more is compared"
         if not (self.t.fake and old.module==new.module): return False
-        if not any(self.kept.count(a)==1<a.n for n in self.t.nodes[:old.index+1] for a in _met(self.axes, n)): return False
+        if not any(self.kept.count(a)==1<a.n for n in self.t.nodes[:old.index+1] for a in _met(self.axes, n)):
+            return False
         self.apart,self.trusted = new.module,True
         return True
 
     def sizes(self, r)->list:
-        "The shape that a tensor of the run will have; of an axis that a batch is merged into, there is more in a larger batch"
+        "Give the shape that a tensor of the run will have; a batch that is merged into an axis makes it longer"
         return [n if (k := self.kept.count(a))==a.n else k*n//a.n for a,n in zip(self.axes(r), self.t.shapes[r.id])]
 
     def ends(self, small:Trace)->list: # As `__call__`, in a list
@@ -63,12 +65,17 @@ class Comparison:
         if [list(small.shapes[r.id]) for r in small.outputs]==[self.sizes(r) for r in self.t.outputs]: return []
         return [([a for r in self.t.outputs for a in self.axes(r)], 'the outputs would have other shapes', '')]
 
-    def __call__(self, new:Node, shapes:dict)->tuple|None: # (axes to pin, reason, module whose code it was); None if all agrees
+    def __call__(self,
+        new:Node,
+        shapes:dict,
+    )->tuple|None: # (axes to pin, reason, module whose code it was); None if all agrees
         "Look at the next node"
         old = self.partner(new, shapes)
         if old is None: return None
         code = f"the code of {old.module or 'the model'}"
-        if not self.t.fake and len(old.outs)!=len(new.outs) and not any(self.kept.count(a)<a.n for r in old.outs for a in self.axes(r)): return None # values decide, such as how many boxes there are
+        if (not self.t.fake and len(old.outs)!=len(new.outs)
+                and not any(self.kept.count(a)<a.n for r in old.outs for a in self.axes(r))):
+            return None # values decide, such as how many boxes there are
         if _same.get(old.op, old.op)!=_same.get(new.op, new.op) or len(old.outs)!=len(new.outs):
             if self.parts(old, new): return None
             return _met(self.axes, old),f"{code} takes another path when it is smaller",old.module
@@ -82,15 +89,18 @@ def _shapes(self:Comparison, old, new, shapes, code):
         for a,n,want in zip(self.axes(r), shapes[s.id], self.sizes(r)):
             cut = self.kept.count(a)<a.n
             if want!=n and r in self.used and (self.t.fake or cut):
-                return [a] if cut else [a, *_met(self.axes, old, ())],f"{code} makes {n} of {old.op!r} where {want} should be: it has sizes written in it"
+                return ([a] if cut else [a, *_met(self.axes, old, ())],
+                    f"{code} makes {n} of {old.op!r} where {want} should be: it has sizes written in it")
 
 @patch
 def _said(self:Comparison, old, new, code):
     at = old.index+self.first
     for k,a in self.said.get(at, ()):
-        if Site(new, None, {})[k]!=self.kept.count(a): return [a],f"{code} has its number of {k.removesuffix('s')}s written in it"
+        if Site(new, None, {})[k]!=self.kept.count(a):
+            return [a],f"{code} has its number of {k.removesuffix('s')}s written in it"
     if at not in self.starts or self.kept.count(self.starts[at][0])==self.starts[at][0].n: return None
-    if (a := _misplaced(self.l, self.kept, *self.starts[at], new)) is not None: return [a],f"{code} slices from a fixed position"
+    if (a := _misplaced(self.l, self.kept, *self.starts[at], new)) is not None:
+        return [a],f"{code} slices from a fixed position"
 
 @patch
 def _numbers(self:Comparison, old, new):
@@ -99,7 +109,8 @@ def _numbers(self:Comparison, old, new):
     if not changed and not self.other: return None
     refs = tensors_of(old)
     if not changed and not any(r in self.other for r in refs): return None
-    if not all(r in self.other for r in refs): return _met(self.axes, old),f"{old.op} in {old.module or 'the model'} uses a number that depends on the size"
+    if not all(r in self.other for r in refs):
+        return _met(self.axes, old),f"{old.op} in {old.module or 'the model'} uses a number that depends on the size"
     self.other.update(old.outs)
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000008
@@ -113,8 +124,13 @@ def _misplaced(l, kept, a, start, new):
     if begin!=int(keep[:start].sum()): return a if keep[:start].all() else l.take(a, np.arange(start))
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #00000009
-_same = {'_unsafe_view':'view', '_reshape_alias':'view', 'split_with_sizes':'split', 'unsafe_split_with_sizes':'unsafe_split'} # which of them `reshape` takes depends on sizes, and a plan says all parts of a `split`
-def _whole(n, sizes): return n.op=='alias' or n.op=='slice' and sizes(n.args[0])==sizes(n.outs[0]) # Is it a slice of everything? Then PyTorch may skip it
+# which of them `reshape` takes depends on sizes, and a plan says all parts of a `split`
+_same = {'_unsafe_view':'view', '_reshape_alias':'view',
+    'split_with_sizes':'split', 'unsafe_split_with_sizes':'unsafe_split'}
+
+def _whole(n, sizes): # Is it a slice of everything? Then PyTorch may skip it
+    return n.op=='alias' or n.op=='slice' and sizes(n.args[0])==sizes(n.outs[0])
+
 def _passes(n, sizes): return n.op=='clone' or _whole(n, sizes) # nodes that may be there in one of the two runs only
 
 def what_ran(
@@ -128,7 +144,8 @@ def what_ran(
 def _told(v): # Without tensors; numbers as far as they are exact
     if isinstance(v, (list, tuple)): return tuple(map(_told, v))
     if isinstance(v, dict): return tuple((k, _told(i)) for k,i in v.items())
-    return None if isinstance(v, Ref) else f"{v:.6g}" if isinstance(v, float) else v if isinstance(v, (int, str, torch.dtype)) else type(v)
+    return (None if isinstance(v, Ref) else f"{v:.6g}" if isinstance(v, float)
+        else v if isinstance(v, (int, str, torch.dtype)) else type(v))
 
 def _next(t, nodes):
     "The node that would have run after these"
@@ -148,34 +165,41 @@ def _raised_in(e, rec):
 
 def numbers_of(
     node:Node,
-    fractions:bool=False, # Only those that are no whole numbers, for the values may have decided how many there are of something
+    # Only those that are no whole numbers, for the values may have decided how many there are of something
+    fractions:bool=False,
 )->list[str]: # Nine digits
     "What an operator computes with, such as the scale of an attention, but no sizes"
     if not (names := _numeric(node.func)) and not node.value: return []
     args = {n:node.kwargs.get(n, node.args[i] if i<len(node.args) else None) for i,n in names}
-    return [f"{a:.9g}" for a in [*args.values(), *node.value] if isinstance(a, (int,float)) and not isinstance(a, bool) and not (fractions and a==round(a, 0))]
+    return [f"{a:.9g}" for a in [*args.values(), *node.value]
+        if isinstance(a, (int,float)) and not isinstance(a, bool) and not (fractions and a==round(a, 0))]
 
 @lru_cache(maxsize=None)
 def _numeric(func): # (position, name) of the arguments that are numbers, or tensors that may be numbers
     of = lambda a: a.type.getElementType() if a.type.kind()=='OptionalType' else a.type
-    return tuple((i, a.name) for i,a in enumerate(func._schema.arguments) if of(a).kind() in ('TensorType','NumberType','FloatType'))
+    return tuple((i, a.name) for i,a in enumerate(func._schema.arguments)
+        if of(a).kind() in ('TensorType','NumberType','FloatType'))
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #0000000b
 particular = ('_grouped_mm',) # operators that do not take every size
-says = set(size_calls) - {'mul', '__mul__', '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_', '__itruediv__', 'mean', 'var', 'std', 'var_mean'} # these say numbers
+says = set(size_calls) - {'mul', '__mul__', '__rmul__', 'mul_', '__imul__', 'div', '__truediv__', 'div_',
+    '__itruediv__', 'mean', 'var', 'std', 'var_mean'} # these say numbers
 
 def notices(
     c:Coupling,
     kept:Kept, # What stays
     plan:Plan,
 )->bool:
-    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one, of a tensor or of a layer"
+    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one"
     return _asks_a_layer(c.model) or any(_notices(c, kept, plan, w) for w in c.walked)
 
-_sizes_of_layers = {'in_features', 'out_features', 'in_channels', 'out_channels', 'num_features', 'num_channels', 'normalized_shape', 'embedding_dim', 'hidden_size', 'input_size'}
+_sizes_of_layers = {'in_features', 'out_features', 'in_channels', 'out_channels', 'num_features', 'num_channels',
+    'normalized_shape', 'embedding_dim', 'hidden_size', 'input_size'}
 
 def _asks_a_layer(model): # Could code other than a layer's own look up `layer.out_features`, which no run shows?
-    kinds = {type(m) for m in model.modules() if not isinstance(m, (*layer_types, *norm_types, nn.Embedding, nn.RNNBase)) and not type(m).__module__.startswith('torch.nn')}
+    kinds = {type(m) for m in model.modules()
+        if not isinstance(m, (*layer_types, *norm_types, nn.Embedding, nn.RNNBase))
+        and not type(m).__module__.startswith('torch.nn')}
     return any(_sizes_of_layers&read_in_forward(k) for k in kinds)
 
 def _notices(c, kept, plan, w):
@@ -185,10 +209,15 @@ def _notices(c, kept, plan, w):
     cut = lambda r: any(kept.count(a)<a.n for a in axes(r))
     if not t.fake or plan.recoded or c.exact or any(cut(Ref(i)) for i in t.asked): return True
     layers = dict(c.model.named_modules())
-    if any(call.name in says and any(map(cut, call.outs)) and not isinstance(layers.get(call.module), (nn.LayerNorm, nn.GroupNorm)) for call in t.calls): return True
-    if any(call.name in arithmetic and isinstance(a, float) for call in t.calls for a in call.args): return True # a number that may be made of a size
-    if any(a.n>kept.count(a) for _,a,_ in c.labels.starts) or any(a.n>kept.count(a) for _,_,a in c.labels.numbers): return True
-    return any((rule_for(n) in (None, filled) or n.op in particular or n.func.namespace not in ('aten','torchvision')) and any(map(cut, (*n.outs, *tensors_of(n)))) for n in t.nodes)
+    if any(call.name in says and any(map(cut, call.outs))
+            and not isinstance(layers.get(call.module), (nn.LayerNorm, nn.GroupNorm)) for call in t.calls):
+        return True
+    if any(call.name in arithmetic and isinstance(a, float) for call in t.calls for a in call.args):
+        return True # a number that may be made of a size
+    if any(a.n>kept.count(a) for _,a,_ in c.labels.starts) or any(a.n>kept.count(a) for _,_,a in c.labels.numbers):
+        return True
+    return any((rule_for(n) in (None, filled) or n.op in particular or n.func.namespace not in ('aten','torchvision'))
+        and any(map(cut, (*n.outs, *tensors_of(n)))) for n in t.nodes)
 
 def predicted(
     c:Coupling,
@@ -196,7 +225,8 @@ def predicted(
 )->Trace:
     "What the smaller network runs, if its code does not notice"
     shapes = {i:tuple(kept.count(a) for a in axes) for i,axes in c.labels.env.items() if i in c.trace.shapes}
-    return Trace(c.trace.nodes, {**c.trace.shapes, **shapes}, names=c.trace.names, inputs=c.trace.inputs, outputs=c.trace.outputs)
+    return Trace(c.trace.nodes, {**c.trace.shapes, **shapes}, names=c.trace.names,
+        inputs=c.trace.inputs, outputs=c.trace.outputs)
 
 # %% ../../nbs/surgery/10_dryrun.ipynb #0000000d
 class _Found(BaseException): "Ends a run that need not go on"
@@ -231,13 +261,18 @@ def dry_run(
             raise _Found()
     rec.listen = listen
     try:
-        if w.trace.fake: fake_trace(model, w.x, planned_shapes(model, plan), rec, change=lambda copy: recode_(copy, plan, attrs))
-        else: record(model, w.x, rec, {n:nn.Parameter(t, False) if n in params else t for n,t in clones(model).items()}, change=lambda copy: cut_copy_(copy, plan))
+        if w.trace.fake:
+            fake_trace(model, w.x, planned_shapes(model, plan), rec, change=lambda copy: recode_(copy, plan, attrs))
+        else:
+            record(model, w.x, rec,
+                {n:nn.Parameter(t, False) if n in params else t for n,t in clones(model).items()},
+                change=lambda copy: cut_copy_(copy, plan))
     except _Found: pass
     except Exception as e: # whatever the user's code raises is an answer: it cannot run at these sizes
         if not found:
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
-            why = f"{Site(node, w.trace, {})} fails when it is smaller ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})"
+            why = (f"{Site(node, w.trace, {})} fails when it is smaller "
+                f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
             return Outcome(rec.trace, _met(look.axes, node), why, node.module if where is None else where, True)
     found = found or (look.ends(rec.trace) if look.trusted else [])
     return Outcome(rec.trace, *found[0]) if found else Outcome(rec.trace)

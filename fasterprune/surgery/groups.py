@@ -55,7 +55,10 @@ class Group:
         for m in self.role('write'): writes[m.unit[m.unit>=0],of[m.param.rpartition('.')[0] or m.param]] = True
         return None if (writes==writes[:1]).all() else np.unique(writes, axis=0, return_inverse=True)[1].reshape(-1)
     @property
-    def way(self)->np.ndarray: "The units in the order in which its flow counts them"; at = np.argsort(self.labels); return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
+    def way(self)->np.ndarray:
+        "The units in the order in which its flow counts them"
+        at = np.argsort(self.labels)
+        return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
 
     def arranged(self,
         stays:np.ndarray, # Bool by unit
@@ -74,11 +77,12 @@ class Group:
     def role(self, *roles)->tuple:
         "Its members of these roles"
         return tuple(m for m in self.members if m.role in roles)
-    def __repr__(self): return f"Group({self.name!r}, {self.n} units, {len(self.layers)} writers, {len(self.role('read'))} readers)"
+    def __repr__(self):
+        return f"Group({self.name!r}, {self.n} units, {len(self.layers)} writers, {len(self.role('read'))} readers)"
 
 # %% ../../nbs/surgery/04_groups.ipynb #00000006
 def _components(d:Coupler, writes):
-    "The labels of each written axis without those that stay, by position and column; and for each label the number of its component"
+    "Give the labels of each written axis without those that stay, and for each label its component"
     comp,tables = np.arange(d.size),[]
     for a,layer,connect in writes:
         rows = d.rows(a)
@@ -138,7 +142,8 @@ def make_groups(
     res,taken = [],set()
     for k,u in units.items():
         name = _name(*names[k], taken)
-        res.append(Group(name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, ''), parts.get(k, ()), flows.get(k)))
+        res.append(Group(
+            name, len(u), u, tuple(members[k]), k not in coarse, mixed.get(k, ''), parts.get(k, ()), flows.get(k)))
     return tuple(res)
 
 def _parts(d, comp, units): # The equal parts of each component
@@ -150,7 +155,8 @@ def _parts(d, comp, units): # The equal parts of each component
         res.setdefault(k, []).append(Parts(where, tuple(np.flatnonzero(np.isin(units.get(k, ()), p)) for p in even)))
     return {k:tuple(v) for k,v in res.items()}
 
-def _coarse(comp, tables, units): # Groups that divide the positions of others: all but those that are chosen, once for all that hang together
+# Groups that divide the positions of others: all but those that are chosen, once for all that hang together
+def _coarse(comp, tables, units):
     sites,never = _sites(comp, tables, units)
     apart,at,res = {},{},set(never) # group → groups that divide the same positions, and its places in `sites`
     for i,(ks,_) in enumerate(sites):
@@ -166,7 +172,8 @@ def _coarse(comp, tables, units): # Groups that divide the positions of others: 
         res |= own-max(tries, key=lambda t: _worth(t, here, units), default=set())
     return res
 
-def _sites(comp, tables, units): # [(groups of some positions, how many these are)]; and groups of too few units for so many
+# [(groups of some positions, how many these are)]; and groups of too few units for so many
+def _sites(comp, tables, units):
     sites,never = [],set()
     for t in tables:
         kinds = comp[t[:,t.any(0)]]
@@ -213,7 +220,8 @@ def layer_of(
     a:Axis, # Any axis
 )->str|None:
     "Name of the layer whose parameter has this axis"
-    if not hasattr(d, 'layers'): d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
+    if not hasattr(d, 'layers'):
+        d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
     return d.layers.get(id(a))
 
 def _members(d, units:dict)->dict:
@@ -224,7 +232,10 @@ def _members(d, units:dict)->dict:
     for i,name in d.trace.names.items():
         for dim,a in enumerate(d.env[i]):
             if a.open or a.n==1: continue
-            if id(a.rows) not in seen: seen[id(a.rows)] = [(k, np.where(group[c]==k, unit[c], -1)) for c in d.expand(a.rows).T for k in np.unique(group[c]) if k>=0]
+            if id(a.rows) not in seen:
+                seen[id(a.rows)] = [
+                    (k, np.where(group[c]==k, unit[c], -1))
+                    for c in d.expand(a.rows).T for k in np.unique(group[c]) if k>=0]
             for k,units in seen[id(a.rows)]: res[k].append(Member(name, dim, units, a.role))
     return res
 

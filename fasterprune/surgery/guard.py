@@ -32,10 +32,13 @@ def state_of(model:nn.Module)->dict[str,Tensor]:
     return {**params, **buffers}
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000006
-_shared = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Generator, functools._lru_cache_wrapper)
+_shared = (
+    type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Generator,
+    functools._lru_cache_wrapper)
 _atoms = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), torch.Size, frozenset}
 
-_registries = {k for k,v in vars(nn.Module()).items() if isinstance(v, (dict, set))} # PyTorch's own: no two modules share one
+# PyTorch's own: no two modules share one
+_registries = {k for k,v in vars(nn.Module()).items() if isinstance(v, (dict, set))}
 
 class StructuralCopy:
     "Copy a model's modules and whatever they keep state in, with other tensors in the places of its tensors"
@@ -99,10 +102,13 @@ def slots_of(
     slots = [vars(c).get('__slots__', ()) for c in cls.__mro__]
     return tuple(k for s in slots for k in ([s] if isinstance(s, str) else s) if not k.startswith('__'))
 
-def _slots(o): return [(k, getattr(o, k)) for k in slots_of(type(o)) if hasattr(o, k)] # (name, value) of what stands in slots
+def _slots(o): # (name, value) of what stands in slots
+    return [(k, getattr(o, k)) for k in slots_of(type(o)) if hasattr(o, k)]
 
 def _is_plain(cls): # May an instance be made again without its constructor?
-    if cls.__module__.partition('.')[0] in ('torch', 'threading', 'logging', 'io', '_io', 'enum', 'weakref', 'multiprocessing', 'concurrent'): return False
+    if cls.__module__.partition('.')[0] in (
+            'torch', 'threading', 'logging', 'io', '_io', 'enum', 'weakref', 'multiprocessing', 'concurrent'):
+        return False
     base = next((c for c in cls.__mro__ if c.__module__=='builtins'), object)
     return made_in_python(cls) and base in (object, dict, list, set)
 
@@ -124,7 +130,8 @@ def _list(c, o):
     return new
 
 def _dict(c, o):
-    new = c._note(o, type(o)() if type(o) is not collections.defaultdict else collections.defaultdict(o.default_factory))
+    new = c._note(
+        o, type(o)() if type(o) is not collections.defaultdict else collections.defaultdict(o.default_factory))
     for k,v in o.items(): new[c(k) if type(k) not in _atoms else k] = c(v)
     return new
 
@@ -142,7 +149,7 @@ def _reference(c, o):
     return weakref.ref(c(to)) if isinstance(to, (nn.Module, Tensor)) else o
 
 def _function(c, f):
-    "A function whose closure holds state gets cells of its own, which it shares with the functions that it shared them with"
+    "Give a function whose closure holds state cells of its own; functions that shared cells share the new ones"
     if not f.__closure__: return f
     cells = tuple(map(c, f.__closure__))
     if all(a is b for a,b in zip(cells, f.__closure__)): return f
@@ -164,8 +171,10 @@ def _filled(cell):
     except ValueError: return False
     return True
 
-_copiers = {list:_list, dict:_dict, collections.OrderedDict:_dict, collections.defaultdict:_dict, set:_set, tuple:_tuple, collections.deque:_deque, np.ndarray:_array,
-    types.FunctionType:_function, types.MethodType:_method, functools.partial:_partial, weakref.ref:_reference, types.CellType:_cell}
+_copiers = {
+    list:_list, dict:_dict, collections.OrderedDict:_dict, collections.defaultdict:_dict, set:_set, tuple:_tuple,
+    collections.deque:_deque, np.ndarray:_array, types.FunctionType:_function, types.MethodType:_method,
+    functools.partial:_partial, weakref.ref:_reference, types.CellType:_cell}
 
 # %% ../../nbs/surgery/00_guard.ipynb #00000008
 @contextlib.contextmanager
@@ -174,19 +183,22 @@ def structural_copy(
     state:dict[str,Tensor]|None=None, # Name of a parameter or buffer → what stands in its place
     tensor:Callable|None=None, # `(tensor)` → what stands in the place of all others; None clones them
 ):
-    "Give a function that copies the model, and what it is called with, for a while; afterwards nothing of the copies is left"
+    "Give a function that copies the model, and what it is called with; afterwards nothing of the copies is left"
     c,own = StructuralCopy(tensor or cloned),state_of(model)
     for n,t in (state or {}).items(): c._note(own[n], t)
     try: yield c
     finally: c.clear()
 
-def cloned(t:Tensor)->Tensor: "A tensor of its own with the same values, and without a subclass that only wraps"; return as_plain(t).detach().clone()
+def cloned(t:Tensor)->Tensor:
+    "A tensor of its own with the same values, and without a subclass that only wraps"
+    return as_plain(t).detach().clone()
 
 def as_plain(
     t, # A tensor, or anything else
 ):
     "A tensor without the subclass of `Tensor` that it is of, unless that has operators of its own"
-    return t.as_subclass(Tensor) if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) and _ordinary(type(t)) else t
+    return (t.as_subclass(Tensor)
+        if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) and _ordinary(type(t)) else t)
 
 def _ordinary(cls): return cls.__torch_dispatch__ is Tensor.__torch_dispatch__
 
@@ -215,8 +227,11 @@ class TorchState:
         if self.wrap is not None: Tensor.as_subclass = self.wrap
         elif 'as_subclass' in vars(Tensor): del Tensor.as_subclass
 
-def _switch(kind): return getattr(torch.backends.cuda, f"{kind}_sdp_enabled"),getattr(torch.backends.cuda, f"enable_{kind}_sdp")
-_sdp = [_switch(k) for k in ('flash', 'mem_efficient', 'math', 'cudnn') if hasattr(torch.backends.cuda, f"enable_{k}_sdp")]
+def _switch(kind):
+    return getattr(torch.backends.cuda, f"{kind}_sdp_enabled"),getattr(torch.backends.cuda, f"enable_{kind}_sdp")
+_sdp = [
+    _switch(k) for k in ('flash', 'mem_efficient', 'math', 'cudnn')
+    if hasattr(torch.backends.cuda, f"enable_{k}_sdp")]
 
 @contextlib.contextmanager
 def preserved():
@@ -230,7 +245,7 @@ def preserved():
 
 @contextlib.contextmanager
 def collector_paused():
-    "Search for no cyclic garbage for a while: what stands for a network are many objects that live on, and each search looks at all of them"
+    "Pause the garbage collector: a plan is made of many objects that live on, and each search looks at all"
     was = gc.isenabled()
     try:
         gc.disable()
@@ -254,7 +269,7 @@ def fixed_seeds():
     np.random.seed(0)
 
 def plain_operators_():
-    "Set PyTorch so that modules run in plain operators, without gradients and without subclasses of `Tensor`; within `preserved`"
+    "Let modules run in plain operators, without gradients or subclasses of `Tensor`; within `preserved`"
     torch.backends.mha.set_fastpath_enabled(False)
     for (_,put),on in zip(_sdp, (False, False, True, False)): put(on)
     torch.set_grad_enabled(False)

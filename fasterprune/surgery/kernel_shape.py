@@ -28,8 +28,12 @@ def kept_taps(
 )->range:
     "The fewest taps in an evenly spaced row that holds all that are alive"
     n,at = len(live),np.flatnonzero(live)
-    rows = (range(a, a+(k-1)*q+1, q) for a in range(n) for k in range(1, n-a+1) for q in range(1, (n-1-a)//(k-1)+1 if k>1 else 2))
-    return min((r for r in rows if all(i in r for i in at) and fits(r)), key=lambda r: (len(r), r.step, abs(n-1-r[0]-r[-1])), default=range(n))
+    rows = (
+        range(a, a+(k-1)*q+1, q) for a in range(n) for k in range(1, n-a+1)
+        for q in range(1, (n-1-a)//(k-1)+1 if k>1 else 2))
+    return min(
+        (r for r in rows if all(i in r for i in at) and fits(r)),
+        key=lambda r: (len(r), r.step, abs(n-1-r[0]-r[-1])), default=range(n))
 
 # %% ../../nbs/surgery/19_kernel_shape.ipynb #00000008
 def fits(
@@ -41,7 +45,9 @@ def fits(
     n,d = m.kernel_size[j],m.dilation[j]
     before,after = taps[0]*d,(n-1-taps[-1])*d
     if before==after==0: return True
-    if m.transposed: return m.padding[j]>=before and (before==after or 0<=m.output_padding[j]+after-before<max(m.stride[j], d*taps.step))
+    if m.transposed:
+        return m.padding[j]>=before and (
+            before==after or 0<=m.output_padding[j]+after-before<max(m.stride[j], d*taps.step))
     if m.padding=='same': return (d*(n-1)-before-after)//2==d*(n-1)//2-before
     return before==after and m.padding!='valid' and m.padding[j]>=before
 
@@ -53,8 +59,11 @@ def said(
     cut = [(t[0]*d, (n-1-t[-1])*d) for t,n,d in zip(taps, m.kernel_size, m.dilation)]
     size,dilation = tuple(map(len, taps)),tuple(d*t.step for t,d in zip(taps, m.dilation))
     pads = m.padding if isinstance(m.padding, str) else tuple(p-a for p,(a,_) in zip(m.padding, cut))
-    ends = [(p,p) for p in pads] if isinstance(pads, tuple) else [((t := d*(n-1))//2, t-t//2) if pads=='same' else (0,0) for n,d in zip(size, dilation)]
-    res = dict(kernel_size=size, dilation=dilation, padding=pads, _reversed_padding_repeated_twice=tuple(p for e in ends[::-1] for p in e))
+    ends = [(p,p) for p in pads] if isinstance(pads, tuple) else [
+        ((t := d*(n-1))//2, t-t//2) if pads=='same' else (0,0) for n,d in zip(size, dilation)]
+    res = dict(
+        kernel_size=size, dilation=dilation, padding=pads,
+        _reversed_padding_repeated_twice=tuple(p for e in ends[::-1] for p in e))
     if m.transposed: res['output_padding'] = tuple(p+b-a for p,(a,b) in zip(m.output_padding, cut))
     return res
 
@@ -72,13 +81,15 @@ _convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 
 def _plain(m): # Is it PyTorch's own code that runs?
     t = next((t for t in _convs if isinstance(m, t)), None)
-    return t is not None and 'forward' not in vars(m) and type(m).forward is t.forward and getattr(type(m), '_conv_forward', 0) is getattr(t, '_conv_forward', 0)
+    return (t is not None and 'forward' not in vars(m) and type(m).forward is t.forward
+        and getattr(type(m), '_conv_forward', 0) is getattr(t, '_conv_forward', 0))
 
 def _kernels(c): # Weights with a kernel: (name, tensor, names of their layers, the layers)
     by,own,mods = {},{id(t):n for n,t in state_of(c.model).items()},list(c.model.named_modules())
     for n,m in mods:
         w = m._parameters.get('weight')
-        if isinstance(m, nn.modules.conv._ConvNd) and w is not None and max(m.kernel_size)>1: by.setdefault(id(w), (own[id(w)], w, {}))[2][n] = m
+        if isinstance(m, nn.modules.conv._ConvNd) and w is not None and max(m.kernel_size)>1:
+            by.setdefault(id(w), (own[id(w)], w, {}))[2][n] = m
     return list(by.values())
 
 def _hindrance(c, name, layers, uses): # Why nothing can be said of a kernel at all
@@ -94,7 +105,8 @@ def _held(m, j, live, taps): # (how many, why) of what is zero at an end, and st
     a,b = (at[0],len(live)-1-at[-1]) if len(at) else (0,len(live)-1)
     left = sum(t<a or t>len(live)-1-b for t in taps)
     if not left or len(taps)==1: return None
-    why = f"its padding is {m.padding!r}, and would have to become smaller" if min(a, b) and not m.transposed else 'a padding is the same at both ends'
+    why = (f"its padding is {m.padding!r}, and would have to become smaller" if min(a, b) and not m.transposed
+        else 'a padding is the same at both ends')
     return int(left),f"they are {_words[len(m.kernel_size)][j]} of its kernel at the border: {why}"
 
 def smaller_kernels(
@@ -112,7 +124,9 @@ def smaller_kernels(
         alive = [live.any(tuple(k for k in range(live.ndim) if k!=j)) for j in range(live.ndim)]
         if all(a.all() for a in alive): continue
         why = _hindrance(c, name, layers, uses)
-        taps = [range(len(a)) if why else kept_taps(a, lambda r: all(fits(m, j, r) for m in layers.values())) for j,a in enumerate(alive)]
+        taps = [
+            range(len(a)) if why else kept_taps(a, lambda r: all(fits(m, j, r) for m in layers.values()))
+            for j,a in enumerate(alive)]
         stay = [h for j,a in enumerate(alive) if (h := _held(layers[first], j, a, taps[j]))]
         held += [(first, k, w if not why else f"they are at the border of its kernel, and {why}") for k,w in stay]
         if any(len(t)<len(a) for t,a in zip(taps, alive)): cuts.append((name, tuple(layers), taps))
@@ -132,7 +146,8 @@ def with_kernels(
         edits += [Edit(name, 2+j, n, tuple(t)) for j,(t,n) in enumerate(zip(taps, m.kernel_size)) if len(t)<n]
         attrs += [Attr(n, k, v) for n,m in ms.items() for k,v in said(m, taps).items() if getattr(m, k)!=v]
         kernels += [(n, tuple(m.kernel_size), tuple(map(len, taps))) for n,m in ms.items()]
-    return replace(plan, edits=plan.edits+tuple(edits), attrs=plan.attrs+tuple(attrs), kernels=plan.kernels+tuple(kernels))
+    return replace(
+        plan, edits=plan.edits+tuple(edits), attrs=plan.attrs+tuple(attrs), kernels=plan.kernels+tuple(kernels))
 
 # %% ../../nbs/surgery/19_kernel_shape.ipynb #0000000f
 def _runs(c, x, plan, small): # Do its outputs come out in the shapes that they should have?

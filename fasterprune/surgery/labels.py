@@ -136,7 +136,8 @@ def expand(self:Labels, rows:np.ndarray)->np.ndarray:
             is_product = self.bound[c]
             if not is_product.any(): cols.append(c); continue
             f = self.factors[c]
-            cols += [np.where(is_product, f[:,0], c)] + [np.where(is_product, f[:,k], 0) for k in range(1, 8) if f[:,k].any()]
+            cols += ([np.where(is_product, f[:,0], c)]
+                + [np.where(is_product, f[:,k], 0) for k in range(1, 8) if f[:,k].any()])
         rows = self.find(np.stack(cols, 1))
         rows = distinct(rows)
     return distinct(rows) if rows.shape[1]>1 else rows
@@ -188,7 +189,8 @@ def cat(self:Labels, axes:list)->Axis:
     "Axes end to end"
     rows = [self.rows(a) for a in axes]
     k = max(r.shape[1] for r in rows)
-    return part(Axis(sum(a.n for a in axes), np.concatenate([np.pad(r, ((0,0),(0,k-r.shape[1]))) for r in rows])), *axes)
+    return part(
+        Axis(sum(a.n for a in axes), np.concatenate([np.pad(r, ((0,0),(0,k-r.shape[1]))) for r in rows])), *axes)
 
 @patch
 def merge(self:Labels, axes:list)->Axis:
@@ -243,7 +245,9 @@ def split2(self:Labels, a:Axis, n:int):
         by_outer,by_inner = (cols==cols[:,:,:1]).all((1,2)),(cols==cols[:,:1]).all((1,2))
         mixed = np.flatnonzero(~(by_outer|by_inner))
         if not len(mixed): break
-        self.bind(cols[mixed[0]].ravel(), np.stack([np.repeat(self.fresh(n)[:,0], m), np.tile(self.fresh(m)[:,0], n)], 1))
+        self.bind(
+            cols[mixed[0]].ravel(),
+            np.stack([np.repeat(self.fresh(n)[:,0], m), np.tile(self.fresh(m)[:,0], n)], 1))
     if n==1: self.pin(cols[by_outer], f"{self.here} takes it alone")
     axis = lambda c,k: part(Axis(k, distinct(c.T) if len(c) else np.zeros((k,1), np.int64)), a)
     return axis(cols[by_outer][:,:,0], n),axis(cols[by_inner&~by_outer][:,0], m)
@@ -277,7 +281,8 @@ def _join(self:Labels, ra, rb):
             i = next((i for i,d in enumerate(cb) if _parts(c)==_parts(d)), None)
             if i is not None: self.union(c, cb.pop(i)); ca = [o for o in ca if o is not c]
         for c,d in zip(ca, cb): self.union(c, d)
-        for c in ca[len(cb):]+cb[len(ca):]: self.pin(c, f"{self.here} joins dimensions that are divided in different ways")
+        for c in ca[len(cb):]+cb[len(ca):]:
+            self.pin(c, f"{self.here} joins dimensions that are divided in different ways")
 
 # %% ../../nbs/surgery/02_labels.ipynb #0000001c
 @patch

@@ -28,15 +28,18 @@ class Constants:
     "The domain of constants: which positions do not depend on the input"
     def __init__(self):
         self.env,self.dep,self.fresh,self.uneven,self.before,self.roots = {},set(),set(),set(),None,{}
-        self.writes,self.knows = {},{} # memory → what was written there, in order; tensor → how many of these it knows of
+        # memory → what was written there, in order; tensor → how many of these it knows of
+        self.writes,self.knows = {},{}
     def take(self, a, index): return self._rooted(Axis(len(index), a.rows[index]), a, index)
     def cat(self, axes): return Axis(sum(a.n for a in axes), np.concatenate([a.rows[:,:1] for a in axes]))
     def same(self, *axes): return Axis(axes[0].n, np.min([a.rows[:,:1] for a in axes], axis=0))
     def split(self, a, sizes):
         if len(sizes)==1: return [a]
         x = a.rows[:,0].reshape(sizes)
-        res = [Axis(n, x.all(tuple(j for j in range(len(sizes)) if j!=i)).astype(np.int64)[:,None]) for i,n in enumerate(sizes)]
-        for i,b in enumerate(res): b.src = (a, sizes, i) # in case all of them meet again in another order, as in a channel shuffle
+        res = [Axis(n, x.all(tuple(j for j in range(len(sizes)) if j!=i)).astype(np.int64)[:,None])
+            for i,n in enumerate(sizes)]
+        # in case all of them meet again in another order, as in a channel shuffle
+        for i,b in enumerate(res): b.src = (a, sizes, i)
         return res
     def merge(self, axes):
         src = [a.src for a in axes]
@@ -87,7 +90,9 @@ def _zero(self:Constants, s, names, j, n):
         r,v = s[name],s.values.get(name)
         if not isinstance(v, Tensor) or v.ndim<-j or v.shape[j]!=n: continue
         at = np.flatnonzero(_const(s.axes(r)[j])) if r.id in self.dep else np.arange(n)
-        if len(at): z[at] |= _cpu((v.index_select(j, torch.as_tensor(at, device=v.device))==0).movedim(j, 0).reshape(len(at), -1).all(1))
+        if len(at):
+            z[at] |= _cpu((v.index_select(j, torch.as_tensor(at, device=v.device))==0)
+                .movedim(j, 0).reshape(len(at), -1).all(1))
     return z
 
 # %% ../../nbs/surgery/05_liveness.ipynb #00000008
@@ -120,30 +125,35 @@ def matmul(self:Constants, s, a, b):
     rows,cols = fixed(xa[-2].n),fixed(xb[-1].n)
     va,vb = (s.values[k] for k in ([k for k,v in s.args.items() if v==a][0], [k for k,v in s.args.items() if v==b][-1]))
     if a.id in self.dep and b.id in self.dep: # a product with zeros is zero
-        rows,cols = (_axis(_const(x) & _cpu((v==0).movedim(i, 0).flatten(1).all(1))) for x,v,i in ((xa[-2],va,-2), (xb[-1],vb,-1)))
+        rows,cols = (_axis(_const(x) & _cpu((v==0).movedim(i, 0).flatten(1).all(1)))
+            for x,v,i in ((xa[-2],va,-2), (xb[-1],vb,-1)))
     elif a.id in self.dep: rows,cols = xa[-2],_axis(~(reaches(vb, False)[0] & ~_const(xa[-1])).any(1))
     else: rows,cols = _axis(~(reaches(va.transpose(-1,-2), False)[0] & ~_const(xb[-2])).any(1)),xb[-1]
     return [*[_beside(x, y, va, vb, i) for i,(x,y) in enumerate(zip(xa[:-2], xb[:-2]))], rows, cols]
 
-def _beside(a, b, va, vb, i): # Of many products at once, such as those of heads: both factors are constant, or one is zero
+# Of many products at once, such as those of heads: both factors are constant, or one is zero
+def _beside(a, b, va, vb, i):
     zero = lambda x,v: _const(x) & _cpu((v==0).movedim(i, 0).flatten(1).all(1))
     return _axis(_const(a)&_const(b) | zero(a, va) | zero(b, vb))
 
 @patch
 def add_bias(self:Constants, s, bias, out):
-    return out if bias.id not in self.dep else [self.same(a, b) if a.n==b.n else fixed(a.n) for a,b in zip(out, s.axes(bias)[-len(out):])]
+    return out if bias.id not in self.dep else [
+        self.same(a, b) if a.n==b.n else fixed(a.n) for a,b in zip(out, s.axes(bias)[-len(out):])]
 
 # %% ../../nbs/surgery/05_liveness.ipynb #0000000b
 @patch
 def batch_norm(self:Constants, s):
     x = list(s.axes('input'))
-    if s['weight'] is not None and s['weight'].id not in self.dep: x[1] = _axis(_const(x[1]) | _cpu(s.values['weight']==0))
+    if s['weight'] is not None and s['weight'].id not in self.dep:
+        x[1] = _axis(_const(x[1]) | _cpu(s.values['weight']==0))
     return x
 
 @patch
 def layer_norm(self:Constants, s):
     x,k = s.axes('input'),len(s['normalized_shape'])
-    if k==1 and s['weight'] is not None and s['weight'].id not in self.dep: return [*x[:-1], _axis(_cpu(s.values['weight']==0))]
+    if k==1 and s['weight'] is not None and s['weight'].id not in self.dep:
+        return [*x[:-1], _axis(_cpu(s.values['weight']==0))]
     return [*x[:-k], *[fixed(a.n) for a in x[-k:]]]
 
 @patch
@@ -177,7 +187,8 @@ def wrote(self:Constants,
 ):
     "Let all tensors that share the memory of `ref` forget what is no longer constant, each when it is read again"
     self.learn(ref, trace)
-    now = self.env[ref.id] = [self._rooted(Axis(b.n, b.rows), a, slice(None)) if a.n==b.n else b for a,b in zip(before, self.env[ref.id])]
+    now = self.env[ref.id] = [self._rooted(Axis(b.n, b.rows), a, slice(None)) if a.n==b.n else b
+        for a,b in zip(before, self.env[ref.id])]
     if (where := trace.storage.get(ref.id)) is None: return
     self.writes.setdefault(where, []).append(now)
     self.knows[ref.id] = len(self.writes[where])
@@ -247,7 +258,8 @@ def facts_of(
     if const.any() and not uneven: fold = _weight_sum(w.detach().double(), conv, r.groups)
     return Facts(const, value, reaches(w, conv, r.transposed, r.groups), fold)
 
-_OTHERS = 'the model ran other operators than it did while it was captured, so nothing can be said of what is dead in it; call it once before, if its first call builds something'
+_OTHERS = ('the model ran other operators than it did while it was captured, so nothing can be said of what is dead '
+    'in it; call it once before, if its first call builds something')
 
 def _weight_sum(w, conv, groups): # `(groups, out per group, in per group)`: weights summed over the kernel
     w = _cpu(w.flatten(2).sum(2)) if conv else _cpu(w).T
@@ -293,7 +305,8 @@ def observe(
     return res
 
 def _observe(model, x, c, w, terms, instead, dtype):
-    d,facts,reads,nodes,sized = Constants(),{},{},c.labels.trace.nodes,{} # sized: tensor → its dimensions that have another size in another run
+    # sized: tensor → its dimensions that have another size in another run
+    d,facts,reads,nodes,sized = Constants(),{},{},c.labels.trace.nodes,{}
     mine = range(w.first_node, w.first_node+len(w.trace.nodes))
     for i,r in enumerate(c.labels.reads):
         if r.node in mine: reads.setdefault(nodes[r.node].key, []).append((i,r))
@@ -303,11 +316,13 @@ def _observe(model, x, c, w, terms, instead, dtype):
         return func(*args, **kwargs)
     def listen(node, args, out):
         if not d.dep: sized.update(_sizes_of_inputs(c, w, rec.trace))
-        if not d.dep: d.dep |= {r.id for r in rec.trace.inputs} | {i for i,n in rec.trace.names.items() if n in w.trace.state}
+        if not d.dep:
+            d.dep |= {r.id for r in rec.trace.inputs} | {i for i,n in rec.trace.names.items() if n in w.trace.state}
         s = _site(d, rec.trace, node, args)
         for i,r in reads.get(node.key, ()): facts[i] = facts_of(s, r, Site(nodes[r.node], c.labels.trace, {}))
         if terms is not None and node.op in ('add','add_') and (term := silent_term(d, s)): terms[node.key] = term
-        places = c.varying.get(node.key) and all(r.id in d.dep or r.id in d.fresh for r in s.tensors) # numbers that only say where, of what has no other value elsewhere
+        # numbers that only say where, of what has no other value elsewhere
+        places = c.varying.get(node.key) and all(r.id in d.dep or r.id in d.fresh for r in s.tensors)
         if node.op in FRESH or places: d.fresh |= {r.id for r in node.outs}
         _walk(d, s)
         if node.key in c.varying and not places: _only_zeros(d, node, out, _zeros_of(node, s, out))
@@ -332,7 +347,8 @@ def _site(d, trace, node, args):
         d.env[r.id] = [fixed(n) for n in trace.shapes[r.id]]
     return s
 
-_FROM_NUMBERS = (*FRESH, 'scalar_tensor', 'add', 'add_', 'sub', 'sub_', 'rsub', 'fill', 'fill_', 'masked_fill', 'masked_fill_', 'where', 'clamp', 'clamp_') # a zero may be that of a number
+_FROM_NUMBERS = (*FRESH, 'scalar_tensor', 'add', 'add_', 'sub', 'sub_', 'rsub', 'fill', 'fill_',
+    'masked_fill', 'masked_fill_', 'where', 'clamp', 'clamp_') # a zero may be that of a number
 _PRODUCTS = ('mul', 'mul_', 'div', 'div_') # with a number that another run has not, zero stays zero
 
 def _zeros_of(node, s, out): # The tensors of which zeros stay zero, whatever the numbers are
@@ -340,22 +356,28 @@ def _zeros_of(node, s, out): # The tensors of which zeros stay zero, whatever th
     return [v for v in s.values.values() if isinstance(v, Tensor)] if node.op in _PRODUCTS else tensors_in(out)
 
 def _only_zeros(d, node, out, zeros):
-    "Of what was computed with numbers of this input, only zeros are the same for another, where one of these tensors is zero as well"
+    "Take only zeros for constants where numbers of this input were used and one of these tensors is zero"
     zeros = [v==0 for v in zeros]
     for r,t in zip(node.outs, tensors_in(out)):
         d.dep.add(r.id)
         if len(d.env[r.id])!=t.dim(): d.env[r.id] = [fixed(n) for n in t.shape]
-        d.env[r.id] = [_axis(_const(a) & _cpu(_all_zero(t, zeros).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a for i,a in enumerate(d.env[r.id])]
+        d.env[r.id] = [
+            _axis(_const(a) & _cpu(_all_zero(t, zeros).movedim(i, 0).reshape(a.n, -1).all(1))) if a.n else a
+            for i,a in enumerate(d.env[r.id])]
 
 _SUMS = ('sum', 'nansum', 'cumsum', 'prod', 'cumprod', 'logsumexp', 'linalg_vector_norm', 'norm')
-_CONTRACTIONS = {'mm':('self', 'mat2'), 'bmm':('self', 'mat2'), 'addmm':('mat1', 'mat2'), 'baddbmm':('batch1', 'batch2')}
+_CONTRACTIONS = {'mm':('self', 'mat2'), 'bmm':('self', 'mat2'),
+    'addmm':('mat1', 'mat2'), 'baddbmm':('batch1', 'batch2')}
 
 def _sizes_of_inputs(c, w, trace): # As `sized`, for what the model is called with
     others = [[v.trace.shapes[r.id] for r in v.trace.inputs] for v in c.witnesses if v is not w]
     mine = [trace.shapes[r.id] for r in trace.inputs]
-    return {r.id:{k for o in others if len(o)==len(mine) and len(o[i])==len(mine[i]) for k,(m,n) in enumerate(zip(o[i], mine[i])) if m!=n} for i,r in enumerate(trace.inputs)}
+    return {r.id:{k for o in others if len(o)==len(mine) and len(o[i])==len(mine[i])
+            for k,(m,n) in enumerate(zip(o[i], mine[i])) if m!=n}
+        for i,r in enumerate(trace.inputs)}
 
-def _adds_up(node, s, sized): # Does it add up as many numbers as there are places, of which there are more in another run?
+# Does it add up as many numbers as there are places, of which there are more in another run?
+def _adds_up(node, s, sized):
     if node.op in _CONTRACTIONS:
         a,b = (s[k] for k in _CONTRACTIONS[node.op])
         return len(s.axes(a))-1 in sized.get(a.id, ()) or len(s.axes(b))-2 in sized.get(b.id, ())
@@ -366,7 +388,8 @@ def _adds_up(node, s, sized): # Does it add up as many numbers as there are plac
     return any(k%n in sized.get(x.id, ()) for k in dims) if n else False
 
 def _all_zero(t, zeros): # Where a result is zero because an operand is
-    return (t==0) & functools.reduce(torch.logical_or, [z for z in zeros if z.shape==t.shape], torch.zeros_like(t, dtype=torch.bool))
+    return (t==0) & functools.reduce(
+        torch.logical_or, [z for z in zeros if z.shape==t.shape], torch.zeros_like(t, dtype=torch.bool))
 
 def _not_averaged(d, node, tensors, out):
     "A constant that was not the same everywhere, and is one number now, is another number where there are more places"
@@ -377,7 +400,8 @@ def _not_averaged(d, node, tensors, out):
             if not (const := _const(a)).any() or not t.shape[i]==a.n>1: continue
             value = constant_values(t, i, const)
             if np.isnan(value).any(): d.uneven.add(r.id)
-            if uneven and (const & (value!=0) & ~np.isnan(value)).any(): d.env[r.id][i] = d._rooted(_axis(const & ((value==0) | np.isnan(value))), a, slice(None))
+            if uneven and (const & (value!=0) & ~np.isnan(value)).any():
+                d.env[r.id][i] = d._rooted(_axis(const & ((value==0) | np.isnan(value))), a, slice(None))
 
 def _walk(d, s):
     if given := [r for r in s.node.outs if r.id in s.trace.given]:
@@ -419,7 +443,8 @@ def dead_labels(
     c:Coupling,
     facts:dict, # From `observe`
     foldable:list, # For each read: can a constant other than zero be folded there?
-    all_constants:bool=False, # Count every constant as dead, whether it can be folded or not, and statistics as no hindrance
+    # Count every constant as dead, whether it can be folded or not, and statistics as no hindrance
+    all_constants:bool=False,
     stay:np.ndarray|None=None, # By label: these stay in any case, and what they read is needed
 )->np.ndarray:
     "Bool by label: the units that can be removed without changing anything"
@@ -429,8 +454,10 @@ def dead_labels(
     for a,*_ in l.mixed:
         if not a.open and not all_constants: may[l.expand(a.rows)] = False
     if stay is not None: may &= ~stay
-    gone,by,reads,let = np.zeros(l.size, bool),np.zeros(l.size, np.int64),[i for i in range(len(l.reads)) if i in facts],[np.flatnonzero(may)]
-    holds,woken = dict.fromkeys(reads, let[0][:0]),_woken(l, reads) # read → labels that it holds; `by` how many reads each label is held
+    gone,by,reads,let = (np.zeros(l.size, bool),np.zeros(l.size, np.int64),
+        [i for i in range(len(l.reads)) if i in facts],[np.flatnonzero(may)])
+    # read → labels that it holds; `by` how many reads each label is held
+    holds,woken = dict.fromkeys(reads, let[0][:0]),_woken(l, reads)
     while True: # a read lets go of more only where something has gone that it asks for
         for i in reads:
             now = _holds(c, l.reads[i], needed(c, l.reads[i], facts[i], gone, foldable[i], all_constants))
@@ -449,7 +476,8 @@ def _holds(c, r, need): # The labels that must stay because of a reader that nee
     return np.unique(c.labels.rows(r.tested)[need])
 
 def _woken(l, reads): # A function of labels that go: the reads that ask for one of them
-    asked = [(i, a.whole if isinstance(a, Share) else a) for i in reads for a in (l.reads[i].axis, l.reads[i].out) if a is not None and not a.open]
+    asked = [(i, a.whole if isinstance(a, Share) else a)
+        for i in reads for a in (l.reads[i].axis, l.reads[i].out) if a is not None and not a.open]
     labels = [np.unique(l.expand(a.rows)) for _,a in asked] or [np.zeros(0, np.int64)]
     who = np.repeat([i for i,_ in asked], [len(k) for k in labels]) if asked else labels[0]
     order = np.argsort(labels := np.concatenate(labels), kind='stable')
@@ -460,7 +488,8 @@ def _woken(l, reads): # A function of labels that go: the reads that ask for one
     return woken
 
 # %% ../../nbs/surgery/05_liveness.ipynb #0000001e
-AVERAGES = ('native_layer_norm', 'native_group_norm', 'mean', 'var', 'std', 'var_mean') # in these a zero is worth nothing, but for the divisor
+# in these a zero is worth nothing, but for the divisor
+AVERAGES = ('native_layer_norm', 'native_group_norm', 'mean', 'var', 'std', 'var_mean')
 
 def held(
     c:Coupling,
@@ -472,11 +501,15 @@ def held(
     stay,read = dead_labels(c, facts, foldable, all_constants=True) & ~gone,np.zeros(c.labels.size, bool)
     for r in c.labels.reads: read[c.labels.rows(r.axis)[c.labels.keeps(r.axis, gone)]] = True
     stay &= read
-    out = lambda g: '; with exact_norms=True it keeps its divisor, and those that are zero there can go' if g.mixed.split()[0] in AVERAGES else ''
-    res = {g.name:(g.name, int(stay[g.labels].sum()), f"{g.mixed} computes statistics over them{out(g)}") for g in c.groups if g.mixed and stay[g.labels].any()}
+    out = lambda g: ('; with exact_norms=True it keeps its divisor, and those that are zero there can go'
+        if g.mixed.split()[0] in AVERAGES else '')
+    res = {g.name:(g.name, int(stay[g.labels].sum()), f"{g.mixed} computes statistics over them{out(g)}")
+        for g in c.groups if g.mixed and stay[g.labels].any()}
     silent = dead_labels(c, facts, foldable) & ~gone & read if any(g.parts for g in c.groups) else stay
     for g in c.groups:
-        if g.parts and silent[g.labels].any(): res.setdefault(g.name, (g.name, int(silent[g.labels].sum()), f"{g.parts[0].where} cuts it into equal parts, and in another of them fewer are silent"))
+        if g.parts and silent[g.labels].any():
+            res.setdefault(g.name, (g.name, int(silent[g.labels].sum()),
+                f"{g.parts[0].where} cuts it into equal parts, and in another of them fewer are silent"))
     group = np.full(c.labels.size, -1)
     for k,g in enumerate(c.groups): group[g.labels] = k
     for i,r in enumerate(c.labels.reads):
@@ -486,7 +519,9 @@ def held(
         ks = group[labels[stay[labels]]]
         for k,n in zip(*np.unique(ks[ks>=0], return_counts=True)):
             name = c.groups[k].name
-            if name not in res: res[name] = (name, int(n), _why(facts[i], need, Site(c.labels.trace.nodes[r.node], c.labels.trace, {})))
+            if name not in res:
+                res[name] = (name, int(n),
+                    _why(facts[i], need, Site(c.labels.trace.nodes[r.node], c.labels.trace, {})))
     return list(res.values())
 
 def _why(f, need, s):

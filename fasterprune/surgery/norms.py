@@ -54,7 +54,8 @@ def layer_norm(
     part:Tuple[int,int]=(1, 1), # How many channels there are, and how many there were
 )->Tensor:
     "Compute `F.layer_norm` over the channels that there were"
-    if has_torch_function_unary(input): return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, part=part)
+    if has_torch_function_unary(input):
+        return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight, bias, eps, part=part)
     w,b = _single(weight),_single(bias)
     dims = [i-len(normalized_shape) for i in range(len(normalized_shape))]
     _,x,var = statistics(_wide(input), dims, part)
@@ -74,7 +75,8 @@ def group_norm(
     part:Tuple[int,int]=(1, 1), # How many channels there are in a group, and how many there were
 )->Tensor:
     "Compute `F.group_norm` over the channels that there were"
-    if has_torch_function_unary(input): return handle_torch_function(group_norm, (input,), input, num_groups, weight, bias, eps, part=part)
+    if has_torch_function_unary(input):
+        return handle_torch_function(group_norm, (input,), input, num_groups, weight, bias, eps, part=part)
     x,w,b = _wide(input),_single(weight),_single(bias)
     n,c = x.shape[0],x.shape[1]
     at = [-1]+[1]*(x.dim()-2)
@@ -95,7 +97,8 @@ def rms_norm(
     part:Tuple[int,int]=(1, 1), # How many channels there are, and how many there were
 )->Tensor:
     "Compute `F.rms_norm` over the channels that there were"
-    if has_torch_function_unary(input): return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, part=part)
+    if has_torch_function_unary(input):
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight, eps, part=part)
     x,w = _wide(input),_single(weight)
     more = part[1]/part[0]
     tiny = torch.finfo(x.dtype).eps if eps is None else eps
@@ -111,45 +114,66 @@ def _over(x:Tensor, dim:Dims, axis:Dims)->List[int]: # The dimensions that `torc
     if isinstance(dim, int): return [dim]
     return [int(i) for i in dim] if len(dim) else [i for i in range(x.dim())]
 
-def _asked(x:Tensor, dim:Dims, unbiased:bool, axis:Dims, correction:Optional[int])->Tuple[List[int],int]: # The same, and what is taken from their number
+def _asked(
+    x:Tensor, dim:Dims, unbiased:bool, axis:Dims, correction:Optional[int],
+)->Tuple[List[int],int]: # The same, and what is taken from their number
     if not torch.jit.is_scripting() and isinstance(dim, bool): dim,unbiased = None,dim
     return _over(x, dim, axis),int(unbiased) if correction is None else correction
 
-def _variance(x:Tensor, dims:List[int], keepdim:bool, correction:int, part:Tuple[int,int])->Tuple[Tensor,Tensor]: # And mean
+def _variance(
+    x:Tensor, dims:List[int], keepdim:bool, correction:int, part:Tuple[int,int],
+)->Tuple[Tensor,Tensor]: # And mean
     mean,_,var = statistics(_wide(x), dims, part, correction)
     if not keepdim: mean,var = mean.squeeze(dims),var.squeeze(dims)
     return var.to(x.dtype),mean.to(x.dtype)
 
 def var_mean(
     x:Tensor,
-    dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None, # As for `torch.var_mean`
+    # As for `torch.var_mean`
+    dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None,
     part:Tuple[int,int]=(1, 1), # How many channels there are, and how many there were
 )->Tuple[Tensor,Tensor]:
     "Compute `torch.var_mean` over the channels that there were"
     dims,c = _asked(x, dim, unbiased, axis, correction)
-    if has_torch_function_unary(x): return handle_torch_function(var_mean, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
+    if has_torch_function_unary(x):
+        return handle_torch_function(var_mean, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)
 
-def var(x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None, part:Tuple[int,int]=(1, 1))->Tensor:
+def var(
+    x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None,
+    part:Tuple[int,int]=(1, 1),
+)->Tensor:
     "Compute `torch.var` over the channels that there were"
     dims,c = _asked(x, dim, unbiased, axis, correction)
-    if has_torch_function_unary(x): return handle_torch_function(var, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
+    if has_torch_function_unary(x):
+        return handle_torch_function(var, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)[0]
 
-def std(x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None, part:Tuple[int,int]=(1, 1))->Tensor:
+def std(
+    x:Tensor, dim:Dims=None, unbiased:bool=True, keepdim:bool=False, axis:Dims=None, correction:Optional[int]=None,
+    part:Tuple[int,int]=(1, 1),
+)->Tensor:
     "Compute `torch.std` over the channels that there were"
     dims,c = _asked(x, dim, unbiased, axis, correction)
-    if has_torch_function_unary(x): return handle_torch_function(std, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
+    if has_torch_function_unary(x):
+        return handle_torch_function(std, (x,), x, dims, keepdim=keepdim, correction=c, part=part)
     return _variance(x, dims, keepdim, c, part)[0].sqrt()
 
-def mean(x:Tensor, dim:Dims=None, keepdim:bool=False, axis:Dims=None, dtype:Optional[torch.dtype]=None, part:Tuple[int,int]=(1, 1))->Tensor:
+def mean(
+    x:Tensor, dim:Dims=None, keepdim:bool=False, axis:Dims=None, dtype:Optional[torch.dtype]=None,
+    part:Tuple[int,int]=(1, 1),
+)->Tensor:
     "Compute `torch.mean` over the channels that there were"
     dims = _over(x, dim, axis)
     if has_torch_function_unary(x): return handle_torch_function(mean, (x,), x, dims, keepdim, dtype=dtype, part=part)
     return torch.mean(x, dims, keepdim, dtype=dtype)*(part[0]/part[1])
 
 # %% ../../nbs/surgery/06_norms.ipynb #00000015
-EXACT:dict[str,Callable] = dict(layer_norm=layer_norm, group_norm=group_norm, rms_norm=rms_norm, mean=mean, var=var, std=std, var_mean=var_mean)
+EXACT:dict[str,Callable] = dict(
+    layer_norm=layer_norm, group_norm=group_norm, rms_norm=rms_norm, mean=mean, var=var, std=std, var_mean=var_mean)
 
-for _f,_plain in ((layer_norm, F.layer_norm), (group_norm, F.group_norm), (rms_norm, F.rms_norm), (mean, torch.mean), (var, torch.var), (std, torch.std), (var_mean, torch.var_mean)):
+for _f,_plain in (
+    (layer_norm, F.layer_norm), (group_norm, F.group_norm), (rms_norm, F.rms_norm), (mean, torch.mean),
+    (var, torch.var), (std, torch.std), (var_mean, torch.var_mean),
+):
     _f.plain = _plain # what it is written down as when a model is captured

@@ -42,9 +42,12 @@ class Extras:
     rescale:object=None # The same, to look at what readers make of what stays
 
     def __post_init__(self):
-        if self.optimizer is not None and not hasattr(getattr(self.optimizer, 'opt', self.optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {self.optimizer!r}")
+        if self.optimizer is not None and not hasattr(getattr(self.optimizer, 'opt', self.optimizer), 'state'):
+            raise TypeError(f"optimizer is a torch or fastai optimizer, not {self.optimizer!r}")
         for m in self.also:
-            if not isinstance(m, nn.Module): raise TypeError(f"also is a list of copies of the model, such as an average of its weights; {m!r} is no nn.Module")
+            if not isinstance(m, nn.Module):
+                raise TypeError("also is a list of copies of the model, such as an average of its weights; "
+                    f"{m!r} is no nn.Module")
         if self.recalibrate is not None and self.recalibrate is not False: batches_of(self.recalibrate)
         for k in ('compensate', 'rescale'):
             if (v := getattr(self, k)) is not None and not isinstance(v, bool): batches_of(v, what=k)
@@ -66,7 +69,8 @@ def reference(
 )->tuple: # Tensors, and what they were computed in: None is the model's own precision
     "Outputs by the law, in double precision if the model can, else in its own"
     training = (w or c).trace.training if training is None else training
-    kw = dict(training=training, steady=steady, around=decisions and decisions.note, **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
+    kw = dict(training=training, steady=steady, around=decisions and decisions.note,
+        **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
     kw['instead'] = {**(without_taps(model, plan) if law=='readers' and plan else {}), **(instead or {})}
     try: return outputs(model, x, dtype=dtype, **kw),dtype
     except Exception:
@@ -118,7 +122,8 @@ def cut_(
         if exact: raise TooRough
         raise failed(got, run, limit, _differs(law, error, kind))
     checked = tuple(k.compare(model, plan, law) for k in more)
-    if not any(t.numel() for t in want): return None,'the outputs for this example are empty',(Checked(c.witnesses[0].shapes, False, None), *checked)
+    if not any(t.numel() for t in want):
+        return None,'the outputs for this example are empty',(Checked(c.witnesses[0].shapes, False, None), *checked)
     first = Checked(c.witnesses[0].shapes, False, error, _name(kind))
     best = checked[more.index(exact)] if exact else first
     return best.error,best.dtype,(first, *checked)
@@ -126,7 +131,9 @@ def cut_(
 def _name(dtype): return str(dtype).removeprefix('torch.')
 
 def _differs(law, error, dtype, where=''):
-    return f"the pruned model differs from what the law of the {law} demands by {error:.1e} (relative, {dtype}{where}), so everything was put back; please report this model. verify=False prunes all the same"
+    return (f"the pruned model differs from what the law of the {law} demands by {error:.1e} "
+        f"(relative, {dtype}{where}), so everything was put back; please report this model. "
+        "verify=False prunes all the same")
 
 class Check:
     "Another call at which the law is checked"
@@ -138,7 +145,9 @@ class Check:
     ): self.w,self.training,self.dtype,self.instead,self.want = w,training,dtype,instead,None
 
     @property
-    def exact(self)->bool: "Is this where the law is checked in double precision?"; return self.instead and self.dtype==torch.float64
+    def exact(self)->bool:
+        "Is this where the law is checked in double precision?"
+        return self.instead and self.dtype==torch.float64
 
     def note_reference(self, model, c, gone, law, plan)->bool:
         "Run the model as the law wants it; False where it does not run so, or what values decide differs"
@@ -169,13 +178,16 @@ def _others(model, c, law, precise): # The other witnesses; and training mode, w
         return Check(w, w.trace.training, torch.float64 if instead else own, instead)
     res = [check(w) for w in c.witnesses[1:] if law=='readers' or w.trace.training==c.trace.training]
     if law!='readers' or any(k.training==everything for k in res): return res
-    if c.trains and len(res)==1 and _numel(res[0].w)>_cheap: return [Check(res[0].w, everything, res[0].dtype, res[0].instead)] # it runs the same code, and more
+    if c.trains and len(res)==1 and _numel(res[0].w)>_cheap:
+        return [Check(res[0].w, everything, res[0].dtype, res[0].instead)] # it runs the same code, and more
     return [*res, Check(c.witnesses[-1], everything, own)]
 
 _cheap = 1<<14 # numbers of an input with which a model is run in both modes
 def _numel(w): return sum(math.prod(s) for s in w.shapes) # Of what a model is called with
 
-def _limit(model, plan, dtype): # a folded constant, and a factor, is rounded to the precision of the parameter that takes it
+def _limit(
+    model, plan, dtype,
+): # a folded constant, and a factor, is rounded to the precision of the parameter that takes it
     own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds or plan.factors else set()
     return max([tolerance(dtype)]+[1e-2*tolerance(d) if d==torch.float32 else tolerance(d) for d in own])
 
@@ -199,32 +211,41 @@ class Removal:
     ):
         self.x,self.c,self.extras,self.plan = x,c,extras,with_branches(Plan(()), branches)
         self.models,self.undo,self.error = [model, *(bare(m, self.plan) for m in extras.also)],[],None
-        if any(m is model for m in self.models[1:]): raise ValueError('also is a list of copies of the model, and one of them is the model itself')
+        if any(m is model for m in self.models[1:]):
+            raise ValueError('also is a list of copies of the model, and one of them is the model itself')
         self.plans = [self.plan, *(replace(self.plan, branches=self._own(m)) for m in self.models[1:])]
         self.before = [] # for each model its outputs, and what they were computed in
 
     def _own(self, model): # What the branches of a copy add when the layers are zero that are zero in the model
         terms = {}
         observe(model, on_device_of(self.x, model), self.c, terms, self._zeros(model))
-        if any(b.key not in terms for b in self.plan.branches): raise ValueError(f"also: a branch that is silent in the model is not in a copy of it, even if {', '.join(self.plan.branches[0].banks)} were zero there; take the copy again from the model")
+        if any(b.key not in terms for b in self.plan.branches):
+            raise ValueError("also: a branch that is silent in the model is not in a copy of it, even if "
+                f"{', '.join(self.plan.branches[0].banks)} were zero there; take the copy again from the model")
         value = lambda b: tuple(v.tolist()) if (v := terms[b.key].value).any() else None
-        return tuple(replace(b, modules=(*b.modules[:-1], replace(b.modules[-1], value=value(b)))) for b in self.plan.branches)
+        return tuple(replace(b, modules=(*b.modules[:-1], replace(b.modules[-1], value=value(b))))
+            for b in self.plan.branches)
 
     def _zeros(self, model):
         banks = {id(model.get_submodule(n).weight) for b in self.plan.branches for n in b.banks}
         return {n:torch.zeros_like(t) for n,t in state_of(model).items() if id(t) in banks}
 
     def run_(self):
-        "Take them out, and check that each model computes what it did when these layers were zero; after an error `restore_` puts all back"
+        "Take them out, and check that each model computes what it did when these layers were zero"
         e,opt = self.extras,self.extras.optimizer
         for i,(m,plan) in enumerate(zip(self.models, self.plans)):
             x,decisions = self.c.values(on_device_of(self.x, m)),None if self.c.trace.fake else Decisions()
             self.before.append(reference(m, x, self.c, None, 'masks') if e.verify else (None,None))
-            want,dtype = reference(m, x, self.c, None, 'masks', decisions, instead=self._zeros(m)) if e.verify else (None,None)
+            want,dtype = (reference(m, x, self.c, None, 'masks', decisions, instead=self._zeros(m))
+                if e.verify else (None,None))
             remove_(m, plan, self.undo, None if i else opt)
             if not e.verify: continue
-            error = relative_error(got := outputs(m, x, dtype=dtype, training=self.c.trace.training, around=decisions and decisions.repeat), want)
-            if not error<=_limit(m, replace(plan, folds=(1,)), dtype or got[0].dtype): raise VerificationError(f"the model without its silent branches differs from the model before by {error:.1e} (relative), so everything was put back; please report this model. verify=False prunes all the same")
+            error = relative_error(got := outputs(m, x, dtype=dtype, training=self.c.trace.training,
+                around=decisions and decisions.repeat), want)
+            if not error<=_limit(m, replace(plan, folds=(1,)), dtype or got[0].dtype):
+                raise VerificationError("the model without its silent branches differs from the model before by "
+                    f"{error:.1e} (relative), so everything was put back; please report this model. "
+                    "verify=False prunes all the same")
             self.error = max(self.error or 0., error)
 
     def restore_(self):
@@ -245,22 +266,29 @@ class Operation:
         first:Removal|None=None, # What has gone already; the law is about the model before that
     ):
         self.model,self.x,self.c,self.gone,self.extras,self.saved,self.first = model,x,c,gone,extras,[],first
-        self.batches,self.data = _again(extras.recalibrate),{k:_again(getattr(extras, k)) for k in ('compensate', 'rescale')}
-        self.copies,self.kinds = first.models[1:] if first else [bare(m, plan) for m in extras.also],[type(m).__name__ for m in extras.also]
+        self.batches,self.data = (_again(extras.recalibrate),
+            {k:_again(getattr(extras, k)) for k in ('compensate', 'rescale')})
+        self.copies,self.kinds = (first.models[1:] if first else [bare(m, plan) for m in extras.also],
+            [type(m).__name__ for m in extras.also])
         for m in self.copies: check_plan(m, replace(plan, folds=()))
-        if any(m is model for m in self.copies): raise ValueError('also is a list of copies of the model, and one of them is the model itself')
+        if any(m is model for m in self.copies):
+            raise ValueError('also is a list of copies of the model, and one of them is the model itself')
         check_plan(model, plan, extras.optimizer)
         self.factors = [self.scales(m, law) for m in (model, *self.copies)]
         means = self.means(model, law, self.factors[0])
         self.law,self.later = ('readers',signed(model, added(plan.folds, means))) if means else (law,())
         self.plan = replace(plan, folds=() if means else plan.folds)
-        self.own = [added(self.constants(m), self.means(m, law)) if law=='masks' else self.means(m, law, f) for m,f in zip(self.copies, self.factors[1:])]
+        self.own = [added(self.constants(m), self.means(m, law)) if law=='masks' else self.means(m, law, f)
+            for m,f in zip(self.copies, self.factors[1:])]
 
     @property
-    def done(self)->Plan: "What was carried out on the model, with all constants"; return replace(self.plan, folds=self.plan.folds+self.later)
+    def done(self)->Plan:
+        "What was carried out on the model, with all constants"
+        return replace(self.plan, folds=self.plan.folds+self.later)
 
 # %% ../../nbs/surgery/18_operation.ipynb #0000000e
-def _again(dl): return None if dl is False else list(islice(dl, 50)) if hasattr(dl, '__next__') else dl # what can be run through once only is kept
+def _again(dl): # what can be run through once only is kept
+    return None if dl is False else list(islice(dl, 50)) if hasattr(dl, '__next__') else dl
 
 @patch
 def constants(self:Operation, model:nn.Module)->tuple:
@@ -272,7 +300,8 @@ def means(self:Operation, model:nn.Module, law:str, factors:tuple=())->tuple:
     "What is missing on average in this model, without what is folded exactly"
     if not self.extras.compensate: return ()
     exact = exact_constants(observe(model, on_device_of(self.x, model), self.c)) if law=='masks' else None
-    return removed_means(model, self.c, self.gone, self.examples(model, 'compensate'), exact, {f.layer:f.channels.numpy() for f in factors})
+    return removed_means(model, self.c, self.gone, self.examples(model, 'compensate'), exact,
+        {f.layer:f.channels.numpy() for f in factors})
 
 @patch
 def scales(self:Operation, model:nn.Module, law:str)->tuple:
@@ -281,7 +310,9 @@ def scales(self:Operation, model:nn.Module, law:str)->tuple:
     return factors_of(model, self.c, self.gone, self.examples(model, 'rescale'), constant=bool(self.extras.compensate))
 
 @patch
-def examples(self:Operation, model:nn.Module, what:str): "Inputs with values, batch by batch"; return examples(self.data[what], on_device_of(self.x, model), model, what=what)
+def examples(self:Operation, model:nn.Module, what:str):
+    "Inputs with values, batch by batch"
+    return examples(self.data[what], on_device_of(self.x, model), model, what=what)
 
 # %% ../../nbs/surgery/18_operation.ipynb #0000000f
 @patch(as_prop=True)
@@ -294,8 +325,11 @@ def goes_on(self:Operation)->bool:
 def run_(self:Operation)->dict: # For the report
     "Cut the model and its copies; after an error `restore_` puts all back"
     e = self.extras
-    if e.verify or self.goes_on: self.saved = [Snapshot(self.model, self.done, e.optimizer), *(Snapshot(m, replace(self.done, folds=f)) for m,f in zip(self.copies, self.own))]
-    after = 'compensate' if self.later else 'rescale' if self.factors[0] else None # what is done after the law has been checked
+    if e.verify or self.goes_on:
+        self.saved = [Snapshot(self.model, self.done, e.optimizer),
+            *(Snapshot(m, replace(self.done, folds=f)) for m,f in zip(self.copies, self.own))]
+    # what is done after the law has been checked
+    after = 'compensate' if self.later else 'rescale' if self.factors[0] else None
     first = after and next(self.examples(self.model, after))
     before = after and answers(self.model, first)
     before_all = self.first.before if self.first and e.verify and self.c.trace.fake else [None]*(1+len(self.copies))
@@ -308,10 +342,13 @@ def run_(self:Operation)->dict: # For the report
     fold_(self.model, replace(self.plan, folds=self.later), e.optimizer)
     rescale_(self.model, self.plan, self.factors[0])
     gain = Compensation(plain, distance(answers(self.model, first), before)) if after else None
-    also = tuple(CopyReport(k, *self._copy_(*a)) for k,*a in zip(self.kinds, self.copies, self.own, self.factors[1:], before_all[1:]))
+    also = tuple(CopyReport(k, *self._copy_(*a))
+        for k,*a in zip(self.kinds, self.copies, self.own, self.factors[1:], before_all[1:]))
     if self.first and error is not None: error = max(error, self.first.error)
-    n = [recalibrate_(m, self.batches, n_inp=len(as_call(self.x)[0]) or None, progress=False) for m in (self.model, *self.copies) if self.batches is not None]
-    return dict(law=self.law, error=error, dtype=dtype, witnesses=checked, also=also, recalibrated=n[0] if n else None, compensation=gain, rescaled=len(self.factors[0]))
+    n = [recalibrate_(m, self.batches, n_inp=len(as_call(self.x)[0]) or None, progress=False)
+        for m in (self.model, *self.copies) if self.batches is not None]
+    return dict(law=self.law, error=error, dtype=dtype, witnesses=checked, also=also,
+        recalibrated=n[0] if n else None, compensation=gain, rescaled=len(self.factors[0]))
 
 @patch
 def _copy_(self:Operation, model, folds, factors, before):

@@ -37,7 +37,8 @@ def param_lists(
 
 def _trained(optimizer): return [p for ps in param_lists(optimizer) for p in ps]
 def _is_flat(opt): return hasattr(opt, '_gather_flat_grad') # L-BFGS
-def _slow(optimizer): return [o.slow_weights for o in _layers(optimizer) if vars(o).get('slow_weights') is not None] # Lookahead
+def _slow(optimizer): # Lookahead
+    return [o.slow_weights for o in _layers(optimizer) if vars(o).get('slow_weights') is not None]
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #00000007
 def follows(
@@ -49,7 +50,8 @@ def follows(
     "Which dimensions of a state follow which dimensions of its parameter"
     state,shape = tuple(state),tuple(shape)
     if all(n==1 for n in state) and state!=shape: return {}
-    if len(state)==len(shape): return {d:d for d in dims if state[d]==shape[d]} if all(a in (b,1) for a,b in zip(state, shape)) else None
+    if len(state)==len(shape):
+        return {d:d for d in dims if state[d]==shape[d]} if all(a in (b,1) for a,b in zip(state, shape)) else None
     without = [d for d in range(len(shape)) if shape[:d]+shape[d+1:]==state]
     found = {d:{e:e-(e>d) for e in dims if e!=d} for d in without}
     named = len(shape)-1 if 'row' in name else len(shape)-2 if 'col' in name else None
@@ -63,18 +65,27 @@ def check_optimizer(
     dims:dict, # Parameter name → dimensions that are cut
 ):
     "Refuse an optimizer of which the state cannot be cut"
-    if not hasattr(plain_optimizer(optimizer), 'state'): raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
+    if not hasattr(plain_optimizer(optimizer), 'state'):
+        raise TypeError(f"optimizer is a torch or fastai optimizer, not {optimizer!r}")
     own,trained = dict(model.named_parameters(remove_duplicate=False)),_trained(optimizer)
     ids = {id(p) for p in own.values()}
-    if trained and not any(id(p) in ids for p in trained): raise ValueError(f"the {type(plain_optimizer(optimizer)).__name__} optimizer trains no parameter of this {type(model).__name__}; pass the one that was made for it")
+    if trained and not any(id(p) in ids for p in trained):
+        raise ValueError(
+            f"the {type(plain_optimizer(optimizer)).__name__} optimizer trains no parameter "
+            f"of this {type(model).__name__}; pass the one that was made for it")
     opt = plain_optimizer(optimizer)
     if _is_flat(opt): return
     cut = {id(own[n]):(n, tuple(d)) for n,d in dims.items() if n in own}
-    states = [(p, k, t) for p in trained for k,v in opt.state.get(p, {}).items() for t in tree_leaves(v) if isinstance(t, Tensor)]
+    states = [
+        (p, k, t) for p in trained for k,v in opt.state.get(p, {}).items() for t in tree_leaves(v)
+        if isinstance(t, Tensor)]
     met = {k:n for p,k,t in states if id(p) in cut for n in [cut[id(p)][0]]}
     for p,k,t in states:
-        if k in met and follows(k, t.shape, p.shape, cut.get(id(p), ('', ()))[1]) is None: raise ValueError(
-            f"{type(opt).__name__} keeps {k!r} of shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}, and how to cut that for {met[k]!r} is not known; prune without optimizer= and make a new one afterwards")
+        if k in met and follows(k, t.shape, p.shape, cut.get(id(p), ('', ()))[1]) is None:
+            raise ValueError(
+                f"{type(opt).__name__} keeps {k!r} of shape {tuple(t.shape)} "
+                f"for a parameter of shape {tuple(p.shape)}, and how to cut that for {met[k]!r} is not known; "
+                'prune without optimizer= and make a new one afterwards')
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #0000000c
 @lru_cache(maxsize=256)
@@ -113,7 +124,8 @@ def carried(
     "Cut what an optimizer remembers of a parameter; calling the results puts it there"
     s,dims,res = plain_optimizer(optimizer).state.get(p),tuple(e.dim for e in edits),[]
     def cut(k): return lambda t: sliced(t, edits, follows(k, t.shape, shape, dims)) if isinstance(t, Tensor) else t
-    if not _is_flat(plain_optimizer(optimizer)): res = [partial(setitem, s, k, tree_map(cut(k), v)) for k,v in (s or {}).items()]
+    if not _is_flat(plain_optimizer(optimizer)):
+        res = [partial(setitem, s, k, tree_map(cut(k), v)) for k,v in (s or {}).items()]
     slow = [w for ws in _slow(optimizer) for w in zip(param_lists(optimizer), ws)]
     return res + [partial(setitem, ws, i, sliced(ws[i], edits)) for ps,ws in slow for i,q in enumerate(ps) if q is p]
 
@@ -131,13 +143,17 @@ def carried_flat(
     ends = np.cumsum([0, *(shape.numel() for shape,_ in old)])
     stays = torch.cat([_stays(p, *o, int(n)) for p,o,n in zip(opt._params, old, ends)])
     def cut(v): return v[stays] if isinstance(v, Tensor) and v.shape==(int(ends[-1]),) else v
-    new = {k:[cut(v) for v in s[k]] if isinstance(s[k], list) else cut(s[k]) for k in ('d', 'prev_flat_grad', 'old_dirs', 'old_stps')}
+    new = {
+        k:[cut(v) for v in s[k]] if isinstance(s[k], list) else cut(s[k])
+        for k in ('d', 'prev_flat_grad', 'old_dirs', 'old_stps')}
     return [count, partial(s.update, {**new, **_curvature(new['old_dirs'], new['old_stps'])})]
 
 def _curvature(dirs, steps): # What L-BFGS keeps of the pairs that still say something
     pairs = [(y,d) for y,d in zip(dirs, steps) if y.dot(d)>1e-10]
     y,d = pairs[-1] if pairs else (None,None)
-    return dict(old_dirs=[y for y,_ in pairs], old_stps=[d for _,d in pairs], ro=[1/y.dot(d) for y,d in pairs], H_diag=y.dot(d)/y.dot(y) if pairs else 1)
+    return dict(
+        old_dirs=[y for y,_ in pairs], old_stps=[d for _,d in pairs], ro=[1/y.dot(d) for y,d in pairs],
+        H_diag=y.dot(d)/y.dot(y) if pairs else 1)
 
 def _stays(p, shape, edits, start): # Which of the numbers that it had, counted from `start`
     at = torch.arange(shape.numel(), device=p.device).view(shape)
@@ -161,7 +177,9 @@ def adopted(
 def _lengthened(opt, p): # L-BFGS has one group, so the new parameter is its last
     s = opt.state.get(opt._params[0]) or {}
     def longer(v): return torch.cat([v, v.new_zeros(p.numel())]) if isinstance(v, Tensor) and v.dim() else v
-    new = {k:[longer(v) for v in s[k]] if isinstance(s[k], list) else longer(s[k]) for k in ('d', 'prev_flat_grad', 'old_dirs', 'old_stps') if k in s}
+    new = {
+        k:[longer(v) for v in s[k]] if isinstance(s[k], list) else longer(s[k])
+        for k in ('d', 'prev_flat_grad', 'old_dirs', 'old_stps') if k in s}
     return [partial(setattr, opt, '_numel_cache', None), partial(s.update, new)]
 
 # %% ../../nbs/surgery/08_optimizer.ipynb #00000014

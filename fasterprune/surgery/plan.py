@@ -44,7 +44,9 @@ class Edit:
     dim:int
     n:int # Positions before
     keep:tuple[int,...] # Positions that stay, in the order in which they will stand
-    others:tuple[tuple[int,...],...]=() # For a grouped weight whose groups keep different positions: those of the second group that stays, of the third, and so on
+    # For a grouped weight whose groups keep different positions: those of the second group that stays, of the third,
+    # and so on
+    others:tuple[tuple[int,...],...]=()
     moved:bool=False # Is that another order than before? So it is where channels are shuffled
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ class Plan:
     pins:tuple[tuple[str,int,int,str],...]=() # (layer, positions that stay, of how many, reason)
     mixed:tuple[tuple[str,str],...]=() # (group, operator): removing units here changes the statistics of others
     held:tuple[tuple[str,int,str],...]=() # (group, units, reason): they are silent, and stay
-    kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=() # (layer, size of its kernel before, after), where rows or columns of it are cut off
+    # (layer, size of its kernel before, after), where rows or columns of it are cut off
+    kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=()
     branches:tuple[Branch,...]=() # They go before anything is cut; of their parameters, `edits` keep nothing
-    factors:tuple[tuple[str,str,int],...]=() # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
+    # (weight, factor, dimension) of each `weight_norm` of which a part goes: the factor shrinks as the norm does
+    factors:tuple[tuple[str,str,int],...]=()
     unseen:tuple[str,...]=() # Layers, and parameters, that no run has touched and that have a size which is cut
     apart:tuple[str,...]=() # Layers that are cut and of which code uses some tensors only: the others stay as they are
 
@@ -102,7 +106,9 @@ def check_values(
     try: checked(Plan, plan)
     except ValueError as e: wrong = str(e)
     else: wrong = next(_wrong(plan), None)
-    if wrong: raise ValueError(f"this plan cannot be carried out, and nothing was changed: {wrong}; make it again, by Pruner.plan")
+    if wrong:
+        raise ValueError(f"this plan cannot be carried out, and nothing was changed: {wrong}; "
+            "make it again, by Pruner.plan")
     return plan
 
 def _wrong(plan): # In words
@@ -112,9 +118,11 @@ def _wrong(plan): # In words
         if e.keep or e.dim or (e.param, e.n) not in whole: yield from _wrong_edit(e)
     for a in plan.attrs:
         if not a.name.isidentifier() or a.name.startswith('__'): yield f"{a.name!r} is no attribute that says a size"
-        if not all(0<=v<2**31 for v in (a.value if isinstance(a.value, tuple) else (a.value,))): yield f"{a.name} of {a.module!r} cannot be {a.value}"
+        if not all(0<=v<2**31 for v in (a.value if isinstance(a.value, tuple) else (a.value,))):
+            yield f"{a.name} of {a.module!r} cannot be {a.value}"
     for f in plan.folds:
-        if f.kind not in ('bias','mean','new'): yield f"a constant goes into 'bias', 'mean' or 'new', not into {f.kind!r}"
+        if f.kind not in ('bias','mean','new'):
+            yield f"a constant goes into 'bias', 'mean' or 'new', not into {f.kind!r}"
         if not f.value: yield f"no constant is there for {f.name!r}"
     for b in plan.branches: yield from _wrong_branch(b)
     for r in plan.recoded: yield from _wrong_code(r.methods)
@@ -131,7 +139,8 @@ def _wrong_edit(e): # What is wrong with an `Edit`
 def _positions(keep, n, what, moved=False): # Where they are not some of `n`
     if keep and keep[0]>=0 and keep[-1]<n and all(map(lt, keep, keep[1:])): return
     if not keep or n<1: yield f"{what} are none"
-    if any(not 0<=i<n for i in keep): yield f"{what} are among 0 … {n-1}, and one is {next(i for i in keep if not 0<=i<n)}"
+    if any(not 0<=i<n for i in keep):
+        yield f"{what} are among 0 … {n-1}, and one is {next(i for i in keep if not 0<=i<n)}"
     if len(set(keep))<len(keep): yield f"{what} are named twice"
     if not moved and list(keep)!=sorted(keep): yield f"{what} stand in another order"
 
@@ -139,7 +148,8 @@ def _wrong_branch(b):
     if not b.modules: yield f"the branch at {b.where!r} has no module"
     for g in b.modules:
         if not g.module: yield 'a branch is not the whole model'
-        if g.value is not None and (not g.value or not g.view or sorted(g.view)!=[-1]+[1]*(len(g.view)-1)): yield f"what {g.module!r} adds has no shape {g.view}"
+        if g.value is not None and (not g.value or not g.view or sorted(g.view)!=[-1]+[1]*(len(g.view)-1)):
+            yield f"what {g.module!r} adds has no shape {g.view}"
 
 def _wrong_code(methods): # Texts come into a source that runs: they are names
     for e in methods:
@@ -147,12 +157,14 @@ def _wrong_code(methods): # Texts come into a source that runs: they are names
             todo = list(c.values)
             for v in todo: # grows
                 if isinstance(v, tuple): todo += v
-                elif isinstance(v, str) and (not v.isidentifier() or v.startswith('__')): yield f"{v[:60]!r} is no name that stands in a source"
+                elif isinstance(v, str) and (not v.isidentifier() or v.startswith('__')):
+                    yield f"{v[:60]!r} is no name that stands in a source"
             if c.inner is not None: yield from _wrong_code((c.inner,))
 
 def _named(plan): # What must be there once
-    return {'group':[c.name for c in plan.cuts], 'parameter':[(e.param, e.dim) for e in plan.edits], 'attribute':[(a.module, a.name) for a in plan.attrs],
-        'constant':[(f.kind, f.name) for f in plan.folds], 'module':[r.module for r in plan.recoded], 'factor':[f[:2] for f in plan.factors],
+    return {'group':[c.name for c in plan.cuts], 'parameter':[(e.param, e.dim) for e in plan.edits],
+        'attribute':[(a.module, a.name) for a in plan.attrs], 'constant':[(f.kind, f.name) for f in plan.folds],
+        'module':[r.module for r in plan.recoded], 'factor':[f[:2] for f in plan.factors],
         'module of a branch':[g.module for b in plan.branches for g in b.modules]}
 
 # %% ../../nbs/surgery/08_plan.ipynb #00000008
@@ -165,13 +177,16 @@ def rows(self:Plan)->list[tuple]:
 
 @patch
 def __repr__(self:Plan):
-    head = f"Plan: {self.removed} of {self.units} units go, from {len(self.rows())} of {len(self.cuts)} groups; {len(self.edits)} edits, {len(self.folds)} folded constants"
+    head = (f"Plan: {self.removed} of {self.units} units go, from {len(self.rows())} of {len(self.cuts)} groups; "
+        f"{len(self.edits)} edits, {len(self.folds)} folded constants")
     if self.kernels: head += f"; {len(self.kernels)} smaller kernels"
     if self.branches: head += f"; {len(self.branches)} branches"
-    if (n := sum(k.kind=='exact' for m in self.recoded for k in m.changes)): head += f"; {n} statistics keep their divisor"
+    if (n := sum(k.kind=='exact' for m in self.recoded for k in m.changes)):
+        head += f"; {n} statistics keep their divisor"
     w = max([len(r[0]) for r in (*self.rows(), *self.pins, *self.kernels)]+[len(b.where) for b in self.branches]+[5])
     gone = [f"  {b.where:<{w}}  a branch goes: {', '.join(g.module for g in b.modules)}" for b in self.branches]
-    cuts = [f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]+[f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels]
+    cuts = ([f"  {n:<{w}}  {a:>5} → {b}" for n,a,b in self.rows()]
+        + [f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels])
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
     mixed = [f"  {n:<{w}}  statistics change, so this is not equal to the model before: {why}" for n,why in self.mixed]
     held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
@@ -183,7 +198,8 @@ def with_branches(
     branches, # `Branch`es
 )->Plan:
     "A plan by which branches go first"
-    return replace(plan, branches=tuple(branches), edits=tuple(Edit(name, 0, n, ()) for b in branches for name,n in b.params)+plan.edits)
+    return replace(plan, branches=tuple(branches),
+        edits=tuple(Edit(name, 0, n, ()) for b in branches for name,n in b.params)+plan.edits)
 
 @patch
 def diff(self:Plan,
@@ -191,7 +207,8 @@ def diff(self:Plan,
 )->dict:
     "Group name → (units that only stay here, units that only stay there)"
     a,b = ({c.name:set(c.keep) for c in p.cuts} for p in (self, other))
-    return {k:(sorted(a.get(k, set())-b.get(k, set())), sorted(b.get(k, set())-a.get(k, set()))) for k in {**a, **b} if a.get(k)!=b.get(k)}
+    return {k:(sorted(a.get(k, set())-b.get(k, set())), sorted(b.get(k, set())-a.get(k, set())))
+        for k in {**a, **b} if a.get(k)!=b.get(k)}
 
 # %% ../../nbs/surgery/08_plan.ipynb #0000000a
 def fold_targets(
@@ -213,7 +230,8 @@ def uses_of(
 def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     t,node = c.labels.trace,c.labels.trace.nodes[r.node]
     s = Site(node, t, c.labels.env)
-    once = lambda ref: ref is not None and t.name_of(ref) and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]}) # once in each run
+    once = lambda ref: (ref is not None and t.name_of(ref)
+        and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]})) # once in each run
     bias = s['bias'] if 'convolution' in node.op else s['self'] if node.op=='addmm' else None
     if r.weight is None or r.out is None: return None
     if bias is not None: return ('bias', t.name_of(bias)) if once(bias) and t.shapes[bias.id]==(r.out.n,) else None
@@ -223,7 +241,9 @@ def _target(c, r, uses, runs): # runs: how often an operator runs in a module
         mean = Site(behind[0], t, c.labels.env)['running_mean']
         if once(mean): return ('mean', t.name_of(mean))
     m = c.model.get_submodule(node.module)
-    if runs[c.run_of(node.index),node.module,node.op]==1 and isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.bias is None: return ('new', node.module)
+    if (runs[c.run_of(node.index),node.module,node.op]==1
+            and isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and m.bias is None):
+        return ('new', node.module)
 
 # %% ../../nbs/surgery/08_plan.ipynb #0000000b
 def folds_of(
@@ -236,7 +256,9 @@ def folds_of(
     total,seen = {},set()
     for i,r in enumerate(c.labels.reads):
         f,to = facts.get(i),targets[i]
-        if f is None or to is None or f.fold is None or c.run_of(r.node) and (to, c.labels.trace.nodes[r.node].key) in seen: continue
+        if (f is None or to is None or f.fold is None
+                or c.run_of(r.node) and (to, c.labels.trace.nodes[r.node].key) in seen):
+            continue
         seen.add((to, c.labels.trace.nodes[r.node].key))
         v = np.where(c.labels.keeps(r.axis, gone) | np.isnan(f.value), 0, f.value)
         if not v.any(): continue
@@ -289,13 +311,14 @@ def spare(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
-    "Leave the first where all would go: of a group, of a parameter's dimension, of a part; and equal parts as many each"
+    "Leave the first where all would go, of a group, a dimension or a part; and equal parts as many each"
     gone,l = gone.copy(),c.labels
     for g in c.groups:
         if gone[g.labels].all(): gone[g.labels[0]] = False
     kept = Kept(l, gone)
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
-        if a.n and not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False # asked again: another may have saved it
+        # asked again: another may have saved it
+        if a.n and not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False
     for a in [a for *_,parts in l.even for a in parts]:
         if not l.keeps(a, gone).any(): gone[l.rows(a)[0]] = False
     for g in c.groups:
@@ -314,7 +337,7 @@ def dead_and_spared(
     facts:dict, # From `observe`
     foldable:list, # As for `dead_labels`
 )->np.ndarray: # By label: True = goes
-    "What is dead, decided again whenever `spare` gives something back: what a unit reads that stays after all is needed"
+    "Find what is dead, again whenever `spare` gives something back: what such a unit reads is needed"
     stay = np.zeros(c.labels.size, bool)
     while True:
         gone = dead_labels(c, facts, foldable, stay=stay)
@@ -354,16 +377,21 @@ def with_code(
     "The same plan, and what changes in code that has sizes written in it"
     new = tuple(Attr(m, k, v) for m,values in attrs.items() for k,v in values.items())
     cut,types = {e.param.rpartition('.')[0] for e in plan.edits},dict(c.model.named_modules())
-    adapted = {m for m in cut if not getattr(ADAPTERS.get(type(types[m])), 'watch_only', True)} # these can be smaller in their adapter only
+    # these can be smaller in their adapter only
+    adapted = {m for m in cut if not getattr(ADAPTERS.get(type(types[m])), 'watch_only', True)}
     new += tuple(Attr(m, k, v) for m in sorted(adapted) for k,v in ADAPTERS[type(types[m])].attrs.items())
-    new += tuple(Attr(n, 'use_nested_tensor', False) for n,m in types.items() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor and any(k.startswith(f"{n}." if n else '') for k in adapted))
+    new += tuple(Attr(n, 'use_nested_tensor', False) for n,m in types.items()
+        if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor
+        and any(k.startswith(f"{n}." if n else '') for k in adapted))
     found = {r.module for r in recoded}
     recoded = (*recoded, *(Recoded(m, ()) for m in sorted(adapted-found)))
-    return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded, apart=_apart(types, sorted(cut), c.trace.used))
+    return replace(plan, attrs=tuple(dict.fromkeys((*plan.attrs, *new))), recoded=recoded,
+        apart=_apart(types, sorted(cut), c.trace.used))
 
 def _apart(modules, cut, used): # Layers that are cut and of which no run has used a tensor
     own = lambda m: {**m._parameters, **m._buffers}
-    left = lambda n: any(own(modules[n]).get(k) is not None and f"{n}.{k}".lstrip('.') not in used for k in ('weight', 'bias', 'running_mean', 'running_var'))
+    left = lambda n: any(own(modules[n]).get(k) is not None and f"{n}.{k}".lstrip('.') not in used
+        for k in ('weight', 'bias', 'running_mean', 'running_var'))
     return tuple(n for n in cut if n in modules and left(n))
 
 def make_plan(

@@ -41,17 +41,24 @@ class Pruner:
     "Remove channels from a model, in place"
     def __init__(self,
         model:nn.Module, # Any module that runs
-        x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes matter
+        # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments;
+        # only shapes and dtypes matter
+        x,
         *, only=None, # Names or types of layers whose groups may be cut; None is all
         ignore=(), # Names or types of layers whose groups stay
-        examples=(), # Further calls of the model that have to go on working, in the form of `x`: with a mask, with labels, of another length
-        exact_norms:bool=False, # Let norms over channels that go divide by the number that there were, so that zeros can be removed without loss
+        # Further calls of the model that have to go on working, in the form of `x`: with a mask, with labels,
+        # of another length
+        examples=(),
+        # Let norms over channels that go divide by the number that there were,
+        # so that zeros can be removed without loss
+        exact_norms:bool=False,
     ):
         if not isinstance(exact_norms, bool): raise TypeError(f"exact_norms is True or False, not {exact_norms!r}")
         self.model = check_model(model, 'Pruner')
         self.x,self.examples = as_example(self.model, x),[as_example(self.model, y) for y in examples]
         self.only,self.ignore = layers_of(self.model, only, 'only'),layers_of(self.model, ignore, 'ignore')
-        self.exact_norms,self.coupling,self.measured = exact_norms,None,None # measured: what the last budget in time came to
+        # measured: what the last budget in time came to
+        self.exact_norms,self.coupling,self.measured = exact_norms,None,None
 
     def couple(self,
         loose:bool=False, # As for `Coupling`: what is dead can go wherever it stands
@@ -64,7 +71,8 @@ class Pruner:
         return keep_divisors(self.coupling, self.exact_norms)
 
     def _may(self, g:Group)->bool: return (self.only is None or is_of(g, self.only)) and not is_of(g, self.ignore or ())
-    def _may_layer(self, name:str)->bool: return self._may(Group('', 0, None, (Member(f"{name}.weight", 0, None, 'write'),), True))
+    def _may_layer(self, name:str)->bool:
+        return self._may(Group('', 0, None, (Member(f"{name}.weight", 0, None, 'write'),), True))
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000008
 @patch
@@ -79,7 +87,8 @@ def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that ca
     facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
     seen = softened(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c, lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
+    plan,gone,trace = settle(c,
+        lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
     plan = replace(plan, held=tuple(held(c, seen, foldable, gone)), unseen=never_ran(c, self.model, plan))
     return shrink_kernels(c, self.x, plan, trace, self._may_layer),gone,trace
 
@@ -90,19 +99,29 @@ def _chosen(self:Pruner, how):
     return replace(plan, unseen=never_ran(self.coupling, self.model, plan)),gone,small
 
 # %% ../../nbs/surgery/20_pruner.ipynb #00000009
-def _choice(p, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, *how): # None removes what is dead
+def _choice(
+    p, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, *how,
+): # None removes what is dead
     criterion,dead,(data,n_batches,loss_func) = as_criterion(criterion),sparsity is None and budget is None,how[-1]
-    how = Choice(0. if dead else sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio, budget, *how[:-1])
+    how = Choice(0. if dead else sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio, budget,
+        *how[:-1])
     if dead: return None
-    return replace(how, evidence=evidence_for(criterion, p.model, data, p.x, n_batches=n_batches, loss_func=loss_func)) if criterion.stats else how
+    return (replace(how, evidence=evidence_for(criterion, p.model, data, p.x, n_batches=n_batches, loss_func=loss_func))
+        if criterion.stats else how)
 
 def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
     bare = next((p for p in model.parameters() if not has_values(p)), None)
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
-    if how is not None and how.criterion.stats: raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, or choose by 'first_k'")
-    if how is None: raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, or give a sparsity and criterion='first_k'")
-    if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale): raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model with its weights, or pass verify=False")
+    if how is not None and how.criterion.stats:
+        raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, "
+            "or choose by 'first_k'")
+    if how is None:
+        raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, "
+            "or give a sparsity and criterion='first_k'")
+    if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale):
+        raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model "
+            "with its weights, or pass verify=False")
 
 @patch
 def plan(self:Pruner,
@@ -110,19 +129,26 @@ def plan(self:Pruner,
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
     criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
+    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape;
+    # a budget ranks over all
+    context:str='local',
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`; or `Evidence` about it
+    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
+    # or `Evidence` about it
+    data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
-    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first';
+    # None: as the criterion says, mostly the mean
+    reduce:str|None=None,
 )->Plan:
     "What `prune` would do; nothing is changed"
-    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
+    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
+        round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)
     with searched_once(), collector_paused():
         self.couple(loose=how is None)
@@ -146,28 +172,42 @@ def prune(self:Pruner,
     *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
     criterion='l2', # A name, a `Criterion` or a function
     granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    context:str='local', # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape; a budget ranks over all
+    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape;
+    # a budget ranks over all
+    context:str='local',
     normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
     min_keep:int=1, # Units that each group keeps
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    data=None, # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`; or `Evidence` about it
+    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
+    # or `Evidence` about it
+    data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
-    reduce:str|None=None, # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says, mostly the mean
+    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first';
+    # None: as the criterion says, mostly the mean
+    reduce:str|None=None,
     optimizer=None, # Keeps its state for what stays
     also=(), # Copies of the model, such as an average of its weights: cut by the same plan
     recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
     compensate=None, # True for the example input, or a data loader: the means of what is removed move into biases
-    rescale=None, # True for the example input, or a data loader: weights that read what stays are multiplied so as to make up for what is removed, by least squares (ThiNet)
-    verify:bool=True, # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once, so an interrupt comes when all is cut
+    # True for the example input, or a data loader: weights that read what stays are multiplied so as to make up
+    # for what is removed, by least squares (ThiNet)
+    rescale=None,
+    # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once,
+    # so an interrupt comes when all is cut
+    verify:bool=True,
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, round_to, per, reduce, (data, n_batches, loss_func))
-    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also), recalibrate, compensate, rescale)
+    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
+        round_to, per, reduce, (data, n_batches, loss_func))
+    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also),
+        recalibrate, compensate, rescale)
     _check_values(self.model, how, extras)
-    if rescale and how is None: warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget', NoEffectWarning, stacklevel=2)
+    if rescale and how is None:
+        warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget',
+            NoEffectWarning, stacklevel=2)
     with searched_once(), collector_paused():
         self.couple(loose=how is None)
         before,first,left = self._counts(),None,()
@@ -179,7 +219,8 @@ def prune(self:Pruner,
                     first.run_(); self.couple(loose=True)
                 plan,gone,small = self._dead(None if branches else facts, bool(compensate))
             else: plan,gone,small = self._chosen(how)
-            return self._carry_out(replace(plan, held=plan.held+left), gone, small, 'masks' if how is None else 'readers', extras, before, first)
+            return self._carry_out(replace(plan, held=plan.held+left), gone, small,
+                'masks' if how is None else 'readers', extras, before, first)
         except BaseException:
             if first is not None: first.restore_()
             raise
@@ -197,7 +238,8 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     inputs = tuple(t.shapes[r.id] for r in t.inputs)
     if not plan.edits and first is None:
         warnings.warn(_nothing(plan, law), NoEffectWarning, stacklevel=3)
-        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs, sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
+        return Report(plan, (before[0],)*2, (before[1],)*2, law, None, '', inputs,
+            sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     mended,stale = stale_sizes(self.model, plan)
     plan = replace(plan, attrs=(*plan.attrs, *mended))
     op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
@@ -208,9 +250,15 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
     except BaseException:
         op.restore_()
         raise
-    return Report(with_branches(op.done, first.plan.branches) if first else op.done, (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]), uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured, stale=stale, notes=self.coupling.notes, **done)
+    return Report(with_branches(op.done, first.plan.branches) if first else op.done,
+        (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]),
+        uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured,
+        stale=stale, notes=self.coupling.notes, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
     if plan.held: why += f" (silent, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.held[:3])})"
-    return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, or give a sparsity' if law=='masks' else 'no unit was removed: the fraction rounds to none in every group' if plan.units else 'no unit was removed: none may go') + why
+    return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, '
+            'or give a sparsity' if law=='masks'
+        else 'no unit was removed: the fraction rounds to none in every group' if plan.units
+        else 'no unit was removed: none may go') + why

@@ -26,10 +26,12 @@ def inputs_of(
     "The arguments of the model in a batch, on its device"
     if hasattr(batch, 'keys'): batch = dict(batch)
     t = next(iter([*model.parameters(), *model.buffers()]), None)
-    batch = tree_map(lambda b: b.as_subclass(Tensor).to(b.device if t is None else t.device) if isinstance(b, Tensor) else b, batch)
+    batch = tree_map(
+        lambda b: b.as_subclass(Tensor).to(b.device if t is None else t.device) if isinstance(b, Tensor) else b, batch)
     if isinstance(batch, dict): return (),known_args(batch, model)
     if isinstance(batch, (list,tuple)):
-        if not len(batch): raise ValueError('a batch of the data loader is empty; it must hold what the model is called with')
+        if not len(batch):
+            raise ValueError('a batch of the data loader is empty; it must hold what the model is called with')
         batch = tuple(batch)[:max(len(batch)-1, 1) if n_inp is None else n_inp]
     return as_call(batch)
 
@@ -40,7 +42,10 @@ def batches_of(
     what:str='recalibrate', # Name of the argument, for the error
 )->tuple: # The batches, and how many there will be, or None if that is not known
     "Look at a data loader before it is used"
-    if isinstance(dl, (Tensor, str, dict)) or not hasattr(dl, '__iter__'): raise TypeError(f"{what} is a data loader, or a list of batches, not {type(dl).__name__}; for a single batch, put it into a list")
+    if isinstance(dl, (Tensor, str, dict)) or not hasattr(dl, '__iter__'):
+        raise TypeError(
+            f"{what} is a data loader, or a list of batches, not {type(dl).__name__}; "
+            'for a single batch, put it into a list')
     check_n_batches(n)
     size = len(dl) if hasattr(dl, '__len__') else None
     if size==0: raise ValueError(f"{what}: the data loader is empty, so there is nothing to measure on")
@@ -59,7 +64,9 @@ def recalibrate_(
     model = unwrap(model)
     norms = batch_norms(model)
     if not norms:
-        warnings.warn(f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to recalibrate", NoEffectWarning, stacklevel=2)
+        warnings.warn(
+            f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to recalibrate",
+            NoEffectWarning, stacklevel=2)
         return 0
     with torch.no_grad(), eval_mode(model), _averaging(norms):
         k = 0
@@ -76,8 +83,9 @@ def batch_norms(
     "The BatchNorms of a model that have running statistics"
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
+# In training mode, from zero, each batch with the same weight; the old statistics come back after an error
 @contextlib.contextmanager
-def _averaging(norms): # In training mode, from zero, each batch with the same weight; the old statistics come back after an error
+def _averaging(norms):
     old = [(m, m.momentum, {k:b.clone() for k,b in m._buffers.items() if b is not None}) for m in norms]
     try:
         for m in norms: m.train(); m.reset_running_stats(); m.momentum = None

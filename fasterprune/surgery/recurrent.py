@@ -49,7 +49,9 @@ def _gates(xs, w, b):
 
 def _along(m, xs, h, c, layer, back):
     "One layer in one direction over the steps `xs`; its outputs, and the last states"
-    w = [getattr(m, f"{k}_l{layer}{'_reverse' if back else ''}", None) for k in ('weight_ih','bias_ih','weight_hh','bias_hh','weight_hr')]
+    w = [
+        getattr(m, f"{k}_l{layer}{'_reverse' if back else ''}", None)
+        for k in ('weight_ih','bias_ih','weight_hh','bias_hh','weight_hr')]
     step,outs,ut,b = STEPS[m.mode],[None]*len(xs),w[2].t(),w[3]
     xs = _gates(xs, w[0], w[1])
     for t in (range(len(xs))[::-1] if back else range(len(xs))):
@@ -81,13 +83,18 @@ def recurrent(
     "What `nn.LSTM`, `nn.GRU` and `nn.RNN` compute, step by step"
     packed,alone = isinstance(x, PackedSequence),not isinstance(x, PackedSequence) and x.dim()==2
     data = x.data if packed else x
-    if alone: x,hx = x.unsqueeze(0 if m.batch_first else 1),None if hx is None else tuple(s.unsqueeze(1) for s in hx) if m.mode=='LSTM' else hx.unsqueeze(1)
-    if packed and hx is not None and x.sorted_indices is not None: hx = tuple(s[:,x.sorted_indices] for s in hx) if m.mode=='LSTM' else hx[:,x.sorted_indices]
+    if alone:
+        x,hx = x.unsqueeze(0 if m.batch_first else 1),(
+            None if hx is None else tuple(s.unsqueeze(1) for s in hx) if m.mode=='LSTM' else hx.unsqueeze(1))
+    if packed and hx is not None and x.sorted_indices is not None:
+        hx = tuple(s[:,x.sorted_indices] for s in hx) if m.mode=='LSTM' else hx[:,x.sorted_indices]
     xs = _steps(m, x)
     h,c = _start(m, data, hx, len(xs[0]))
     hs,cs = [],[]
     for layer in range(m.num_layers):
-        ways = [_along(m, xs, h[k], None if c is None else c[k], layer, back) for back in range(2 if m.bidirectional else 1) for k in [len(hs)+back]]
+        ways = [
+            _along(m, xs, h[k], None if c is None else c[k], layer, back)
+            for back in range(2 if m.bidirectional else 1) for k in [len(hs)+back]]
         xs = [torch.cat(ys, -1) if len(ys)>1 else ys[0] for ys in zip(*[w[0] for w in ways])]
         if m.dropout and layer<m.num_layers-1: xs = [F.dropout(y, m.dropout, m.training) for y in xs]
         hs += [w[1] for w in ways]; cs += [w[2] for w in ways]

@@ -34,7 +34,8 @@ _layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, n
 _widths = ('out_channels', 'out_features', 'num_features', 'num_channels', 'normalized_shape', 'embedding_dim')
 
 def _width(m): # Other modules may have such names, too, and mean what they like by them
-    if not isinstance(m, _layers): return m.weight.shape[0] if isinstance(getattr(m, 'weight', None), nn.Parameter) else None
+    if not isinstance(m, _layers):
+        return m.weight.shape[0] if isinstance(getattr(m, 'weight', None), nn.Parameter) else None
     v = next(getattr(m, k) for k in _widths if hasattr(m, k))
     return v[-1] if isinstance(v, tuple) else v
 
@@ -52,11 +53,14 @@ def layer_sizes(
     res = []
     for n,m in model.named_modules():
         ps = [p for p in m._parameters.values() if p is not None and not (id(p) in seen or seen.add(id(p)))]
-        if ps or n in macs: res.append(LayerSize(n, type(m).__name__, _width(m) if ps else None, sum(p.numel() for p in ps), macs.get(n, 0)))
+        if ps or n in macs:
+            res.append(LayerSize(n, type(m).__name__, _width(m) if ps else None,
+                sum(p.numel() for p in ps), macs.get(n, 0)))
     return tuple(res)
 
 # %% ../../nbs/surgery/15_report.ipynb #00000007
-_recurrent = ('lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'mkldnn_rnn_layer', '_thnn_fused_lstm_cell', '_thnn_fused_gru_cell', '_cudnn_rnn', 'miopen_rnn')
+_recurrent = ('lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'mkldnn_rnn_layer', '_thnn_fused_lstm_cell',
+    '_thnn_fused_gru_cell', '_cudnn_rnn', 'miopen_rnn')
 _lookups = ('index', 'index_select', 'gather', 'take_along_dim') # they only take numbers out of a table
 
 def uncounted(
@@ -65,11 +69,13 @@ def uncounted(
     "Operators that use a parameter, and of which the multiply-accumulates are not known"
     dep,res = {r.id for r in trace.inputs},{}
     for n in trace.nodes:
-        refs = [r for a in (*n.args, *n.kwargs.values()) for r in (a if isinstance(a, (list,tuple)) else [a]) if isinstance(r, Ref)]
+        refs = [r for a in (*n.args, *n.kwargs.values())
+            for r in (a if isinstance(a, (list,tuple)) else [a]) if isinstance(r, Ref)]
         if not any(r.id in dep for r in refs): continue
         dep |= {r.id for r in (*n.outs, *n.mutates)}
         param = any(trace.name_of(r) for r in refs)
-        if macs_of(n, trace) or not (n.op in _recurrent or param and rule_for(n) is None and n.op not in _lookups): continue
+        if macs_of(n, trace) or not (n.op in _recurrent or param and rule_for(n) is None and n.op not in _lookups):
+            continue
         res[f"{n.op} in {n.module or 'the model'}"] = True
     return tuple(res)
 
@@ -116,7 +122,10 @@ class Report:
     @property
     def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/max(self.params[1], 1)
     @property
-    def theoretical_speedup(self)->float: "Multiply-accumulates before / after"; return self.macs[0]/max(self.macs[1], 1)
+    def theoretical_speedup(self)->float:
+        "Multiply-accumulates before / after"
+        return self.macs[0]/max(self.macs[1], 1)
+
     def rows(self)->list: "(group, units before, units after) for each group that changed"; return self.plan.rows()
 
 # %% ../../nbs/surgery/15_report.ipynb #0000000b
@@ -125,9 +134,11 @@ def table(self:Report,
     every:bool=False, # Also layers that did not change
 )->pd.DataFrame: # A row for each layer
     "Channels, parameters and multiply-accumulates of each layer, before and after"
-    rows = [{'layer':a.name or '(model)', 'kind':a.kind, 'channels':a.width, 'channels after':b.width, 'parameters':a.params, 'parameters after':b.params, 'MACs':a.macs, 'MACs after':b.macs}
+    rows = [{'layer':a.name or '(model)', 'kind':a.kind, 'channels':a.width, 'channels after':b.width,
+                'parameters':a.params, 'parameters after':b.params, 'MACs':a.macs, 'MACs after':b.macs}
             for a,b in self.layers if every or a!=b]
-    df = pd.DataFrame(rows, columns=['layer','kind','channels','channels after','parameters','parameters after','MACs','MACs after'])
+    df = pd.DataFrame(rows, columns=['layer','kind','channels','channels after','parameters','parameters after',
+        'MACs','MACs after'])
     return df.astype({'channels':'Int64', 'channels after':'Int64'}).set_index('layer')
 
 def sizes_before_after(
@@ -149,12 +160,17 @@ def in_adapters(
 def _equal(self):
     if self.error is None: return f"not verified{': ' if self.dtype else ''}{self.dtype}"
     to = 'the model before' if self.law=='masks' else 'the model in which nobody reads them'
-    if self.plan.mixed: to += f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) are over those that stay"
-    return f"outputs equal those of {to} to {self.error:.1e} (relative, {self.dtype}{_exactly(self.witnesses, self.dtype)}){_where(self.witnesses)}"
+    if self.plan.mixed:
+        to += (f" and statistics ({self.plan.mixed[0][1]}{' and others' if len(self.plan.mixed)>1 else ''}) "
+            "are over those that stay")
+    return (f"outputs equal those of {to} to {self.error:.1e} "
+        f"(relative, {self.dtype}{_exactly(self.witnesses, self.dtype)}){_where(self.witnesses)}")
 
 def _shapes(w): return ' and '.join('×'.join(map(str, s)) or 'a number' for s in w.shapes)
 
-def _exactly(witnesses, dtype): # Which call that precision was for, if it is not the example; that was in the model's own
+def _exactly(
+    witnesses, dtype,
+): # Which call that precision was for, if it is not the example; that was in the model's own
     if not witnesses or witnesses[0].dtype in (dtype, ''): return ''
     return f" at {next(_shapes(w) for w in witnesses if w.dtype==dtype)}"
 
@@ -162,11 +178,16 @@ def _where(witnesses): # The calls at which a law was checked, in words
     said = [_shapes(w) for w in witnesses if not w.training]
     trained = [_shapes(w) for w in witnesses if w.training]
     if len(said)+len(trained)<2: return ''
-    return f"; checked at {', at '.join(said)}" + (f" and in training mode at {', at '.join(trained)}" if trained else '')
+    return f"; checked at {', at '.join(said)}" + (
+        f" and in training mode at {', at '.join(trained)}" if trained else '')
 
-_counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape', 'kernel_size', 'dilation', 'padding', 'output_padding', '_reversed_padding_repeated_twice') # every standard layer has these set; that goes without saying
+# every standard layer has these set; that goes without saying
+_counts_of_layers = ('groups', 'num_features', 'num_groups', 'normalized_shape', 'kernel_size', 'dilation', 'padding',
+    'output_padding', '_reversed_padding_repeated_twice')
 
-def _listed(names): return ', '.join(names[:-1])+' and '*(len(names)>1)+names[-1] if len(names)<6 else f"{', '.join(names[:4])} and {len(names)-4} more"
+def _listed(names):
+    return (', '.join(names[:-1])+' and '*(len(names)>1)+names[-1] if len(names)<6
+        else f"{', '.join(names[:4])} and {len(names)-4} more")
 
 def _kernels(plan): # (size before, after) → layers
     res = {}
@@ -195,16 +216,24 @@ def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
 
 # %% ../../nbs/surgery/15_report.ipynb #0000000e
 def _counts(self):
-    yield 'units', f"{self.plan.removed} of {self.plan.units} removed, from {len(self.rows())} of {len(self.plan.cuts)} groups"
+    yield ('units', f"{self.plan.removed} of {self.plan.units} removed, "
+        f"from {len(self.rows())} of {len(self.plan.cuts)} groups")
     yield 'parameters', f"{self.params[0]:,} → {self.params[1]:,}   ({self.compression_ratio:.2f}× smaller)"
-    yield 'MACs', f"{self.macs[0]:,} → {self.macs[1]:,}   ({self.theoretical_speedup:.2f}× fewer; convolutions and matrix products, for an input of {' and '.join('×'.join(map(str, s)) for s in self.inputs)})"
+    yield ('MACs', f"{self.macs[0]:,} → {self.macs[1]:,}   ({self.theoretical_speedup:.2f}× fewer; "
+        "convolutions and matrix products, "
+        f"for an input of {' and '.join('×'.join(map(str, s)) for s in self.inputs)})")
     if self.measured is not None: yield 'time', repr(self.measured)
     if self.uncounted: yield 'not counted', f"{_modules(self.uncounted)}: PyTorch does not say how many MACs"
 
 def _elsewhere(self): # What no run has shown
-    if self.plan.recoded: yield 'loading', 'a pickle of the whole model needs fasterprune, which makes the changed classes again; weights alone do not'
+    if self.plan.recoded:
+        yield ('loading', 'a pickle of the whole model needs fasterprune, which makes the changed classes again; '
+            'weights alone do not')
     for n in self.notes: yield 'not seen', n
-    if self.plan.unseen: yield 'not run', f"{_listed(self.plan.unseen)}: no run of the example touched {'them' if len(self.plan.unseen)>1 else 'it'}, so {'they were' if len(self.plan.unseen)>1 else 'it was'} not cut along and may not fit any more"
+    if self.plan.unseen:
+        yield ('not run', f"{_listed(self.plan.unseen)}: no run of the example touched "
+            f"{'them' if len(self.plan.unseen)>1 else 'it'}, so "
+            f"{'they were' if len(self.plan.unseen)>1 else 'it was'} not cut along and may not fit any more")
     by,places = {},{}
     for m,k,v in self.stale: by.setdefault((m, re.split(r'[.[]', k)[0]), {})[str(v)] = True
     for (m,k),vs in by.items(): places.setdefault((k, tuple(vs)), []).append(m)
@@ -212,15 +241,23 @@ def _elsewhere(self): # What no run has shown
 
 def _lines(self):
     yield from _counts(self)
-    if self.plan.folds: yield 'means' if self.compensation else 'constants', f"folded into {len(self.plan.folds)} layers"
+    if self.plan.folds:
+        yield 'means' if self.compensation else 'constants', f"folded into {len(self.plan.folds)} layers"
     if self.rescaled: yield 'rescaled', f"{self.rescaled} layer{'s'*(self.rescaled!=1)}, by least squares"
     if self.compensation is not None: yield 'compensated', str(self.compensation)
-    if self.recalibrated is not None: yield 'BatchNorms', f"recalibrated on {self.recalibrated} batch{'es'*(self.recalibrated!=1)}"
+    if self.recalibrated is not None:
+        yield 'BatchNorms', f"recalibrated on {self.recalibrated} batch{'es'*(self.recalibrated!=1)}"
     yield 'verified', _equal(self)
-    for c in self.also: yield 'copy', f"{c.kind} was cut as well" + ('' if c.change is None else f"; its outputs changed by {c.change:.1e}, and are what its law demands to {c.error:.1e}")
+    for c in self.also:
+        yield ('copy', f"{c.kind} was cut as well" + ('' if c.change is None
+            else f"; its outputs changed by {c.change:.1e}, and are what its law demands to {c.error:.1e}"))
     for what,names in self.modules(): yield 'module', f"{_modules(names)}: {what}"
-    for b in self.plan.branches: yield 'branch', f"{b.where}: {_listed([g.module.removeprefix(b.where).lstrip('.') for g in b.modules])} run{'s'*(len(b.modules)==1)} no more, for {_listed(b.banks)} {'is' if len(b.banks)==1 else 'are'} zero{'' if b.modules[-1].value is None else '; a constant stays'}"
-    for (a,b),names in _kernels(self.plan).items(): yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
+    for b in self.plan.branches:
+        yield ('branch', f"{b.where}: {_listed([g.module.removeprefix(b.where).lstrip('.') for g in b.modules])} "
+            f"run{'s'*(len(b.modules)==1)} no more, for {_listed(b.banks)} {'is' if len(b.banks)==1 else 'are'} zero"
+            f"{'' if b.modules[-1].value is None else '; a constant stays'}")
+    for (a,b),names in _kernels(self.plan).items():
+        yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
     yield from _elsewhere(self)
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
     for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
@@ -231,9 +268,11 @@ def __repr__(self:Report): return '\n'.join(f"{a:<11} {b}" for a,b in _lines(sel
 @patch
 def _repr_html_(self:Report):
     import html
-    body = ''.join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{html.escape(b)}</td></tr>" for a,b in _lines(self))
+    body = ''.join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{html.escape(b)}</td></tr>"
+        for a,b in _lines(self))
     cut = self.table()
     rows = cut.to_html(border=0, na_rep='–', formatters={k:_number for k in cut.columns[1:]})
-    return f"<table>{body}</table>" + (f"<details><summary>{len(cut)} layers changed</summary>{rows}</details>" if len(cut) else '')
+    return f"<table>{body}</table>" + (
+        f"<details><summary>{len(cut)} layers changed</summary>{rows}</details>" if len(cut) else '')
 
 def _number(v): return '–' if pd.isna(v) else f"{v:,}"

@@ -34,7 +34,9 @@ def _alone(c): # Layers that run once, with a weight that nobody else has: modul
     for n,p in c.model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(n)
     for i,node in enumerate(t.nodes):
         m,w = c.model.get_submodule(node.module),f"{node.module}.weight".lstrip('.')
-        if not isinstance(m, layer_types) or 'weight' not in m._parameters or not any(k in node.op for k in ('convolution','mm')): continue
+        if not isinstance(m, layer_types) or 'weight' not in m._parameters or not any(
+                k in node.op for k in ('convolution','mm')):
+            continue
         if names[id(m.weight)]==[w] and len(uses.get(w, ()))==1 and uses[w][0].module==node.module: yield node.module,i
 
 def losing(
@@ -51,7 +53,8 @@ def losing(
         unit[~rows.any(1)] = -1 # what can never go is no unit: all of it has one label
         parts = rows_of(unit)
         most = max(index.shape[1] for _,index in parts)
-        index = np.concatenate([np.pad(index, ((0,0),(0,most-index.shape[1])), constant_values=-1) for _,index in parts])
+        index = np.concatenate([
+            np.pad(index, ((0,0),(0,most-index.shape[1])), constant_values=-1) for _,index in parts])
         res.append((Place('input', name, index, np.concatenate([u for u,_ in parts])), stays[index[:,0]]))
     return res
 
@@ -68,7 +71,10 @@ LOOKED = {k:Statistic('looked at, centred' if k else 'looked at', partial(_looke
 
 def _solved(d, stays, name): # A factor for each unit that stays
     gram,free,seen = d['gram'],int(stays.sum()),d.get('n', d['rows'].new_zeros(1))
-    if int(d['rows'])<=free+int((seen>0).sum()): raise ValueError(f"rescale: {name!r} has {free} factors to find{f' and {int((seen>0).sum())} means' if 'n' in d else ''}, and {int(d['rows'])} entries of its output were looked at, ten for each sample; give more data")
+    if int(d['rows'])<=free+int((seen>0).sum()):
+        raise ValueError(
+            f"rescale: {name!r} has {free} factors to find{f' and {int((seen>0).sum())} means' if 'n' in d else ''}, "
+            f"and {int(d['rows'])} entries of its output were looked at, ten for each sample; give more data")
     if 'n' in d: gram = gram-(d['sums']/d['n'].clamp(min=1)[:,None]).T@d['sums']
     return thinet_rescale(gram, torch.as_tensor(np.flatnonzero(stays), device=gram.device)).cpu()
 
@@ -89,7 +95,9 @@ def factors_of(
     "By how much each layer that loses a part of its input should listen more to what stays"
     found,stat = losing(c, gone),LOOKED[constant]
     batches = (b if isinstance(b, dict) else (*b, None) for b in batches)
-    seen,res = gather(model, [(stat, p) for p,_ in found], batches, n_batches=None, within=partial(watched, model), progress=False) if found else {},[]
+    seen,res = gather(
+        model, [(stat, p) for p,_ in found], batches, n_batches=None, within=partial(watched, model), progress=False,
+    ) if found else {},[]
     for p,stays in found:
         if (d := seen[stat.name,p]) is None: continue
         layer = model.get_submodule(p.name)
@@ -97,7 +105,10 @@ def factors_of(
         index = torch.as_tensor(p.index[stays])
         f[index[index>=0]] = _solved(d, stays, p.name)[:,None].expand(index.shape)[index>=0]
         res.append(Factors(p.name, f, over_weight(f, layer, layer.weight).expand(layer.weight.shape)))
-    if not res: warnings.warn('rescale: no layer that loses a part of its input runs once, as a module, with a weight of its own; all are left as they are', NoEffectWarning, stacklevel=2)
+    if not res:
+        warnings.warn(
+            'rescale: no layer that loses a part of its input runs once, as a module, with a weight of its own; '
+            'all are left as they are', NoEffectWarning, stacklevel=2)
     return tuple(res)
 
 # %% ../../nbs/surgery/17_rescale.ipynb #0000000c

@@ -68,10 +68,12 @@ def tensors_of(
     node:Node,
 )->list[Ref]:
     "All tensor arguments, those in lists too, in the order of the operator's schema"
-    args = node.args if not node.kwargs else [node.args[i] if i<len(node.args) else node.kwargs.get(n) for i,n in enumerate(signature(node.func)[0])]
+    args = node.args if not node.kwargs else [
+        node.args[i] if i<len(node.args) else node.kwargs.get(n) for i,n in enumerate(signature(node.func)[0])]
     return [r for v in args for r in ([v] if isinstance(v, Ref) else _flat(v) if isinstance(v, (list,tuple)) else ())]
 
-def _flat(v): return [r for i in v for r in ([i] if isinstance(i, Ref) else _flat(i) if isinstance(i, (list,tuple)) else ())]
+def _flat(v):
+    return [r for i in v for r in ([i] if isinstance(i, Ref) else _flat(i) if isinstance(i, (list,tuple)) else ())]
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000007
 RULES:dict[str,Callable] = {}
@@ -94,13 +96,14 @@ def rule_for(
     return pointwise if torch.Tag.pointwise in node.func.tags else None
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000009
-@rule('alias', 'detach', 'lift_fresh', '_conj', 'conj_physical', 'resolve_conj', '_conj_physical', '_neg_view', 'resolve_neg',
-      'real', 'imag')
+@rule('alias', 'detach', 'lift_fresh', '_conj', 'conj_physical', 'resolve_conj', '_conj_physical', '_neg_view',
+      'resolve_neg', 'real', 'imag')
 def alias(d, s): return [list(s.axes('self'))]
 
 @rule('clone', '_to_copy', 'copy_', 'where', 'masked_fill', 'fill', '_prelu_kernel', 'native_dropout', 'hardtanh',
-      'clamp', 'lerp', 'addcmul', 'addcdiv', 'nan_to_num', 'zero', 'hardswish', 'hardsigmoid', 'silu', 'mish', 'gelu', 'elu', 'selu', 'celu', 'relu6', 'softplus',
-      'leaky_relu', 'complex', 'polar', 'rrelu_with_noise', 'threshold', 'log_sigmoid_forward', 'softshrink', 'hardshrink')
+      'clamp', 'lerp', 'addcmul', 'addcdiv', 'nan_to_num', 'zero', 'hardswish', 'hardsigmoid', 'silu', 'mish', 'gelu',
+      'elu', 'selu', 'celu', 'relu6', 'softplus', 'leaky_relu', 'complex', 'polar', 'rrelu_with_noise', 'threshold',
+      'log_sigmoid_forward', 'softshrink', 'hardshrink')
 def pointwise(d, s):
     "Positions that meet are the same"
     refs = [r for r in s.tensors if len(s.trace.shapes[r.id])]
@@ -119,13 +122,15 @@ def aligned(
     return res
 
 # %% ../../nbs/surgery/03_rules.ipynb #0000000b
-@rule('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'scalar_tensor', 'empty_strided', 'new_empty_strided')
+@rule('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'scalar_tensor',
+      'empty_strided', 'new_empty_strided')
 def filled(d, s): return [[d.free(n) for n in shape] for shape in s.out_shapes]
 
 @rule('zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like')
 def like(d, s): return [list(s.axes('self'))]
 
-@rule('arange', 'linspace', 'rand', 'randn', 'randint', 'randperm', 'eye', 'tril_indices', 'triu_indices', '_local_scalar_dense', '_assert_async', '_assert_scalar', 'nonzero', 'nms', '_unique2')
+@rule('arange', 'linspace', 'rand', 'randn', 'randint', 'randperm', 'eye', 'tril_indices', 'triu_indices',
+      '_local_scalar_dense', '_assert_async', '_assert_scalar', 'nonzero', 'nms', '_unique2')
 def from_nowhere(d, s):
     for r in s.tensors:
         for a in s.axes(r): d.pin_axis(a, f"{s} reads single values")
@@ -168,7 +173,8 @@ def flip(d, s):
 def as_strided(d, s):
     shape = s.out_shapes[0]
     contiguous = [int(np.prod(shape[i+1:])) for i in range(len(shape))]
-    again = shape==s.shape('self')==tuple(s['size']) and all(n==1 or a==b for n,a,b in zip(shape, s['stride'], contiguous)) and not s['storage_offset']
+    again = (shape==s.shape('self')==tuple(s['size'])
+        and all(n==1 or a==b for n,a,b in zip(shape, s['stride'], contiguous)) and not s['storage_offset'])
     return [list(s.axes('self'))] if again else unknown(d, s)
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000011
@@ -274,7 +280,8 @@ def constant_pad_nd(d, s):
         lo,hi = pad[2*j:2*j+2]
         i = len(x)-1-j
         if lo<0 or hi<0: x[i] = d.take(x[i], np.arange(x[i].n)[max(-lo,0):x[i].n-max(-hi,0)])
-        if max(lo,hi)>0: x[i] = d.cat([fixed(n) for n in [max(lo,0)] if n] + [x[i]] + [fixed(n) for n in [max(hi,0)] if n])
+        if max(lo,hi)>0:
+            x[i] = d.cat([fixed(n) for n in [max(lo,0)] if n] + [x[i]] + [fixed(n) for n in [max(hi,0)] if n])
     return [x]
 
 # %% ../../nbs/surgery/03_rules.ipynb #00000018
@@ -388,9 +395,11 @@ def _regrouped(d, x, old, new): # The axes of a view, by those of what is viewed
         for j,y in zip(b, d.split(merged, [new[j] for j in b])): res[j] = y
     return res
 
-def _common(a, b): return next((i for i,(m,n) in enumerate(zip(a, b)) if m!=n), min(len(a), len(b))) # How many are the same
+def _common(a, b): # How many are the same
+    return next((i for i,(m,n) in enumerate(zip(a, b)) if m!=n), min(len(a), len(b)))
 
-def _empty(d, s, x, old, new): # The same of nothing: what is the same from the left and from the right, and what is between
+# The same of nothing: what is the same from the left and from the right, and what is between
+def _empty(d, s, x, old, new):
     left = _common(old, new)
     right = _common(old[left:][::-1], new[left:][::-1])
     a,b = old[left:len(old)-right],new[left:len(new)-right]
@@ -443,7 +452,8 @@ def _spatial(d, s, ndim):
     for a,l in zip(x[-ndim:], left):
         if not l: d.pin_axis(a, f"{s} mixes positions in space")
     numbered(d, s, x[-ndim:])
-    return [[*x[:-ndim], *[a if l else fixed(n) for a,l,n in zip(x[-ndim:], left, shape[-ndim:])]] for shape in s.out_shapes]
+    return [[*x[:-ndim], *[a if l else fixed(n) for a,l,n in zip(x[-ndim:], left, shape[-ndim:])]]
+        for shape in s.out_shapes]
 
 def _one_at_a_time(s, j): # Does a pool leave the positions along its dimension `j` as they are?
     k = s['kernel_size']
@@ -451,10 +461,12 @@ def _one_at_a_time(s, j): # Does a pool leave the positions along its dimension 
     return bool(k) and at(k)==1 and at(s['stride']) in (None,1) and not at(s['padding'])
 
 for _n in (1,2,3):
-    rule(*[o.format(_n) for o in ('max_pool{}d_with_indices', 'max_pool{}d', 'avg_pool{}d', '_adaptive_avg_pool{}d', 'adaptive_avg_pool{}d', 'adaptive_max_pool{}d',
-        'reflection_pad{}d', 'replication_pad{}d', 'upsample_nearest{}d', '_upsample_nearest_exact{}d')])(lambda d, s, n=_n: _spatial(d, s, n))
+    rule(*[o.format(_n) for o in ('max_pool{}d_with_indices', 'max_pool{}d', 'avg_pool{}d', '_adaptive_avg_pool{}d',
+        'adaptive_avg_pool{}d', 'adaptive_max_pool{}d', 'reflection_pad{}d', 'replication_pad{}d',
+        'upsample_nearest{}d', '_upsample_nearest_exact{}d')])(lambda d, s, n=_n: _spatial(d, s, n))
 rule('upsample_linear1d')(lambda d, s: _spatial(d, s, 1))
-rule('upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_bicubic2d', '_upsample_bicubic2d_aa')(lambda d, s: _spatial(d, s, 2))
+rule('upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_bicubic2d', '_upsample_bicubic2d_aa')(
+    lambda d, s: _spatial(d, s, 2))
 rule('upsample_trilinear3d')(lambda d, s: _spatial(d, s, 3))
 
 @rule('unfold')
@@ -506,7 +518,8 @@ def _reduce(d, s, exact):
 
 rule('sum')(lambda d, s: _reduce(d, s, True))
 rule('linalg_vector_norm', 'norm')(lambda d, s: _reduce(d, s, s['ord'] in (None, 2, 1) or s['p'] in (1, 2)))
-rule('mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'prod', 'logsumexp', 'argmax', 'argmin', 'any', 'all', 'var_mean', 'median', 'nanmedian', 'mode', 'aminmax')(lambda d, s: _reduce(d, s, False))
+rule('mean', 'amax', 'amin', 'max', 'min', 'var', 'std', 'prod', 'logsumexp', 'argmax', 'argmin', 'any', 'all',
+    'var_mean', 'median', 'nanmedian', 'mode', 'aminmax')(lambda d, s: _reduce(d, s, False))
 
 @rule('kthvalue')
 def kthvalue(d, s):
@@ -550,7 +563,8 @@ def grouped_mm(d, s):
     d.pin_axis(s.axes(b)[0], f"{s} looks matrices up by number")
     return [d.matmul(s, a, b)]
 
-@rule('native_batch_norm', '_native_batch_norm_legit_no_training', '_native_batch_norm_legit', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm', '_batch_norm_no_update')
+@rule('native_batch_norm', '_native_batch_norm_legit_no_training', '_native_batch_norm_legit', 'cudnn_batch_norm',
+      'miopen_batch_norm', 'batch_norm', '_batch_norm_no_update')
 def batch_norm(d, s):
     x = d.batch_norm(s)
     return [x] + [[fixed(n) for n in shape] for shape in s.out_shapes[1:]]

@@ -47,7 +47,9 @@ def directed(
 def _deviations(places): # Module whose method says it → what it says and should not: (method, name, place, what)
     res = {}
     for p in places:
-        if p.deviates: res.setdefault(p.site.module if p.site else p.module, set()).add((p.name, id(p.site and p.site.links[0].node), str([[w for w in ws if differs(w)] for ws in p.said])))
+        if p.deviates:
+            res.setdefault(p.site.module if p.site else p.module, set()).add(
+                (p.name, id(p.site and p.site.links[0].node), str([[w for w in ws if differs(w)] for ws in p.said])))
     return res
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000010
@@ -76,24 +78,29 @@ def attributes_for(
 )->dict: # The same with those that are shown to be sizes
     "Find attributes that hold sizes: with them set the planned sizes change, and nothing else"
     before = _deviations(places)
-    tried = {m:{k:v for k,v in found[0].items() if k not in attrs.get(m, {})} for m in before if (found := candidates(tries.c, tries.gone, m))}
+    tried = {m:{k:v for k,v in found[0].items() if k not in attrs.get(m, {})}
+        for m in before if (found := candidates(tries.c, tries.gone, m))}
     tried = {m:a for m,a in tried.items() if a}
     ran = [*map(what_ran, traces)]
     better = _improved(tries, attrs, tried, before, ran) if tried else {}
     for i in range(max([len(a) for a in better.values()], default=0)): # each has to be needed
-        without = {m:{k:v for j,(k,v) in enumerate(a.items()) if j!=i} for m,a in better.items() if len(a)>1 and i<len(a)}
+        without = {m:{k:v for j,(k,v) in enumerate(a.items()) if j!=i}
+            for m,a in better.items() if len(a)>1 and i<len(a)}
         if not without: continue
         idle = _idle(tries, attrs, better, without, ran[:1], True)
-        for m in idle and _idle(tries, attrs, better, {m:without[m] for m in idle}, ran): better[m] = {**without[m], list(better[m])[i]:None}
+        for m in idle and _idle(tries, attrs, better, {m:without[m] for m in idle}, ran):
+            better[m] = {**without[m], list(better[m])[i]:None}
     return _both(attrs, {m:{k:v for k,v in a.items() if v is not None} for m,a in better.items()})
 
-def _idle(tries, attrs, better, without, ran, example=False): # Modules which say no more that is wrong with fewer attributes
+# Modules which say no more that is wrong with fewer attributes
+def _idle(tries, attrs, better, without, ran, example=False):
     less,full = (_after(tries, _both(attrs, a), ran, example) for a in ({**better, **without}, better))
     return [m for m in without if less is not None and full is not None and less.get(m, set())<=full.get(m, set())]
 
 def _both(a, b): return {m:{**a.get(m, {}), **b.get(m, {})} for m in {**a, **b}}
 
-def _after(tries, attrs, ran, example=False): # What deviates with these attributes; None where it does not run, or where something else runs than did
+# What deviates with these attributes; None where it does not run, or where something else runs than did
+def _after(tries, attrs, ran, example=False):
     bad,runs,traces = tries({m:{k:v for k,v in a.items() if v is not None} for m,a in attrs.items()}, example)
     return None if bad or [*map(what_ran, traces)]!=ran else _deviations(merged_places(runs))
 
@@ -102,12 +109,15 @@ def _improved(tries, attrs, tried, before, ran):
     after = _after(tries, _both(attrs, tried), ran)
     if after is not None: return {m:a for m,a in tried.items() if after.get(m, set())<before[m]}
     kinds = {}
-    for m in tried: kinds.setdefault(type(tries.c.model.get_submodule(m)), []).append(m) # one of them is no size: each class alone, then without each name
+    # one of them is no size: each class alone, then without each name
+    for m in tried: kinds.setdefault(type(tries.c.model.get_submodule(m)), []).append(m)
     def less(part): return _improved(tries, attrs, part, before, ran)
     if len(kinds)>1: return {m:a for ms in kinds.values() for m,a in less({m:tried[m] for m in ms}).items()}
     names = dict.fromkeys(k for a in tried.values() for k in a)
-    parts = [{m:{k:v for k,v in a.items() if k!=name} for m,a in tried.items()} for name in names] if 1<len(names)<=_most_names else []
-    return next((part for part in parts if (after := _after(tries, _both(attrs, part), ran)) is not None and all(after.get(m, set())<before[m] for m in part)), {})
+    parts = ([{m:{k:v for k,v in a.items() if k!=name} for m,a in tried.items()} for name in names]
+        if 1<len(names)<=_most_names else [])
+    return next((part for part in parts if (after := _after(tries, _both(attrs, part), ran)) is not None
+        and all(after.get(m, set())<before[m] for m in part)), {})
 
 _most_names = 8 # attributes of a class of which one is no size
 
@@ -138,7 +148,8 @@ def taught(
     if unchanged is not None:
         p,why = unchanged
         odd,said = at_odds(p),f"the code of {p.module or 'the model'} says the sizes of {p.name!r} itself"
-        return None,Refused(odd or p.axes, f"{said}, and its source cannot be changed: {why}", p.module, odd or in_one_expression(places))
+        return None,Refused(odd or p.axes, f"{said}, and its source cannot be changed: {why}", p.module,
+            odd or in_one_expression(places))
     plan,trace = with_code(c, cuts, attrs, found),traces[0]
     for w in c.witnesses if plan.recoded else ():
         out = dry_run(c.model, w, c, gone, plan)
@@ -167,7 +178,8 @@ def settle(
         pinned = c.labels.pinned.sum()
         for a in bad.axes: c.labels.pin_axis(a, bad.reason)
         if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it
-            for labels,why in _blame(c, gone) or _tips(c, gone) or [(np.flatnonzero(gone), bad.reason)]: c.labels.pin(labels, why)
+            for labels,why in _blame(c, gone) or _tips(c, gone) or [(np.flatnonzero(gone), bad.reason)]:
+                c.labels.pin(labels, why)
         c.refresh()
     raise PruningError(f"no plan was found that runs; the last one failed because {bad.reason}")
 

@@ -21,7 +21,7 @@ FORMULAS:dict[str,Callable] = {}
 def formula(
     *ops:str, # Operator names, without namespace or overload
 ):
-    "Register how to find the result of an operator: a function of its arguments that returns a meta tensor, several, or None"
+    "Register a function of an operator's arguments that gives its result as meta tensors, or None"
     def _(f):
         for o in ops: FORMULAS[o] = f
         return f
@@ -37,7 +37,8 @@ def empty(
     return torch.empty_strided(shape, stride, dtype=t.dtype, device='meta')
 
 # %% ../../nbs/surgery/00_shapes.ipynb #00000007
-@formula('relu', 'hardtanh', 'relu6', 'silu', 'gelu', 'sigmoid', 'tanh', 'hardswish', 'hardsigmoid', 'mish', 'elu', 'leaky_relu', 'softplus',
+@formula('relu', 'hardtanh', 'relu6', 'silu', 'gelu', 'sigmoid', 'tanh', 'hardswish', 'hardsigmoid', 'mish',
+         'elu', 'leaky_relu', 'softplus',
          'add', 'sub', 'rsub', 'mul', 'div', 'pow', 'rsqrt', 'sqrt', 'exp', 'neg', 'clamp', 'clamp_min', 'addcmul')
 def elementwise(*args, **kwargs):
     "As the largest operand"
@@ -57,7 +58,8 @@ def elementwise(*args, **kwargs):
 def batch_norm(x, weight, bias, mean, var, training, momentum, eps):
     "As its input, and in training mode two numbers for each channel"
     if mean is None or mean.dtype!=x.dtype: return
-    out = torch.empty_like(x, memory_format=suggest_memory_format(x)) # as the processor's kernel does, whatever the strides are
+    # as the processor's kernel does, whatever the strides are
+    out = torch.empty_like(x, memory_format=suggest_memory_format(x))
     n = x.shape[1] if training else 0
     return out,empty(x, (n,)),empty(x, (n,))
 
@@ -66,13 +68,16 @@ def layer_norm(x, normalized_shape, weight, bias, eps):
     "As its input, and two numbers for each place"
     k = x.dim()-len(normalized_shape)
     at = (*x.shape[:k], *[1]*len(normalized_shape))
-    if x.is_contiguous() and x.dtype==torch.float32 and (weight is None or weight.dtype==x.dtype and weight.shape==x.shape[k:]): return empty(x, x.shape),empty(x, at),empty(x, at)
+    if (x.is_contiguous() and x.dtype==torch.float32
+            and (weight is None or weight.dtype==x.dtype and weight.shape==x.shape[k:])):
+        return empty(x, x.shape),empty(x, at),empty(x, at)
 
 @formula('addmm')
 def addmm(x, a, b, *, beta=1, alpha=1):
     "Rows of the first by columns of the second"
     n = (a.shape[0], b.shape[1])
-    if a.shape[1]==b.shape[0] and x.dtype==a.dtype==b.dtype and x.dim()==1 and x.shape[0] in (1, n[1]): return empty(a, n)
+    if a.shape[1]==b.shape[0] and x.dtype==a.dtype==b.dtype and x.dim()==1 and x.shape[0] in (1, n[1]):
+        return empty(a, n)
 
 @formula('mean')
 def mean(x, dim=None, keepdim=False, *, dtype=None):
@@ -86,15 +91,17 @@ def mean(x, dim=None, keepdim=False, *, dtype=None):
 def convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups):
     "A position for each place of the kernel; as PyTorch's own where that is not simple"
     if not (x.is_contiguous() and w.is_contiguous()): return
-    fits = x.dim()==w.dim()>2 and x.shape[1]==w.shape[1]*groups and w.shape[0]%groups==0 and x.dtype==w.dtype and (b is None or b.shape==w.shape[:1] and b.dtype==x.dtype)
+    fits = (x.dim()==w.dim()>2 and x.shape[1]==w.shape[1]*groups and w.shape[0]%groups==0 and x.dtype==w.dtype
+        and (b is None or b.shape==w.shape[:1] and b.dtype==x.dtype))
     plain = fits and not transposed and 1 not in x.shape[1:] and len(stride)==len(padding)==len(dilation)==x.dim()-2
     n = plain and [(i+2*p-d*(k-1)-1)//s+1 for i,k,s,p,d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
     if plain and min(n)>0: return empty(x, (x.shape[0], w.shape[0], *n))
     return torch.ops.aten.convolution.default(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
 
 # %% ../../nbs/surgery/00_shapes.ipynb #0000000c
-NATIVE = {'mm', 'bmm', 't', 'permute', 'transpose', 'view', '_unsafe_view', 'expand', 'clone', '_softmax', 'slice', 'select', 'split', 'split_with_sizes', 'unbind', 'unsqueeze',
-    'squeeze', 'max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d', 'detach', 'alias', 'constant_pad_nd', 'upsample_nearest2d', 'cat'}
+NATIVE = {'mm', 'bmm', 't', 'permute', 'transpose', 'view', '_unsafe_view', 'expand', 'clone', '_softmax', 'slice',
+    'select', 'split', 'split_with_sizes', 'unbind', 'unsqueeze', 'squeeze', 'max_pool2d_with_indices', 'avg_pool2d',
+    '_adaptive_avg_pool2d', 'detach', 'alias', 'constant_pad_nd', 'upsample_nearest2d', 'cat'}
 
 # %% ../../nbs/surgery/00_shapes.ipynb #0000000e
 class Shapes:
@@ -106,7 +113,8 @@ class Shapes:
         shape:tuple|None=None, # Another shape, then contiguous
     )->FakeTensor:
         "A fake tensor that looks as `t` does"
-        if t.layout!=torch.strided or type(t) not in (Tensor, torch.nn.Parameter, FakeTensor): return self.mode.from_tensor(t.detach(), static_shapes=True)
+        if t.layout!=torch.strided or type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
+            return self.mode.from_tensor(t.detach(), static_shapes=True)
         return self.wrap(empty(t, t.shape if shape is None else shape, t.stride() if shape is None else None), t.device)
 
     def wrap(self,
@@ -131,8 +139,10 @@ class Shapes:
     def quick(self, func:Callable, args:tuple, kwargs:dict):
         "The result by a formula, or None"
         name = func.overloadpacket.__name__
-        if func is torch.ops.aten.empty.memory_format and kwargs.get('layout') in (None, torch.strided) and kwargs.get('memory_format') is None:
-            return self.wrap(torch.empty(args[0], dtype=kwargs.get('dtype'), device='meta'), torch.device(kwargs.get('device') or 'cpu'))
+        if (func is torch.ops.aten.empty.memory_format and kwargs.get('layout') in (None, torch.strided)
+                and kwargs.get('memory_format') is None):
+            return self.wrap(torch.empty(args[0], dtype=kwargs.get('dtype'), device='meta'),
+                torch.device(kwargs.get('device') or 'cpu'))
         inplace = name[-1]=='_' and name.rstrip('_') in FORMULAS
         f = FORMULAS.get(name.rstrip('_')) if not name.startswith('_') else None
         if f is None and name in NATIVE: f = func
@@ -141,7 +151,8 @@ class Shapes:
         metas = [_meta(a) for a in args]
         if any(m is NotImplemented for m in metas) or any(isinstance(v, Tensor) for v in kwargs.values()): return None
         res = f(*metas, **kwargs)
-        device = next(t for a in args for t in (a if isinstance(a, (list,tuple)) else [a]) if isinstance(t, Tensor)).device
+        device = next(t for a in args for t in (a if isinstance(a, (list,tuple)) else [a])
+            if isinstance(t, Tensor)).device
         if res is None: return None
         if inplace: return args[0] if res.shape==args[0].shape else None
         return self.wrap(res, device) if isinstance(res, Tensor) else type(res)(self.wrap(r, device) for r in res)

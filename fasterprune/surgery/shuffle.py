@@ -49,7 +49,8 @@ def shuffles(
     t:Trace,
 )->dict: # Index of an operator → (dimension, groups, index of the operator that made the table; None for that one itself)
     "Where channels are shuffled"
-    made = [(n, i) for n in t.nodes if n.op in views and (i := _table(t.shapes[n.args[0].id], t.shapes[n.outs[0].id])) is not None]
+    made = [(n, i) for n in t.nodes
+        if n.op in views and (i := _table(t.shapes[n.args[0].id], t.shapes[n.outs[0].id])) is not None]
     uses,res = {},{}
     for n in t.nodes if made else ():
         for r in tensors_of(n): uses.setdefault(r.id, []).append(n)
@@ -59,10 +60,13 @@ def shuffles(
     return res
 
 def _table(old, new): # The dimension that is made a table
-    if len(new)==len(old)+1: return next((i for i,k in enumerate(old) if new[:i]==old[:i] and new[i+2:]==old[i+1:] and new[i]*new[i+1]==k and min(new[i:i+2])>1), None)
+    if len(new)==len(old)+1:
+        return next((i for i,k in enumerate(old) if new[:i]==old[:i] and new[i+2:]==old[i+1:]
+            and new[i]*new[i+1]==k and min(new[i:i+2])>1), None)
 
 def _back(t, n, uses, i, shape): # Index of the operator that makes a row of the transposed table
-    alone = lambda n: uses[n.outs[0].id][0] if len(uses.get(n.outs[0].id, ()))==1 and n.outs[0] not in t.outputs else None
+    alone = lambda n: (uses[n.outs[0].id][0]
+        if len(uses.get(n.outs[0].id, ()))==1 and n.outs[0] not in t.outputs else None)
     m,k = alone(n),len(shape)+1
     if m is None or m.op not in ('transpose','permute'): return
     s = Site(m, t, {})
@@ -88,7 +92,8 @@ class Flow:
         self.width,self._at = int(np.gcd.reduce(sizes)),{} # a layer can be two or more widths wide
         self.shares = sizes//self.width
         self.axes = self.run(self.width)
-        self.kinds,self.kind = ((),None) if self.axes is None else np.unique(self._kinds(self.axes, self.width), return_inverse=True)
+        self.kinds,self.kind = (((),None) if self.axes is None
+            else np.unique(self._kinds(self.axes, self.width), return_inverse=True))
 
     def run(self,
         n:int, # Channels that each layer writes, or each part of a wider one
@@ -99,7 +104,8 @@ class Flow:
         for op,sources,results,g in self.steps:
             x = np.concatenate([seen[k] for k in sources])
             if len(x)%g: return None
-            for k,new in zip(results, x.reshape(g,-1) if op=='chunk' else [x[shuffled(len(x), g)]] if op=='shuffle' else [x]):
+            for k,new in zip(results,
+                    x.reshape(g,-1) if op=='chunk' else [x[shuffled(len(x), g)]] if op=='shuffle' else [x]):
                 if k in seen and not np.array_equal(seen[k], new): return None
                 seen[k] = new
         return seen
@@ -116,14 +122,16 @@ def flow_of(
     steps:list, # `Step`s that hang together
 )->Flow|None: # None where the channels do more than that
     "The flow of some steps"
-    keys = [(s.op, tuple(key_of(l, a) for a in s.sources), tuple(key_of(l, a) for a in s.results), s.groups) for s in steps]
+    keys = [(s.op, tuple(key_of(l, a) for a in s.sources), tuple(key_of(l, a) for a in s.results), s.groups)
+        for s in steps]
     if any(None in (*s,*r) for _,s,r,_ in keys): return None
     made = {k for _,_,r,_ in keys for k in r}
     leaves = [k for k in dict.fromkeys(k for _,s,_,_ in keys for k in s) if k not in made]
     if not leaves: return None
     f = Flow(leaves, keys, next((s.where for s in steps if s.op=='shuffle'), ''))
     if len(np.unique(f.labels))<len(f.labels) or f.axes is None: return None
-    whole = f.width>1 and f.shares.min()==1 and all(f.labels[a].tobytes()==k and len(np.unique(a))==len(a) for k,a in f.axes.items())
+    whole = (f.width>1 and f.shares.min()==1
+        and all(f.labels[a].tobytes()==k and len(np.unique(a))==len(a) for k,a in f.axes.items()))
     f.nodes = tuple(s.node for s in steps)
     return f if whole else None
 
@@ -192,7 +200,8 @@ def order(self:Flow,
     "How those stand that stay"
     n = int(keep.sum())//int(self.shares.sum())
     counts = self.at(n) if n else None
-    if counts is None or not np.array_equal(np.bincount(self.kind[keep], minlength=len(self.kinds)), counts): return None
+    if counts is None or not np.array_equal(np.bincount(self.kind[keep], minlength=len(self.kinds)), counts):
+        return None
     axes = self.run(n)
     new,old = self._kinds(axes, n),self.kinds[self.kind]
     label = np.zeros(len(new), np.int64)

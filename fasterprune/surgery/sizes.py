@@ -32,10 +32,13 @@ from .witness import Witness
 class Said:
     "What one call shall say"
     name:str # Of the function
-    sizes:tuple=() # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts; for a slice (place in the index, begin, end)
+    # For each dimension of the result its size, None to leave it; for `split` the sizes of the parts;
+    # for a slice (place in the index, begin, end)
+    sizes:tuple=()
     scale:float|None=None # Of `scaled_dot_product_attention`, where PyTorch would make it from the width
     free:int|None=None # A dimension that the batch is merged into
-    part:tuple|None=None # For a norm, mean or variance that keeps its divisor: how many channels there are, and how many there were
+    # For a norm, mean or variance that keeps its divisor: how many channels there are, and how many there were
+    part:tuple|None=None
     axes:tuple=() # That it is about
 
 def planned(
@@ -52,18 +55,27 @@ def planned(
     for call in trace.calls if exact else ():
         if (d := exact.get((call.module, call.place))) is None: continue
         key = (call.module, call.order)
-        res[key] = Said(call.name, res[key].sizes if key in res else (), part=(kept.kept.count(d.axis), d.was), axes=(d.axis,))
+        res[key] = Said(call.name, res[key].sizes if key in res else (),
+            part=(kept.kept.count(d.axis), d.was), axes=(d.axis,))
     return res
 
 class _Sizes:
     "How large things will be in one run"
     def __init__(self, c, w, kept): self.c,self.trace,self.kept,self.axes = c,w.trace,kept,c.axes_in(w)
-    def of(self, ref): "The size of each dimension that channels go from; None for the others"; return tuple(self.one(a, n) if _labelled(self.c.labels, a) and (i or _loose(self.c.labels, a)) else None for i,(a,n) in enumerate(zip(self.axes(ref), self.trace.shapes[ref.id])))
-    def one(self, a, n): return self.kept.count(a)*n//a.n # of an axis that the batch is merged into, there are more in a larger batch
+
+    def of(self, ref):
+        "The size of each dimension that channels go from; None for the others"
+        return tuple(self.one(a, n) if _labelled(self.c.labels, a) and (i or _loose(self.c.labels, a)) else None
+            for i,(a,n) in enumerate(zip(self.axes(ref), self.trace.shapes[ref.id])))
+
+    def one(self, a, n): # of an axis that the batch is merged into, there are more in a larger batch
+        return self.kept.count(a)*n//a.n
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000006
 def _labelled(l, a): return not a.open and bool(a.rows.any())
-def _loose(l, a): return not l.pinned[l.expand(a.rows)].all() # the first dimension is the batch's where it cannot be cut, also of what the code makes itself
+def _loose(l, a): # the first dimension is the batch's where it cannot be cut, also of what the code makes itself
+    return not l.pinned[l.expand(a.rows)].all()
+
 def _repeats(l, a): # Does something else than channels hide in it, such as the batch?
     return _labelled(l, a) and len(np.unique(l.expand(a.rows), axis=0))<a.n
 
@@ -88,20 +100,25 @@ def _said(c, call, kept):
     elif call.name=='split':
         dim = call.kwargs.get('dim', call.args[2] if len(call.args)>2 else 0)
         if any(o[dim] is not None for o in outs):
-            return Said(call.name, tuple(kept.trace.shapes[r.id][dim] if o[dim] is None else o[dim] for o,r in zip(outs, call.outs)), axes=axes)
+            return Said(call.name, tuple(kept.trace.shapes[r.id][dim] if o[dim] is None else o[dim]
+                for o,r in zip(outs, call.outs)), axes=axes)
     elif call.name=='repeat':
         old = kept.trace.shapes[call.args[0].id]
-        new = tuple(s if i<len(outs[0])-len(old) or old[i-len(outs[0])]==1 else None for i,s in enumerate(outs[0])) # how often, not how many
+        # how often, not how many
+        new = tuple(s if i<len(outs[0])-len(old) or old[i-len(outs[0])]==1 else None for i,s in enumerate(outs[0]))
         if any(s is not None for s in new): return Said(call.name, new, axes=axes)
-    elif call.name in ('view', 'reshape', 'expand', 'unflatten', 'narrow', *makers) and any(s is not None for s in outs[0]):
-        free = [i for i,a in enumerate(kept.axes(call.outs[0])) if _repeats(c.labels, a)] if call.name in ('view','reshape') else []
+    elif (call.name in ('view', 'reshape', 'expand', 'unflatten', 'narrow', *makers)
+            and any(s is not None for s in outs[0])):
+        free = ([i for i,a in enumerate(kept.axes(call.outs[0])) if _repeats(c.labels, a)]
+            if call.name in ('view','reshape') else [])
         return Said(call.name, outs[0], None, free[0] if free else None, axes=axes)
     elif call.name in ('layer_norm', 'rms_norm'):
         n = len(call.args[1] if len(call.args)>1 else call.kwargs['normalized_shape'])
         if any(s is not None for s in outs[0][-n:]): return Said(call.name, outs[0][-n:], axes=axes)
 
 # %% ../../nbs/surgery/07_sizes.ipynb #00000008
-def _slices(index, ndim): # (place in the index, dimension, slice) for each one; nothing where something else than slices and numbers stands in it
+# (place in the index, dimension, slice) for each one; nothing where something else than slices and numbers stands in it
+def _slices(index, ndim):
     index = index if isinstance(index, tuple) else (index,)
     if any(not (i is None or i is Ellipsis or isinstance(i, (slice,int))) for i in index): return
     dim = 0
@@ -139,7 +156,9 @@ class Want:
     wanted:object # A number; for `split` the list of parts
     free:bool=False # Is the batch merged into it? Then it is said in proportion
 
-def _sequence(args, kwargs, name): # The argument that holds sizes: (key, its value or None where they are arguments of their own, index of the first)
+def _sequence(
+    args, kwargs, name,
+): # The argument that holds sizes: (key, its value or None where they are arguments of their own, index of the first)
     for k in ('shape', 'size', 'sizes', 'normalized_shape'):
         if k in kwargs: return k,kwargs[k],0
     i = 2 if name=='unflatten' else 0 if name in makers and not name.startswith('new_') else 1
@@ -161,7 +180,8 @@ def wants_of(
         return [Want(Slot(key), own if whole or isinstance(own, int) else list(own), own if whole else parts)]
     if said.name=='narrow':
         dim,n = args[1],said.sizes[args[1]]
-        return [] if n is None else [Want(Slot(3) if len(args)>3 else Slot('length'), args[3] if len(args)>3 else kwargs['length'], n)]
+        return [] if n is None else [
+            Want(Slot(3) if len(args)>3 else Slot('length'), args[3] if len(args)>3 else kwargs['length'], n)]
     if said.scale is not None: return [Want(Slot('scale'), None, said.scale)]
     if not said.sizes: return []
     key,own,first = _sequence(args, kwargs, said.name)
@@ -170,7 +190,8 @@ def wants_of(
         new = said.sizes[dim:dim+len(own)]
     else: new = said.sizes[len(said.sizes)-len(own):]
     at = None if said.free is None else said.free-len(said.sizes)+len(own)
-    slot = lambda i: Slot(first+i) if key is None else Slot(key, i, len(own), 'list' if isinstance(own, list) else 'tuple')
+    slot = lambda i: (Slot(first+i) if key is None
+        else Slot(key, i, len(own), 'list' if isinstance(own, list) else 'tuple'))
     return [Want(slot(i), o, n, i==at) for i,(o,n) in enumerate(zip(own, new)) if n is not None and o!=-1]
 
 def _parts_of(n, size): return [min(size, n-i) for i in range(0, n, size)] if size>0 else []
@@ -184,7 +205,9 @@ def _slice_wants(said, index):
         if s.stop is not None: res.append(Want(slot('upper'), s.stop, b))
     return res
 
-arithmetic = {k for n in ('add', 'sub', 'mul', 'div', 'pow', 'true_divide', 'truediv', 'floor_divide', 'rsub', 'radd', 'rmul', 'rdiv', 'rtruediv', 'rpow') for k in (n, f"{n}_", f"__{n}__", f"__i{n}__")}
+arithmetic = {k for n in ('add', 'sub', 'mul', 'div', 'pow', 'true_divide', 'truediv', 'floor_divide',
+        'rsub', 'radd', 'rmul', 'rdiv', 'rtruediv', 'rpow')
+    for k in (n, f"{n}_", f"__{n}__", f"__i{n}__")}
 
 def number_wants(
     name:str, # Of the function
@@ -195,7 +218,8 @@ def number_wants(
     "Compare the numbers in a call with those of the original: what is computed with does not depend on what was cut"
     whole = name in arithmetic or name=='tensor'
     is_number = lambda v: isinstance(v, Real) and not isinstance(v, bool) and (whole or isinstance(v, float))
-    pairs = [(i, a, b) for i,(a,b) in enumerate(zip(args, before.args))] + [(k, v, before.kwargs.get(k)) for k,v in kwargs.items()]
+    pairs = ([(i, a, b) for i,(a,b) in enumerate(zip(args, before.args))]
+        + [(k, v, before.kwargs.get(k)) for k,v in kwargs.items()])
     return [Want(Slot(k), a, b) for k,a,b in pairs if is_number(b) and is_number(a)]
 
 def say(
@@ -239,7 +263,8 @@ class Place:
 
 def differs(w:Want)->bool:
     "Tell whether the code says something else than it shall"
-    if isinstance(w.own, float) or isinstance(w.wanted, float): return w.own is None or abs(w.own-w.wanted)>1e-9*abs(w.wanted)
+    if isinstance(w.own, float) or isinstance(w.wanted, float):
+        return w.own is None or abs(w.own-w.wanted)>1e-9*abs(w.wanted)
     return w.own!=w.wanted
 
 class Director:
@@ -256,7 +281,8 @@ class Director:
         name = before.name
         wants = wants_of(said, args, kwargs) if said is not None else []
         sized = {w.slot.arg for w in wants}
-        wants += [w for w in number_wants(name, args, kwargs, before) if w.slot.arg not in sized] if name not in _no_numbers else []
+        wants += ([w for w in number_wants(name, args, kwargs, before) if w.slot.arg not in sized]
+            if name not in _no_numbers else [])
         part = said.part if said is not None else None
         if not wants and part is None: return func,args,kwargs
         self._note(frame, module, name, func, args, wants, part, said)
@@ -278,7 +304,8 @@ class Director:
                 p.number_left = _number_left(p.site.links[0].node, frame)
             except NoSource as e: p.why = str(e)
 
-_no_numbers = ('__getitem__', 'view', 'reshape', 'expand', 'split', 'unflatten', 'narrow', 'repeat', 'layer_norm', 'rms_norm', 'group_norm')
+_no_numbers = ('__getitem__', 'view', 'reshape', 'expand', 'split', 'unflatten', 'narrow', 'repeat',
+    'layer_norm', 'rms_norm', 'group_norm')
 
 def _raw(frame, most=30): # The places that lead to a call
     res = []
@@ -300,14 +327,17 @@ def _is_number(node, frame): # None: cannot be told
     if isinstance(node, ast.BinOp):
         sides = {_is_number(node.left, frame), _is_number(node.right, frame)}
         return False if False in sides else None if None in sides else True
-    if isinstance(node, ast.Call): return True if isinstance(node.func, ast.Name) and node.func.id in ('float', 'int', 'len', 'max', 'min') or ast.unparse(node.func).startswith('math.') else None
+    if isinstance(node, ast.Call):
+        return (True if isinstance(node.func, ast.Name) and node.func.id in ('float', 'int', 'len', 'max', 'min')
+            or ast.unparse(node.func).startswith('math.') else None)
     if isinstance(node, ast.Subscript): return True if ast.unparse(node.value).endswith(('.shape', '.size()')) else None
     v = _looked_up(node, frame)
     return None if v is None else not isinstance(v, Tensor)
 
 def _looked_up(node, frame):
     if isinstance(node, ast.Name): return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
-    if isinstance(node, ast.Attribute) and (of := _looked_up(node.value, frame)) is not None: return getattr(of, node.attr, None)
+    if isinstance(node, ast.Attribute) and (of := _looked_up(node.value, frame)) is not None:
+        return getattr(of, node.attr, None)
 
 # %% ../../nbs/surgery/07_sizes.ipynb #0000000c
 def _argument(
@@ -329,7 +359,8 @@ def _argument(
         i = _position(p.func, slot.arg)-_offset(p, node)
     else: i = slot.arg-_offset(p, node)
     stars = [j for j,a in enumerate(node.args) if isinstance(a, ast.Starred)]
-    if not stars and i>=len(node.args) and (named := _named(p, node, slot.arg)) is not None: return _element(named, inside)
+    if not stars and i>=len(node.args) and (named := _named(p, node, slot.arg)) is not None:
+        return _element(named, inside)
     if not stars or i<stars[0]: return _element(_nth(node, i, p), inside)
     if isinstance(slot.arg, str): raise NoSource(f"argument {slot.arg!r} is not written out")
     after = p.n_args-slot.arg # counted from the end
@@ -351,7 +382,8 @@ def _position(func, name): # Of an argument that PyTorch has given a name
     try: return list(inspect.signature(func).parameters).index(name)
     except (ValueError, TypeError): raise NoSource(f"argument {name!r} is not written out") from None
 
-def _offset(p, node): return int(isinstance(node.func, ast.Attribute) and p.func is getattr(Tensor, p.name, None)) # 1 where the first argument is the object of a method
+def _offset(p, node): # 1 where the first argument is the object of a method
+    return int(isinstance(node.func, ast.Attribute) and p.func is getattr(Tensor, p.name, None))
 
 def _element(node, inside):
     if inside is None or not isinstance(node, (ast.Tuple, ast.List)): return node,inside
@@ -391,7 +423,9 @@ def changes_at(
     if p.part is not None: res.append(('exact', call, (p.name, _offset(p, call)==1, p.part)))
     return [(p.site, r) for r in res]
 
-def _scale_of_its_own(call, scale): # What says the scale of an attention whose code leaves it to PyTorch, or passes None
+def _scale_of_its_own(
+    call, scale,
+): # What says the scale of an attention whose code leaves it to PyTorch, or passes None
     given = {k.arg:k.value for k in call.keywords}
     if None in given: raise NoSource('its keyword arguments are not written there')
     return ('number', given['scale'], (scale,)) if 'scale' in given else ('keyword', call, ('scale', scale))
@@ -409,7 +443,8 @@ def at_odds(
     for ws in p.said:
         for w in ws: by_slot.setdefault(w.slot, []).append(w)
     bad = [k for k,ws in by_slot.items() if any(map(differs, ws)) and len({str(w.wanted) for w in ws})>1]
-    dims = {k.at-k.n if k.at is not None else k.arg-p.n_args for k in bad if not isinstance(k.arg, str) or k.at is not None}
+    dims = {k.at-k.n if k.at is not None else k.arg-p.n_args
+        for k in bad if not isinstance(k.arg, str) or k.at is not None}
     return [sizes[d][0] for sizes in p.planned for d in dims if len(sizes)>=-d and sizes[d][1] is not None]
 
 def in_one_expression(
@@ -418,14 +453,16 @@ def in_one_expression(
     "Find the axes of which one expression says the size, to which several calls lead, and which would have several"
     by = {}
     for p in places: by.setdefault((p.module, p.name, p.at), []).append(p)
-    return [a for ps in by.values() if len(ps)>1 for a in at_odds(replace(ps[0], said=[w for p in ps for w in p.said], planned=[k for p in ps for k in p.planned]))]
+    return [a for ps in by.values() if len(ps)>1 for a in at_odds(replace(ps[0],
+        said=[w for p in ps for w in p.said], planned=[k for p in ps for k in p.planned]))]
 
 def _new_number(ws, node):
     "A number, or the code's own by a factor, where that is the same each time"
     if isinstance(ws[0].wanted, list): return 'list',node,_one(ws)
     if isinstance(ws[0].own, float) or isinstance(ws[0].wanted, float):
         ratios = [w.wanted/w.own for w in ws]
-        if max(ratios)-min(ratios)>1e-9*abs(ratios[0]): raise NoSource('a number depends on sizes in a way that is not the same each time')
+        if max(ratios)-min(ratios)>1e-9*abs(ratios[0]):
+            raise NoSource('a number depends on sizes in a way that is not the same each time')
         return 'factor',node,(ratios[0],)
     if len({w.wanted for w in ws})==1 and not any(w.free for w in ws): return 'number',node,(ws[0].wanted,)
     ratios = {Fraction(w.wanted, w.own) for w in ws if w.own}
@@ -440,7 +477,8 @@ def recodings(
     by_module = {}
     for p in places:
         try:
-            for site,(kind,node,values) in changes_at(p): by_module.setdefault(site.module, []).append((site, (kind, node, values), p))
+            for site,(kind,node,values) in changes_at(p):
+                by_module.setdefault(site.module, []).append((site, (kind, node, values), p))
         except NoSource as e: return (),(p, str(e))
     res = []
     for m,found in by_module.items():
@@ -453,7 +491,10 @@ def merged_places(runs:list)->list: # Of `Director`s: the same place in several 
     res = {}
     for d in runs:
         for key,p in d.places.items():
-            if key not in res: res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part, list(p.axes), list(p.planned), p.number_left, p.at); continue
+            if key not in res:
+                res[key] = Place(p.module, p.name, p.func, p.n_args, p.site, p.why, list(p.said), p.part,
+                    list(p.axes), list(p.planned), p.number_left, p.at)
+                continue
             q = res[key]
             q.said += p.said
             q.planned += p.planned
@@ -471,12 +512,14 @@ def candidates(
     "Numbers on a module that could be sizes that change"
     l,m = c.labels,c.model.get_submodule(module)
     new,kept = {},Kept(l, gone)
-    own = [n for n in c.trace.nodes if n.module==module or n.module.startswith(f"{module}.")] or c.trace.nodes # of all, where others call its methods
+    # of all, where others call its methods
+    own = [n for n in c.trace.nodes if n.module==module or n.module.startswith(f"{module}.")] or c.trace.nodes
     for n in own:
         for r in (*n.outs, *tensors_of(n)):
             for a in l.env.get(r.id, []):
                 if kept.count(a)<a.n: new.setdefault(a.n, set()).add(kept.count(a))
-    found = {k:sorted(new[v]) for k,v in vars(m).items() if isinstance(v, int) and k!='training' and not isinstance(v, bool) and v in new and v>1}
+    found = {k:sorted(new[v]) for k,v in vars(m).items()
+        if isinstance(v, int) and k!='training' and not isinstance(v, bool) and v in new and v>1}
     if not found or any(len(v)>1 for v in found.values()): found = {k:v for k,v in found.items() if len(v)==1}
     if not found: return []
     res = [{k:v[0] for k,v in found.items()}]
@@ -499,7 +542,8 @@ def _divisors(c):
     for n in l.trace.nodes:
         for r in n.outs: made.setdefault(r.id, n.index)
     calls = [(k, w.first_node) for w in c.walked for k in w.trace.calls]
-    spans = {i:k for k,first in calls if k.name in EXACT and k.outs and 'out' not in k.kwargs for i in range(k.node+first, made.get(k.outs[0].id, -1)+1)}
+    spans = {i:k for k,first in calls if k.name in EXACT and k.outs and 'out' not in k.kwargs
+        for i in range(k.node+first, made.get(k.outs[0].id, -1)+1)}
     for e in l.mixed:
         call = spans.get(e[2]) if l.trace.nodes[e[2]].op in AVERAGES else None
         if call is not None: res.setdefault((call.module, call.place), {}).setdefault(id(call), (call, []))[1].append(e)

@@ -26,7 +26,8 @@ __all__ = ['KINDS', 'Change', 'Edited', 'Recoded', 'NoSource', 'FunctionSource',
 class Change:
     "One expression of a function that says something else"
     kind:str # One of `KINDS`
-    at:tuple[int,int,int,int] # (line, column, end line, end column) of the expression; lines from the function's first, columns in bytes
+    # (line, column, end line, end column) of the expression; lines from the function's first, columns in bytes
+    at:tuple[int,int,int,int]
     values:tuple=() # Numbers and names, as the kind takes them
     inner:Edited|None=None # For 'call': what changes in the function that is called there
 
@@ -77,7 +78,8 @@ class FunctionSource:
 def _functions(source): # (first line, name) → definitions of functions in a file
     res = {}
     for n in ast.walk(source.tree):
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): res.setdefault((min([n.lineno, *(d.lineno for d in n.decorator_list)]), n.name), []).append(n)
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            res.setdefault((min([n.lineno, *(d.lineno for d in n.decorator_list)]), n.name), []).append(n)
         if isinstance(n, ast.Lambda): res.setdefault((n.lineno, '<lambda>'), []).append(n)
     return res
 
@@ -104,7 +106,9 @@ def _is_code_of(node, code): # Of several functions in one line: does this one c
     made = compile(ast.fix_missing_locations(outer), code.co_filename, 'eval')
     made = next(c for c in made.co_consts if isinstance(c, types.CodeType))
     made = next(c for c in made.co_consts if isinstance(c, types.CodeType))
-    return made.co_code==code.co_code and made.co_names==code.co_names and [c for c in made.co_consts if not isinstance(c, types.CodeType)]==[c for c in code.co_consts if not isinstance(c, types.CodeType)]
+    return (made.co_code==code.co_code and made.co_names==code.co_names
+        and [c for c in made.co_consts if not isinstance(c, types.CodeType)]
+            ==[c for c in code.co_consts if not isinstance(c, types.CodeType)])
 
 # %% ../../nbs/surgery/06_source.ipynb #00000009
 def unwrapped(
@@ -138,7 +142,8 @@ def method_with(
     code:types.CodeType,
 )->str|None:
     "Find the name of the method that runs this code; None if there is none"
-    names = dict.fromkeys([code.co_name, *(k for c in kind.__mro__ for k,v in vars(c).items() if callable(v) or isinstance(v, (staticmethod, classmethod)))])
+    names = dict.fromkeys([code.co_name, *(k for c in kind.__mro__ for k,v in vars(c).items()
+        if callable(v) or isinstance(v, (staticmethod, classmethod)))])
     for name in names:
         f = inspect.getattr_static(kind, name, None)
         if f is not None and any(g.__code__ is code for g in unwrapped(f)): return name
@@ -152,7 +157,10 @@ class Link:
     "A function that runs, and the expression that it is at"
     code:types.CodeType # Of the whole function, where a comprehension or a function in it runs
     node:ast.AST
-    form:str='' # How the next function inwards is called: 'bound' as a method of the first argument, 'method' as that of another object, 'object' where that is called itself, 'class' as a method of a class, 'partial' with arguments of its own, or as it is
+    # How the next function inwards is called: 'bound' as a method of the first argument, 'method' as that of another
+    # object, 'object' where that is called itself, 'class' as a method of a class,
+    # 'partial' with arguments of its own, or as it is
+    form:str=''
 
 @dataclass(frozen=True)
 class Site:
@@ -176,11 +184,14 @@ def site_of(
     while frame is not None:
         node = expression_at(frame)
         outer = frame
-        while _held_by(outer, paths) is None and (up := next((f for f in _until_called(outer.f_back) if _contains(f.f_code, outer.f_code)), None)) is not None: outer = up
+        while _held_by(outer, paths) is None and (up := next(
+                (f for f in _until_called(outer.f_back) if _contains(f.f_code, outer.f_code)), None)) is not None:
+            outer = up
         links.append(Link(outer.f_code, node, _form(frame, node, before)))
         before = outer
         m = _first_argument(outer)
-        if isinstance(m, nn.Module) and id(m) in paths and (name := method_with(type(m), outer.f_code)): return Site(paths[id(m)], name, tuple(links))
+        if isinstance(m, nn.Module) and id(m) in paths and (name := method_with(type(m), outer.f_code)):
+            return Site(paths[id(m)], name, tuple(links))
         if (held := _held_by(outer, paths)) is not None: return Site(*held, tuple(links))
         frame = next((f for f in _up(outer.f_back) if not _is_torch(f)), None)
         if frame is None or outer.f_back.f_code.co_name=='_call_impl': break
@@ -190,7 +201,8 @@ def _form(frame, node, inner): # How a frame calls the one inside of it
     if inner is None or not isinstance(node, ast.Call): return ''
     if isinstance(_seen(node.func, frame), functools.partial): return 'partial'
     m = _first_argument(inner)
-    if isinstance(m, type) and isinstance(node.func, ast.Attribute) and _is_classmethod(m, node.func.attr): return 'class'
+    if isinstance(m, type) and isinstance(node.func, ast.Attribute) and _is_classmethod(m, node.func.attr):
+        return 'class'
     if not _has_methods(type(m)) or node.args and _seen(node.args[0], frame) is m: return ''
     named = node.func.attr if isinstance(node.func, ast.Attribute) else None
     if m is _first_argument(frame) and isinstance(m, nn.Module) and named: return 'bound'
@@ -203,13 +215,18 @@ def _has_methods(kind): return made_in_python(kind) and not issubclass(kind, Ten
 
 def _seen(node, frame): # What a name, with dots or without, is in a frame
     if isinstance(node, ast.Name): return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
-    if isinstance(node, ast.Attribute) and (of := _seen(node.value, frame)) is not None: return inspect.getattr_static(of, node.attr, None) if not isinstance(of, nn.Module) else vars(of).get(node.attr)
+    if isinstance(node, ast.Attribute) and (of := _seen(node.value, frame)) is not None:
+        return (inspect.getattr_static(of, node.attr, None) if not isinstance(of, nn.Module)
+            else vars(of).get(node.attr))
 
-def _held_by(frame, paths): # (path, name) of the module that has a running function as an attribute, and of that attribute
+def _held_by(
+    frame, paths,
+): # (path, name) of the module that has a running function as an attribute, and of that attribute
     for f in _up(frame, 4):
         m = _first_argument(f)
         if not isinstance(m, nn.Module) or id(m) not in paths: continue
-        name = next((k for k,v in vars(m).items() if isinstance(v, types.FunctionType) and any(g.__code__ is frame.f_code for g in unwrapped(v))), None)
+        name = next((k for k,v in vars(m).items() if isinstance(v, types.FunctionType)
+            and any(g.__code__ is frame.f_code for g in unwrapped(v))), None)
         if name: return paths[id(m)],name
 
 def _up(frame, most=40):
@@ -235,7 +252,8 @@ def edited(
 )->tuple: # `Edited` for each method
     "Arrange changes by the functions that they stand in; `NoSource` where one cannot be reached"
     methods = {}
-    for site,change in changes: methods.setdefault((site.method, site.links[-1].code), []).append((site.links[::-1], change))
+    for site,change in changes:
+        methods.setdefault((site.method, site.links[-1].code), []).append((site.links[::-1], change))
     if len({m for m,_ in methods})<len(methods): raise NoSource('a method is there in two versions')
     return tuple(_edited(name, code, found) for (name,code),found in methods.items())
 
@@ -249,11 +267,13 @@ def _edited(name, code, found): # `found`: (links from this function inwards, ch
     for (_,inner),(link,more) in calls.items():
         f = _function_with(inner)
         values = (link.form, code.co_varnames[0]) if link.form=='bound' else (link.form,) if link.form else ()
-        _put(res, source.span(link.node.func) if link.form else _callee(source, link.node, f), 'call', values, _edited(f"{f.__module__}:{f.__qualname__}", inner, more))
+        _put(res, source.span(link.node.func) if link.form else _callee(source, link.node, f), 'call', values,
+            _edited(f"{f.__module__}:{f.__qualname__}", inner, more))
     return Edited(name, source.digest, tuple(Change(k, at, v, i) for at,(k,v,i) in sorted(res.items())))
 
 def _put(res, at, kind, values, inner=None):
-    if res.setdefault(at, (kind, values, inner))!=(kind, values, inner): raise NoSource('one expression would have to say several things')
+    if res.setdefault(at, (kind, values, inner))!=(kind, values, inner):
+        raise NoSource('one expression would have to say several things')
 
 def _function_with(code): # The function that has this code
     f = next((f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType) and f.__code__ is code), None)
@@ -262,11 +282,13 @@ def _function_with(code): # The function that has this code
 
 def _callee(source, node, f): # Where a call says which function it calls
     if not isinstance(node, ast.Call): raise NoSource(f"{f.__name__} is called by an operator")
-    if isinstance(node.func, ast.Call) and isinstance(node.func.func, ast.Name) and node.func.func.id==_PARTIAL: return source.span(node.func.args[0]) # changed before
+    if isinstance(node.func, ast.Call) and isinstance(node.func.func, ast.Name) and node.func.func.id==_PARTIAL:
+        return source.span(node.func.args[0]) # changed before
     places = [node.func, *node.args, *(k.value for k in node.keywords)]
     if isinstance(node.func, ast.Name) or isinstance(node.func, ast.Attribute): 
         direct = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-        named = [p for p in places[1:] if isinstance(p, (ast.Name, ast.Attribute)) and (p.id if isinstance(p, ast.Name) else p.attr)==f.__name__]
+        named = [p for p in places[1:] if isinstance(p, (ast.Name, ast.Attribute))
+            and (p.id if isinstance(p, ast.Name) else p.attr)==f.__name__]
         return source.span(named[0] if named and direct!=f.__name__ else node.func)
     raise NoSource(f"{f.__name__} is called in a way that cannot be followed")
 
@@ -292,7 +314,8 @@ def _items(text, kind, n, *new): # a sequence of n sizes, of which some are othe
     while i<n:
         j = i
         while j<n and (j in new)==(i in new): j += 1
-        parts.append(brackets.format(', '.join(str(new[k]) for k in range(i, j))) if i in new else f"({text})[{i or ''}:{j if j<n else ''}]")
+        parts.append(brackets.format(', '.join(str(new[k]) for k in range(i, j))) if i in new
+            else f"({text})[{i or ''}:{j if j<n else ''}]")
         i = j
     return f"({' + '.join(parts)})"
 
@@ -302,7 +325,8 @@ def _tokens(source, a, b): # (text, span) of the tokens between two places
     res = []
     try:
         for t in tokenize.generate_tokens(io.StringIO(text).readline):
-            if t.type in (tokenize.OP, tokenize.NAME): res.append((t.string, _shift(source, a, text, t.start), _shift(source, a, text, t.end)))
+            if t.type in (tokenize.OP, tokenize.NAME):
+                res.append((t.string, _shift(source, a, text, t.start), _shift(source, a, text, t.end)))
     except (tokenize.TokenError, IndentationError): pass # it ends in the middle of an expression
     return res
 
@@ -318,7 +342,8 @@ def _call_in(source, at): # The call that stands there
 
 def _with_keyword(source, at, name, value, alone=False): # An argument more at the end of a call
     call = _call_in(source, at)
-    args = sorted((n for n in [*call.args, *(k.value for k in call.keywords)]), key=lambda n: (n.end_lineno, n.end_col_offset))
+    args = sorted((n for n in [*call.args, *(k.value for k in call.keywords)]),
+        key=lambda n: (n.end_lineno, n.end_col_offset))
     begin = source.span(args[-1])[2:] if args else source.span(call.func)[2:]
     comma = any(t==',' for t,*_ in _tokens(source, begin, at[2:]))
     end = (at[2], at[3]-1)
@@ -336,7 +361,9 @@ _of_object = ('bound', 'method', 'object', 'class') # forms in which a function 
 def _called(source, change, helper):
     "Another function is called; a bound one gets its object as the first argument"
     form,*name = change.values or ('',)
-    if form=='partial': return [(change.at, f"{_PARTIAL}({helper}, *({source.text(change.at)}).args, **({source.text(change.at)}).keywords)")]
+    if form=='partial':
+        return [(change.at,
+            f"{_PARTIAL}({helper}, *({source.text(change.at)}).args, **({source.text(change.at)}).keywords)")]
     if form not in _of_object: return [(change.at, helper)]
     call = next(n for n in ast.walk(source.node) if isinstance(n, ast.Call) and source.span(n.func)==change.at)
     opens = next(t for t in _tokens(source, change.at[2:], source.span(call)[2:]) if t[0]=='(')
@@ -360,7 +387,8 @@ def _exact(source, change, helper):
     res = [((*start, *start), f"{helper}("), ((*tokens[dot][1], *opens[2]), ', ' if call.args or call.keywords else '')]
     return [*res, told]
 
-def _told_again(source, call, part): return [(source.span(next(k.value for k in call.keywords if k.arg=='part')), repr(part))]
+def _told_again(source, call, part):
+    return [(source.span(next(k.value for k in call.keywords if k.arg=='part')), repr(part))]
 
 # %% ../../nbs/surgery/06_source.ipynb #00000011
 _names = {} # file names of generated sources, numbered
@@ -371,12 +399,14 @@ def rewritten(
 )->types.FunctionType: # In the same globals, with the same closure, defaults, names and annotations
     "Make a function of which the source says something else"
     source = source_of(f.__code__)
-    if source.digest!=e.digest: raise NoSource(f"the source of {f.__qualname__} is not that which the plan was made for")
+    if source.digest!=e.digest:
+        raise NoSource(f"the source of {f.__qualname__} is not that which the plan was made for")
     edits,helpers = [],{}
     for c in e.changes:
         name = _helper_name(c, f.__code__, helpers)
         edits += _edits(source, c, name)
-        if name: helpers[name] = EXACT[c.values[0]] if c.kind=='exact' else rewritten(function_of(f, source, c), c.inner)
+        if name:
+            helpers[name] = EXACT[c.values[0]] if c.kind=='exact' else rewritten(function_of(f, source, c), c.inner)
     if any(c.values[:1]==('partial',) for c in e.changes): helpers[_PARTIAL] = functools.partial
     lines = _replaced(source.lines, edits)
     return _compiled(f, lines, helpers)
@@ -435,23 +465,28 @@ def _compiled(f, lines, helpers):
     key = (f.__qualname__, tuple(lines))
     file = _names.setdefault(key, f"<{f.__qualname__} with planned sizes {len(_names)}>")
     is_lambda = f.__name__=='<lambda>'
-    head = ['_ = (\n'] if is_lambda else ['if True: # as a method stands in its class\n'] if lines[0][:1].isspace() else ['# with planned sizes\n']
+    head = (['_ = (\n'] if is_lambda
+        else ['if True: # as a method stands in its class\n'] if lines[0][:1].isspace() else ['# with planned sizes\n'])
     text = [*head, *lines, *(['\n)\n'] if is_lambda else [])]
     linecache.cache[file] = (sum(map(len, text)), None, text, file)
     tree = ast.parse(''.join(text))
     node = next(n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
     if not is_lambda: node.decorator_list = []
     if '.' in f.__qualname__: node = _Mangled(f.__qualname__.split('.')[-2]).visit(node)
-    cells = {**dict(zip(f.__code__.co_freevars, f.__closure__ or ())), **{n:types.CellType(h) for n,h in helpers.items()}}
+    cells = {**dict(zip(f.__code__.co_freevars, f.__closure__ or ())),
+        **{n:types.CellType(h) for n,h in helpers.items()}}
     outer = ast.parse(f"def _({', '.join(cells)}): pass").body[0]
     outer.body = [ast.Expr(node) if is_lambda else node]
     code = compile(ast.fix_missing_locations(ast.Module([outer], [])), file, 'exec')
-    code = next(c for c in next(c for c in code.co_consts if isinstance(c, types.CodeType)).co_consts if isinstance(c, types.CodeType) and c.co_name==f.__code__.co_name)
+    code = next(c for c in next(c for c in code.co_consts if isinstance(c, types.CodeType)).co_consts
+        if isinstance(c, types.CodeType) and c.co_name==f.__code__.co_name)
     if hasattr(code, 'co_qualname'): code = code.replace(co_qualname=f.__qualname__)
-    return _like(f, types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__, tuple(cells[n] for n in code.co_freevars)))
+    return _like(f, types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__,
+        tuple(cells[n] for n in code.co_freevars)))
 
 def _like(f, new):
-    new.__kwdefaults__,new.__qualname__,new.__module__,new.__doc__ = f.__kwdefaults__,f.__qualname__,f.__module__,f.__doc__
+    new.__kwdefaults__,new.__qualname__,new.__module__,new.__doc__ = (
+        f.__kwdefaults__,f.__qualname__,f.__module__,f.__doc__)
     new.__annotations__ = dict(f.__annotations__)
     new.__dict__.update(f.__dict__)
     return new
@@ -465,9 +500,12 @@ def with_inner(
     "The same method around another function"
     if f is inner: return new
     if isinstance(f, (staticmethod, classmethod)): return type(f)(with_inner(f.__func__, inner, new))
-    cells = tuple(types.CellType(with_inner(c.cell_contents, inner, new)) if _leads(c, inner) else c for c in f.__closure__ or ())
+    cells = tuple(types.CellType(with_inner(c.cell_contents, inner, new)) if _leads(c, inner) else c
+        for c in f.__closure__ or ())
     res = _like(f, types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells))
-    if '__wrapped__' in res.__dict__: res.__wrapped__ = with_inner(res.__wrapped__, inner, new) if any(g is inner for g in unwrapped(res.__wrapped__)) else res.__wrapped__
+    if '__wrapped__' in res.__dict__:
+        res.__wrapped__ = (with_inner(res.__wrapped__, inner, new)
+            if any(g is inner for g in unwrapped(res.__wrapped__)) else res.__wrapped__)
     return res
 
 def _leads(cell, inner):
@@ -486,7 +524,7 @@ def recode_module_(
     m:nn.Module,
     methods:tuple, # `Edited`; nothing is for a module that only has to run in its adapter
 ):
-    "Let a module say other sizes: by a subclass of its class, and by new functions where it has functions as attributes"
+    "Let a module say other sizes: by a subclass of its class, and by new functions for those it has as attributes"
     own = [e for e in methods if isinstance(vars(m).get(e.name), types.FunctionType)]
     new = {e.name:_method(vars(m)[e.name], e) for e in own}
     rest = tuple(e for e in methods if e not in own)
@@ -513,14 +551,17 @@ def _recoded(base, stages):
     before = _recoded(base, stages[:-1]) if len(stages)>1 else adapted_class(base) or base
     made = {e.name:_method(inspect.getattr_static(before, e.name, None), e) for e in stages[-1]}
     old = {k:v for k,v in vars(before).items() if k in _kept(before, base)}
-    names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__, __reduce_ex__=_reduce, _recoding=(base, stages))
+    names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__,
+        __reduce_ex__=_reduce, _recoding=(base, stages))
     tells = getattr(base.__init_subclass__, '__func__', None) is not None
     return type(base.__name__, (_Quiet, base) if tells else (base,), {**old, **made, **names})
 
 class _Quiet: # Before a class that tells somebody of its subclasses
     def __init_subclass__(cls, **kwargs): pass
 
-def _kept(before, base): return () if before is base else [k for k,v in vars(before).items() if isinstance(v, (types.FunctionType, staticmethod, classmethod)) and k!='__reduce_ex__']
+def _kept(before, base):
+    return () if before is base else [k for k,v in vars(before).items()
+        if isinstance(v, (types.FunctionType, staticmethod, classmethod)) and k!='__reduce_ex__']
 
 def _reduce(self, protocol): # Saved as its class and what was changed in it, which is made again when it is loaded
     base,stages = type(self)._recoding

@@ -24,9 +24,12 @@ _ins,_outs = ('in_channels','in_features','input_size'),('out_channels','out_fea
 _widths = (*_ins, *_outs, 'num_features', 'num_channels', 'groups')
 known_sizes = { # name of an attribute → attributes of layers inside that mean the same
     **dict.fromkeys(('in_channels','in_features','in_chs','in_planes','inplanes','in_dim','dim_in','input_dim'), _ins),
-    **dict.fromkeys(('out_channels','out_features','out_chs','out_planes','out_dim','dim_out'), _outs), 'groups':('groups',),
-    **dict.fromkeys(('dim','embed_dim','hidden_dim','hidden_size','d_model','channels','num_channels','num_features','head_hidden_size'), _widths)}
-read_by_head = ('num_features','head_hidden_size','embed_dim','hidden_dim','hidden_size','d_model','in_features') # what a classifier reads, by name
+    **dict.fromkeys(('out_channels','out_features','out_chs','out_planes','out_dim','dim_out'), _outs),
+    'groups':('groups',),
+    **dict.fromkeys(('dim','embed_dim','hidden_dim','hidden_size','d_model','channels','num_channels','num_features',
+        'head_hidden_size'), _widths)}
+# what a classifier reads, by name
+read_by_head = ('num_features','head_hidden_size','embed_dim','hidden_dim','hidden_size','d_model','in_features')
 
 def head_of(
     m:nn.Module,
@@ -36,7 +39,8 @@ def head_of(
     try: found = [get()] if callable(get) else []
     except Exception: found = [] # it is the user's code
     found += [getattr(m, k, None) for k in ('fc','head','classifier','heads')]
-    inside = [[l for l in f.modules() if isinstance(l, (nn.Linear, nn.modules.conv._ConvNd))] for f in found if isinstance(f, nn.Module)]
+    inside = [[l for l in f.modules() if isinstance(l, (nn.Linear, nn.modules.conv._ConvNd))]
+        for f in found if isinstance(f, nn.Module)]
     return next((ls[0] if len(ls)==1 else ls[-1] for ls in inside if ls), None)
 
 # %% ../../nbs/surgery/15_stale.ipynb #0000000a
@@ -60,13 +64,18 @@ def stale_sizes(
             else: named += [(n, at, i) for at,i in _numbers(k, v, seen) if i in old]
     return tuple(mended),tuple(named)
 
-def _is_layer(m): return type(m).__module__.startswith('torch.nn') or isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding))
-def _number(v): return v if type(v) is int else v[0] if isinstance(v, (tuple,list)) and len(v)==1 and type(v[0]) is int else None
+def _is_layer(m):
+    return type(m).__module__.startswith('torch.nn') or isinstance(m, (nn.modules.conv._ConvNd, nn.Linear,
+        nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding))
+
+def _number(v):
+    return v if type(v) is int else v[0] if isinstance(v, (tuple,list)) and len(v)==1 and type(v[0]) is int else None
 
 def _read_above(model): # Path of a module → names that its own code and that of the modules around it look up in a call
     own,res,by = {},{},dict(modules_of(model))
     for n,m in by.items():
-        if type(m) not in own: own[type(m)] = set() if type(m).__module__.startswith('torch.nn') else read_in_forward(type(m))
+        if type(m) not in own:
+            own[type(m)] = set() if type(m).__module__.startswith('torch.nn') else read_in_forward(type(m))
         res[n] = own[type(m)] | (res.get(n.rpartition('.')[0], set()) if n else set())
     return res
 
@@ -76,7 +85,8 @@ def _meant(m, k, v, inside, changes): # The new number where it is shown what an
         for a in _ins:
             if getattr(head, a, None)==v: return changes.get(id(head), {}).get(a)
     if k not in known_sizes: return None
-    now = lambda names: {_number(changes.get(id(l), {}).get(a, v)) for l in inside for a in names if getattr(l, a, None)==v}
+    now = lambda names: {_number(changes.get(id(l), {}).get(a, v))
+        for l in inside for a in names if getattr(l, a, None)==v}
     found = now(known_sizes[k]) or now(_widths) # a block without convolutions has the width of its norms
     return found.pop() if len(found)==1 and found!={v} else None
 
@@ -87,16 +97,20 @@ def _numbers(k, v, seen): # (how it is called, number) of what an attribute hold
     elif isinstance(v, (tuple,list)):
         for i,e in enumerate(v):
             if type(e) is int: yield f"{k}[{i}]",e
-            elif isinstance(e, Mapping): yield from ((f"{k}[{i}].{a}", n) for a,n in e.items() if type(n) is int and a not in _no_widths)
+            elif isinstance(e, Mapping):
+                yield from ((f"{k}[{i}].{a}", n) for a,n in e.items() if type(n) is int and a not in _no_widths)
     elif isinstance(v, Mapping) or _is_config(v):
         if id(v) in seen: return
         seen.add(id(v)) # one configuration is shared by all modules
-        items = v.items() if isinstance(v, Mapping) else vars(v).items() if hasattr(v, '__dict__') else ((f.name, getattr(v, f.name)) for f in fields(v))
+        items = (v.items() if isinstance(v, Mapping) else vars(v).items() if hasattr(v, '__dict__')
+            else ((f.name, getattr(v, f.name)) for f in fields(v)))
         yield from ((f"{k}.{i}", e) for i,e in list(items) if type(e) is int)
 
 _no_widths = ('reduction', 'stride') # of the entries of timm's `feature_info`
 
-def _is_config(v): return is_dataclass(v) and not isinstance(v, type) or type(v).__name__.lower().endswith(('config','configuration','args','namespace'))
+def _is_config(v):
+    return (is_dataclass(v) and not isinstance(v, type)
+        or type(v).__name__.lower().endswith(('config','configuration','args','namespace')))
 
 # %% ../../nbs/surgery/15_stale.ipynb #0000000e
 def never_ran(

@@ -66,7 +66,8 @@ def time_interleaved(
     with ExitStack() as stack:
         for m in models.values(): stack.enter_context(eval_mode(m))
         stack.enter_context(torch.no_grad())
-        timers = {n: Timer('m(*args, **kwargs)', globals=dict(m=m, args=args, kwargs=kwargs), num_threads=threads, **(clock or {})) for n,m in models.items()}
+        timers = {n: Timer('m(*args, **kwargs)', globals=dict(m=m, args=args, kwargs=kwargs), num_threads=threads,
+            **(clock or {})) for n,m in models.items()}
         if warmup:
             for t in timers.values(): t.timeit(warmup)
         calls = {n: max(1, math.ceil(4e-3/max(t.timeit(2).mean, 1e-7))) for n,t in timers.items()}
@@ -103,7 +104,8 @@ def time_operator(
     "Measure one operator at these shapes"
     try: args,kwargs = _arguments(node, shape, like)
     except (IndexError, TypeError, RuntimeError, ZeroDivisionError): return None
-    t = quiet_timer()('f(*args, **kwargs)', globals=dict(f=node.func, args=args, kwargs=kwargs), num_threads=threads, **own_clock(like['device'], threads))
+    t = quiet_timer()('f(*args, **kwargs)', globals=dict(f=node.func, args=args, kwargs=kwargs), num_threads=threads,
+        **own_clock(like['device'], threads))
     with torch.no_grad():
         try: once = min(t.timeit(1).mean, t.timeit(1).mean)
         except (RuntimeError, TypeError, NotImplementedError, IndexError): return None
@@ -144,7 +146,8 @@ def measure(self:Timed, like:dict, threads:int, copy:float):
     if whole is None: whole,self.widths = copy*self.elements(self.full),[]
     self.whole = whole
     if not self.widths: return
-    part = lambda at: whole*math.prod(a/n for a,n in zip(at, self.full)) # where the operator does not exist at these widths
+    # where the operator does not exist at these widths
+    part = lambda at: whole*math.prod(a/n for a,n in zip(at, self.full))
     t = [whole if at==self.full else part(at) if (v := run(at)) is None else v for at in self.points]
     self.grid = np.zeros([len(w)+1 for w in self.widths]) # nothing takes no time
     self.grid[(slice(1,None),)*len(self.widths)] = np.array(t).reshape([len(w) for w in self.widths])
@@ -187,9 +190,12 @@ class LatencyTable:
         sized = {(r.id,d):k for r in refs for d,k in enumerate(self.costs.shapes[r.id]) if k in self.costs.rows}
         at = list(dict.fromkeys(sized.values()))
         width,full = {i:at.index(k) for i,k in sized.items()},tuple(self.costs.n[k] for k in at)
-        name = {r.id:j for j,r in enumerate(dict.fromkeys(tensors_of(n)))} # the same operator elsewhere has other tensors
-        plain = lambda o: f"t{name[o.id]}{trace.shapes[o.id]}" if isinstance(o, Ref) else [plain(i) for i in o] if isinstance(o, (list,tuple)) else o
-        key = repr((n.func, plain(n.args), {k:plain(v) for k,v in n.kwargs.items()}, sorted((name[i],d,w) for (i,d),w in width.items())))
+        # the same operator elsewhere has other tensors
+        name = {r.id:j for j,r in enumerate(dict.fromkeys(tensors_of(n)))}
+        plain = lambda o: (f"t{name[o.id]}{trace.shapes[o.id]}" if isinstance(o, Ref)
+            else [plain(i) for i in o] if isinstance(o, (list,tuple)) else o)
+        key = repr((n.func, plain(n.args), {k:plain(v) for k,v in n.kwargs.items()},
+            sorted((name[i],d,w) for (i,d),w in width.items())))
         return key,Timed(n, trace.shapes, width, full, macs_of(n, trace)),at
 
     def __call__(self,

@@ -34,7 +34,9 @@ class Node:
     outs:tuple # `Ref` of each tensor result
     mutates:tuple # `Ref` of each argument that the operator writes to
     module:str # Path of the module that was running
-    key:tuple=() # (module, operator, how many of that were before): the same node in another run, which may do more or less elsewhere
+    # (module, operator, how many of that were before): the same node in another run,
+    # which may do more or less elsewhere
+    key:tuple=()
     value:tuple=() # The numbers of a small tensor that the code made from numbers
 
     @property
@@ -69,10 +71,12 @@ class Trace:
     outputs:list = field(default_factory=list) # `Ref`s of the model's outputs
     calls:list = field(default_factory=list) # `Call`s in which Python code says a size
     asked:set = field(default_factory=set) # `Ref` ids of tensors whose size the code asked for
-    base:int = 0 # What is added to the numbers of all tensors but parameters and buffers, so that two traces share only these
+    # What is added to the numbers of all tensors but parameters and buffers, so that two traces share only these
+    base:int = 0
     fake:bool = True # Was it captured without arithmetic?
     training:tuple = () # Modules that ran in training mode
-    given:set = field(default_factory=set) # `Ref` ids of tensors that were made of numbers which the code keeps elsewhere, such as in a list or an array
+    # `Ref` ids of tensors that were made of numbers which the code keeps elsewhere, such as in a list or an array
+    given:set = field(default_factory=set)
     again:bool = False # Had it been called before, since the code counts its calls?
     counts:bool = False # Did the code set a number on a module?
     state:set = field(default_factory=set) # Names of buffers and parameters that the code assigned or wrote to
@@ -88,7 +92,8 @@ class Trace:
 
     def __repr__(self):
         kind = 'fake' if self.fake else 'real'
-        return f"Trace of {len(self.nodes)} operators ({len({n.op for n in self.nodes})} different, {kind} tensors), {len(self.names)} parameters and buffers"
+        return (f"Trace of {len(self.nodes)} operators ({len({n.op for n in self.nodes})} different, {kind} tensors), "
+            f"{len(self.names)} parameters and buffers")
 
 # %% ../../nbs/surgery/00_trace.ipynb #00000008
 def used_refs(trace:Trace)->set:

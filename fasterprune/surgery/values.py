@@ -19,7 +19,7 @@ def checked(
     v, # From JSON, or such a value itself
     where:str='', # What it is called in the message
 ):
-    "A value of this type, with tuples and dataclasses where JSON has lists and dicts; or a `ValueError` that says where it is not"
+    "Make a value of this type from what JSON gives; a `ValueError` says where it is none"
     if type(v) is kind and kind in (int,str,bool): return v # most of what there is
     if kind is None: kind = type(None)
     if typing.get_origin(kind) in (typing.Union, types.UnionType): return _either(typing.get_args(kind), v, where)
@@ -30,7 +30,8 @@ def checked(
     if kind is float and not math.isfinite(v): raise ValueError(f"{where} is a finite number, not {v}")
     return v
 
-_words = {int:'a whole number', float:'a number', str:'a text', bool:'true or false', type(None):'nothing', tuple:'a list'}
+_words = {int:'a whole number', float:'a number', str:'a text', bool:'true or false', type(None):'nothing',
+    tuple:'a list'}
 def _kind(k): return _words.get(typing.get_origin(k) or k, getattr(k, '__name__', str(k)))
 def _short(v, most=60): return repr(v) if len(repr(v))<=most else f"{repr(v)[:most]}..."
 
@@ -47,7 +48,9 @@ _plain = (int, float, str, bool, type(None))
 
 def _tuple(kinds, v, where): # A list: of one type, of a type for each place, or of any plain values
     if not isinstance(v, (list,tuple)): raise ValueError(f"{where} is a list, not {_short(v)}")
-    if not kinds: return tuple(_tuple((), i, f"{where}[{k}]") if isinstance(i, (list,tuple)) else checked(_type_of(i, f"{where}[{k}]"), i, f"{where}[{k}]") for k,i in enumerate(v))
+    if not kinds:
+        return tuple(_tuple((), i, f"{where}[{k}]") if isinstance(i, (list,tuple))
+            else checked(_type_of(i, f"{where}[{k}]"), i, f"{where}[{k}]") for k,i in enumerate(v))
     if len(kinds)==2 and kinds[1] is ...:
         if kinds[0] is int and set(map(type, v))<={int}: return tuple(v)
         return tuple(checked(kinds[0], i, f"{where}[{k}]") for k,i in enumerate(v))
@@ -67,7 +70,8 @@ def _dataclass(cls, v, where): # Exactly its fields
     else: raise ValueError(f"{where} is a {cls.__name__}, not {_short(v)}")
     names = [f.name for f in fields(cls)]
     at = f"{where}." if where else ''
-    if more := [k for k in values if k not in names]: raise ValueError(f"{where or cls.__name__} has no {_short(more[0])}")
+    if more := [k for k in values if k not in names]:
+        raise ValueError(f"{where or cls.__name__} has no {_short(more[0])}")
     if less := [k for k in names if k not in values]: raise ValueError(f"{where or cls.__name__} lacks {less[0]!r}")
     return cls(**{k:checked(_hints(cls)[k], values[k], f"{at}{k}") for k in names})
 
@@ -93,15 +97,24 @@ def from_text(
 ):
     "The value that was written; or a `ValueError` that says why not"
     what = f"this text is no {cls.__name__} that can be read"
-    if not isinstance(text, (str,bytes)): raise TypeError(f"a {cls.__name__} is read from the text that `to_json` gave, not from {type(text).__name__}; open the file and pass what is in it")
+    if not isinstance(text, (str,bytes)):
+        raise TypeError(f"a {cls.__name__} is read from the text that `to_json` gave, not from {type(text).__name__}; "
+            "open the file and pass what is in it")
     try: d = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{what}: it is no JSON ({_short(str(e))}); it may have been cut off") from None
-    if not isinstance(d, dict) or d.get('format')!=cls.__name__: raise ValueError(f"{what}: it does not say that it is one, in its 'format'; `to_json` of this version of fasterprune writes it")
-    if d.get('version')!=version or type(d['version']) is not int: raise ValueError(f"{what}: it is of version {_short(d.get('version'))} of the format, and this fasterprune reads version {version}; make it again, or use the fasterprune that wrote it")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{what}: it is no JSON ({_short(str(e))}); it may have been cut off") from None
+    if not isinstance(d, dict) or d.get('format')!=cls.__name__:
+        raise ValueError(f"{what}: it does not say that it is one, in its 'format'; "
+            "`to_json` of this version of fasterprune writes it")
+    if d.get('version')!=version or type(d['version']) is not int:
+        raise ValueError(f"{what}: it is of version {_short(d.get('version'))} of the format, "
+            f"and this fasterprune reads version {version}; make it again, or use the fasterprune that wrote it")
     d = {k:v for k,v in d.items() if k!='format' and k!='version'}
     told = d.pop('digest', None)
     try: value = checked(cls, d)
     except RecursionError: raise ValueError(f"{what}: it is nested too deeply") from None
     except ValueError as e: raise ValueError(f"{what}: {e}") from None
-    if told!=digest(d): raise ValueError(f"{what}: its digest is another one, so it has been changed since it was written, and its parts may not fit each other any more; make it again")
+    if told!=digest(d):
+        raise ValueError(f"{what}: its digest is another one, so it has been changed since it was written, "
+            "and its parts may not fit each other any more; make it again")
     return value

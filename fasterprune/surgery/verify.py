@@ -39,20 +39,24 @@ def outputs(
     missed = set()
     run = _precisely(plainly if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     run = _steadily(run) if steady else run
-    rec = Runner(run if around is None else around(run), training, c is None or not c.exact, watches=c is not None or around is not None)
+    rec = Runner(run if around is None else around(run), training, c is None or not c.exact,
+        watches=c is not None or around is not None)
     res = [t.detach().clone() for t in record_in(model, x, rec, dtype, instead)]
     if missed and c.trace.fake: raise RuntimeError('other operators ran than while the model was captured')
     return res
 
-_steady = {'bernoulli_':lambda x, *a: x.fill_(1), 'bernoulli':lambda x, *a: torch.ones_like(x), 'uniform_':lambda x, *a: x.fill_(.5), 'normal_':lambda x, *a: x.zero_(),
-    'native_dropout':lambda x, *a: (x.clone(), torch.ones_like(x, dtype=torch.bool)), 'rand_like':lambda x, *a: torch.full_like(x, .5), 'randn_like':lambda x, *a: torch.zeros_like(x)}
+_steady = {'bernoulli_':lambda x, *a: x.fill_(1), 'bernoulli':lambda x, *a: torch.ones_like(x),
+    'uniform_':lambda x, *a: x.fill_(.5), 'normal_':lambda x, *a: x.zero_(),
+    'native_dropout':lambda x, *a: (x.clone(), torch.ones_like(x, dtype=torch.bool)),
+    'rand_like':lambda x, *a: torch.full_like(x, .5), 'randn_like':lambda x, *a: torch.zeros_like(x)}
 
 def _steadily(run):
     "Run operators that draw random numbers with numbers that are always the same; refuse others"
     def go(key, func, args, kwargs):
         name = func.overloadpacket.__name__
         if name in _steady: return _steady[name](*args)
-        if torch.Tag.nondeterministic_seeded in func.tags: raise RuntimeError(f"{name} draws other numbers in a smaller network")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{name} draws other numbers in a smaller network")
         return run(key, func, args, kwargs)
     return go
 
@@ -62,11 +66,14 @@ def _unread(c, gone, missed, w):
     w = c.witnesses[0] if w.alike else w
     mine,changes = range(w.first_node, w.first_node+len(w.trace.nodes)),{}
     for r in l.reads:
-        if r.node in mine: changes.setdefault(nodes[r.node].key, []).append((_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
+        if r.node in mine:
+            changes.setdefault(nodes[r.node].key, []).append(
+                (_zeroed, r.axis, nodes[r.node].args.index(r.data), r.dim))
     for _,_,n,ref,dim,axis in l.mixed:
         if n in mine: changes.setdefault(nodes[n].key, []).append((_without, axis, nodes[n].args.index(ref), dim))
     changes = {k:[(f, l.keeps(a, gone), i, dim) for f,a,i,dim in v] for k,v in changes.items()}
-    wider = {nodes[d.node].key: (nodes[d.node].args.index(d.data), d.dim, d.was-d.axis.n) for d in c.exact if d.was>d.axis.n and d.node in mine}
+    wider = {nodes[d.node].key: (nodes[d.node].args.index(d.data), d.dim, d.was-d.axis.n)
+        for d in c.exact if d.was>d.axis.n and d.node in mine}
     missed.update(changes)
     def run(key, func, args, kwargs):
         out = None
@@ -79,7 +86,8 @@ def _unread(c, gone, missed, w):
         return func(*args, **kwargs) if out is None else out
     return run
 
-def _as_long(keep, n): return keep if len(keep)==n else np.resize(keep, n) # where a batch is merged into channels, there are more in a larger batch
+def _as_long(keep, n): # where a batch is merged into channels, there are more in a larger batch
+    return keep if len(keep)==n else np.resize(keep, n)
 
 def _zeroed(func, args, kwargs, keep, i, dim):
     "A reader sees zeros"
@@ -91,8 +99,10 @@ def _zeroed(func, args, kwargs, keep, i, dim):
 def _precisely(run, dtype):
     "Run operators so that none goes below `dtype`"
     if dtype is None: return run
-    def at_least(k): return dtype if isinstance(k, torch.dtype) and k.is_floating_point and k.itemsize<dtype.itemsize else k
-    return lambda key, func, args, kwargs: run(key, func, args, {**kwargs, 'dtype':at_least(kwargs['dtype'])} if 'dtype' in kwargs else kwargs)
+    def at_least(k):
+        return dtype if isinstance(k, torch.dtype) and k.is_floating_point and k.itemsize<dtype.itemsize else k
+    return lambda key, func, args, kwargs: run(key, func, args,
+        {**kwargs, 'dtype':at_least(kwargs['dtype'])} if 'dtype' in kwargs else kwargs)
 
 # %% ../../nbs/surgery/10_verify.ipynb #0000000a
 def _without(func, args, kwargs, keep, i, dim):
@@ -141,7 +151,8 @@ def check_adapters(
     "Refuse an adapter that does not compute what its module does"
     if not any(type(m) in ADAPTERS for m in model.modules()): return
     try: _compare_adapters(model, x, training, None)
-    except VerificationError: _compare_adapters(model, x, training, torch.float64) # the model's own precision may be too rough
+    except VerificationError: # the model's own precision may be too rough
+        _compare_adapters(model, x, training, torch.float64)
 
 def _compare_adapters(model, x, training, dtype):
     def check(m, args, kwargs, out):
@@ -149,8 +160,10 @@ def _compare_adapters(model, x, training, dtype):
         with _disable_current_modes(): want = tensors_in(own.forward(m, *args, **kwargs))
         got = tensors_in(out)
         e = relative_error(got, want)
-        if not e<=tolerance(min((t.dtype for t in got if t.is_floating_point()), key=lambda d: torch.finfo(d).bits, default=torch.float32)):
-            raise VerificationError(f"the adapter of {own.__name__} does not compute what {own.__name__}.forward does: its outputs differ by {e:.1e} (relative); nothing was changed")
+        if not e<=tolerance(min((t.dtype for t in got if t.is_floating_point()),
+                key=lambda d: torch.finfo(d).bits, default=torch.float32)):
+            raise VerificationError(f"the adapter of {own.__name__} does not compute what {own.__name__}.forward does: "
+                f"its outputs differ by {e:.1e} (relative); nothing was changed")
     def watch(copy):
         for m in copy.modules():
             if type(m).__mro__[1] in ADAPTERS: m.register_forward_hook(check, with_kwargs=True)
@@ -190,10 +203,13 @@ def scales(
     heaps = [m[a:b] for a,b in zip([0,*ends], ends)]
     kinds = torch.stack([h[-1] for h in heaps])
     usual = _usual(heaps, noise)
-    return lambda v: torch.maximum(v.abs(), kinds[torch.bucketize(v.abs(), torch.stack([h[0] for h in heaps]), right=True).sub(1).clamp(min=0)]).clamp(min=usual)
+    return lambda v: torch.maximum(v.abs(),
+        kinds[torch.bucketize(v.abs(), torch.stack([h[0] for h in heaps]), right=True).sub(1).clamp(min=0)]
+    ).clamp(min=usual)
 
 def _usual(heaps, noise): # The scale of what the model computes: not that of a mask, and not that of rounding near zero
-    if len(heaps)>1 and len(heaps[-1])==1 and heaps[-1][-1]>=1e4: heaps = heaps[:-1] # one huge number, however often: a mask
+    if len(heaps)>1 and len(heaps[-1])==1 and heaps[-1][-1]>=1e4:
+        heaps = heaps[:-1] # one huge number, however often: a mask
     many = [h for h in heaps if len(h)>1 and len(h)*10>=sum(map(len, heaps)) and h[-1]>noise*heaps[-1][-1]]
     return float((many or heaps[-1:])[0][-1])
 
@@ -211,7 +227,9 @@ def check_reference(
     real = [t for t in want if (t.is_floating_point() or t.is_complex()) and t.numel()]
     if real and len(real)==len([t for t in want if t.numel()]) and not any(t.isfinite().any() for t in real):
         what = 'NaN' if all(t.isnan().any() for t in real) else 'infinite'
-        raise PruningError(f"the model's own outputs are {what} everywhere, before anything was cut, so nothing can be verified; give an example input x of the kind that the model takes (its range and sign count), or prune with verify=False")
+        raise PruningError(f"the model's own outputs are {what} everywhere, before anything was cut, "
+            "so nothing can be verified; give an example input x of the kind that the model takes "
+            "(its range and sign count), or prune with verify=False")
     return want
 
 def failed(
@@ -223,8 +241,11 @@ def failed(
     "Why a law does not hold: the model is another one each time, or it was cut wrongly"
     e = relative_error(again(), got)
     if e<=limit: return VerificationError(text)
-    return VerificationError(f"two runs of this model on the same input differ by {e:.1e} (relative), so nothing can be verified, and everything was put back. PyTorch, numpy.random and random drew the same numbers in both: "
-        "it has a random generator of its own, asks for the time, or keeps a state between calls. Switch that off, or prune with verify=False")
+    return VerificationError(f"two runs of this model on the same input differ by {e:.1e} (relative), "
+        "so nothing can be verified, and everything was put back. "
+        "PyTorch, numpy.random and random drew the same numbers in both: "
+        "it has a random generator of its own, asks for the time, or keeps a state between calls. "
+        "Switch that off, or prune with verify=False")
 
 # %% ../../nbs/surgery/10_verify.ipynb #00000016
 class Decisions:

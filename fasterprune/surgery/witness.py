@@ -35,36 +35,47 @@ class Witness:
     "A call of the model, and what ran"
     x:object # What it was called with
     trace:Trace
-    alike:bool=True # Did it run the same operators on the same tensors as the example, of other sizes where nothing can be cut?
+    # Did it run the same operators on the same tensors as the example, of other sizes where nothing can be cut?
+    alike:bool=True
     first_node:int=0 # Where its operators begin in the trace of all runs that are walked through
 
     @property
-    def shapes(self)->tuple: "Of the tensors that it was called with"; return tuple(self.trace.shapes[r.id] for r in self.trace.inputs)
+    def shapes(self)->tuple:
+        "Of the tensors that it was called with"
+        return tuple(self.trace.shapes[r.id] for r in self.trace.inputs)
+
     @property
-    def shapes_text(self)->str: "In words: 2×3×32×32"; return ' and '.join('×'.join(map(str, s)) for s in self.shapes)
+    def shapes_text(self)->str:
+        "In words: 2×3×32×32"
+        return ' and '.join('×'.join(map(str, s)) for s in self.shapes)
 
 # %% ../../nbs/surgery/03_witness.ipynb #00000006
-SIZED = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 'repeat'} # what their numbers mean is seen in the shapes
-_placed = {'slice', 'split', 'split_with_sizes', 'unsafe_split', 'select', 'unbind', 'roll'} # numbers that are positions of one dimension
-_spatial = ('upsample', '_upsample', 'adaptive', '_adaptive', 'max_pool', 'avg_pool') # of dimensions in which nothing can be cut
+# what their numbers mean is seen in the shapes
+SIZED = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 'repeat'}
+# numbers that are positions of one dimension
+_placed = {'slice', 'split', 'split_with_sizes', 'unsafe_split', 'select', 'unbind', 'roll'}
+# of dimensions in which nothing can be cut
+_spatial = ('upsample', '_upsample', 'adaptive', '_adaptive', 'max_pool', 'avg_pool')
 
 def runs_alike(
     a:Trace, # The example's
     b:Trace, # Another run's
     d, # The labels of the example, after all its operators
 )->bool:
-    "Tell whether the same labels would come out: the same operators on the same tensors, and other sizes only where no label is"
+    "Tell whether the same labels come out: the same operators on the same tensors, other sizes only without labels"
     if len(a.nodes)!=len(b.nodes) or not (a.fake and b.fake): return False
     env,can_go = d.env,{}
     def labelled(i, k):
         x = env[i][k]
         if x.open: return False
-        if id(x.rows) not in can_go: can_go[id(x.rows)] = bool(((r := d.expand(x.rows))>0).any() and not d.pinned[r[r>0]].all())
+        if id(x.rows) not in can_go:
+            can_go[id(x.rows)] = bool(((r := d.expand(x.rows))>0).any() and not d.pinned[r[r>0]].all())
         return can_go[id(x.rows)]
     ours = lambda r: r.id-b.base if r.id>=b.base else r.id
     def same_shape(r, q):
         s,t = a.shapes[r.id],b.shapes[q.id]
-        return len(s)==len(t) and all(m==n or not labelled(r.id, k) or n*1.==m*round(n/m, 9) and _merged(env[r.id][k]) for k,(m,n) in enumerate(zip(s, t)))
+        return len(s)==len(t) and all(m==n or not labelled(r.id, k) or n*1.==m*round(n/m, 9) and _merged(env[r.id][k])
+            for k,(m,n) in enumerate(zip(s, t)))
     for n,o in zip(a.nodes, b.nodes):
         if n.func is not o.func or n.module!=o.module or len(n.outs)!=len(o.outs): return False
         if not _same_args(n, o, ours, lambda r, k: labelled(r.id, k)): return False
@@ -76,22 +87,27 @@ def _merged(axis): # Does each label stand at several positions, as where a batc
     return len(np.unique(axis.rows, axis=0))<axis.n
 
 def _same_args(n:Node, o:Node, ours, labelled)->bool:
-    free = n.op in SIZED or n.op.startswith(_spatial) or rule_for(n) in (pointwise, filled) or n.op in ('arange', 'full', 'lift_fresh', 'linspace', 'eye')
+    free = (n.op in SIZED or n.op.startswith(_spatial) or rule_for(n) in (pointwise, filled)
+        or n.op in ('arange', 'full', 'lift_fresh', 'linspace', 'eye'))
     if n.op in _placed and n.args[1:]!=o.args[1:]:
         names = signature(n.func)[0]
-        dim = n.args[names.index('dim')] if 'dim' in names and len(n.args)>names.index('dim') else n.kwargs.get('dim', 0)
+        dim = (n.args[names.index('dim')] if 'dim' in names and len(n.args)>names.index('dim')
+            else n.kwargs.get('dim', 0))
         return _same(n.args[0], o.args[0], ours, False) and type(dim) is int and not labelled(n.args[0], dim)
     return _same(n.args, o.args, ours, free) and _same(n.kwargs, o.kwargs, ours, free)
 
 def _same(v, w, ours, free)->bool:
     if isinstance(v, Ref): return isinstance(w, Ref) and v.id==ours(w)
-    if isinstance(v, (list, tuple)): return isinstance(w, (list, tuple)) and len(v)==len(w) and all(_same(i, j, ours, free) for i,j in zip(v, w))
-    if isinstance(v, dict): return isinstance(w, dict) and v.keys()==w.keys() and all(_same(v[k], w[k], ours, free) for k in v)
+    if isinstance(v, (list, tuple)):
+        return isinstance(w, (list, tuple)) and len(v)==len(w) and all(_same(i, j, ours, free) for i,j in zip(v, w))
+    if isinstance(v, dict):
+        return isinstance(w, dict) and v.keys()==w.keys() and all(_same(v[k], w[k], ours, free) for k in v)
     if free and isinstance(v, Real) and isinstance(w, Real): return True
     return _plainly_equal(v, w)
 
 def _plainly_equal(v, w): # Of numbers and names; other objects, such as groups of processes, only if they are the same
-    return v is w or type(v) is type(w) and isinstance(v, (Real, str, torch.dtype, torch.device, torch.memory_format, torch.layout)) and v==w
+    return (v is w or type(v) is type(w)
+        and isinstance(v, (Real, str, torch.dtype, torch.device, torch.memory_format, torch.layout)) and v==w)
 
 def _regrouped_alike(a, b, n, o, labelled):
     "Do the dimensions with labels fall into the same runs, which differ in how often they are repeated at most?"
@@ -101,12 +117,14 @@ def _regrouped_alike(a, b, n, o, labelled):
         res = []
         for g,h in regroup(s, t):
             g,h = [i for i in g if s[i]>1],[j for j in h if t[j]>1]
-            if any(labelled(r.id, i) for i in g) or any(labelled(out.id, j) for j in h): res.append((g, h, [s[i] for i in g], [t[j] for j in h]))
+            if any(labelled(r.id, i) for i in g) or any(labelled(out.id, j) for j in h):
+                res.append((g, h, [s[i] for i in g], [t[j] for j in h]))
         return res
     one,two = runs(a.shapes[r.id], a.shapes[out.id]),runs(b.shapes[q.id], b.shapes[made.id])
     return len(one)==len(two) and all(g==k and h==l and _repeated(s, u, t, v) for (g,h,s,t),(k,l,u,v) in zip(one, two))
 
-def _repeated(s, u, t, v): # Sizes of a run before (s, u) and after (t, v), in two traces: only the outermost differ, and both by the same factor
+# Sizes of a run before (s, u) and after (t, v), in two traces: only the outermost differ, and both by the same factor
+def _repeated(s, u, t, v):
     if not (s and t): return s==u and t==v # of a tensor without elements
     return s[1:]==u[1:] and t[1:]==v[1:] and s[0]*v[0]==u[0]*t[0]
 
@@ -116,7 +134,8 @@ def joined(
 )->tuple: # A trace of all their operators, and the witnesses as they stand in it
     "Put runs one after another into one trace; they share parameters and buffers"
     first = witnesses[0].trace
-    whole = Trace(list(first.nodes), dict(first.shapes), dict(first.storage), first.names, list(first.inputs), list(first.outputs), first.calls, first.asked, 0, first.fake, first.training)
+    whole = Trace(list(first.nodes), dict(first.shapes), dict(first.storage), first.names, list(first.inputs),
+        list(first.outputs), first.calls, first.asked, 0, first.fake, first.training)
     res = [replace(witnesses[0], alike=True)]
     for w in witnesses[1:]:
         if w.alike: res.append(w); continue
@@ -158,10 +177,12 @@ def _sizes_of(call): # (size, what it may be, another one)
     for t in ts:
         if t.is_floating_point() and t.dim()>=4:
             for n in t.shape[2:]: res[('space', n)] = (('space', n), 'space', _other_size(n))
-        elif t.dim()>=2 and t.shape[0]==b and not (t.dim()==2 and t.is_floating_point()): res[('length', t.shape[1])] = (('length', t.shape[1]), 'length', t.shape[1]+3)
+        elif t.dim()>=2 and t.shape[0]==b and not (t.dim()==2 and t.is_floating_point()):
+            res[('length', t.shape[1])] = (('length', t.shape[1]), 'length', t.shape[1]+3)
     return list(res.values())
 
-def _half(n): return max(64, 3*n//7//32*32) if n>=96 else _other_size(n) # Of an image: less than half as large, which costs less to run, and a multiple of 32
+def _half(n): # Of an image: less than half as large, which costs less to run, and a multiple of 32
+    return max(64, 3*n//7//32*32) if n>=96 else _other_size(n)
 
 def _other_size(n): # Of an image: a little smaller if that is a multiple of 32, as many networks want it; else larger
     if n>=96 and n%32==0: return n-32
@@ -203,7 +224,8 @@ def varying(
     for t in others:
         for n in t.nodes:
             o = by_key.get(n.key)
-            if o is not None and n.op not in SIZED and (n.value!=o.value or not _same_numbers(n, o)): res[n.key] = n.op in _placed or n.op.startswith(_spatial)
+            if o is not None and n.op not in SIZED and (n.value!=o.value or not _same_numbers(n, o)):
+                res[n.key] = n.op in _placed or n.op.startswith(_spatial)
     return res
 
 def resized(
@@ -215,7 +237,8 @@ def resized(
     by_key,res = {n.key:shape(first, n) for n in first.nodes},{}
     for t in others:
         for n in t.nodes:
-            if (was := by_key.get(n.key))!=(now := shape(t, n)): res.setdefault(n.key, set()).update(_other_sizes(was, now))
+            if (was := by_key.get(n.key))!=(now := shape(t, n)):
+                res.setdefault(n.key, set()).update(_other_sizes(was, now))
     return res
 
 def _other_sizes(was, now): # (which, dimension) of the shapes that differ
@@ -224,7 +247,8 @@ def _other_sizes(was, now): # (which, dimension) of the shapes that differ
 
 def _same_numbers(n, o):
     if n.op in FRESH: return n.args[1:]==o.args[1:] or 'full' not in n.op
-    return all(_equal(v, w) for v,w in zip(n.args, o.args)) and all(_equal(v, o.kwargs.get(k)) for k,v in n.kwargs.items())
+    return (all(_equal(v, w) for v,w in zip(n.args, o.args))
+        and all(_equal(v, o.kwargs.get(k)) for k,v in n.kwargs.items()))
 
 def _equal(v, w): # Numbers only: tensors are looked at where they are made
     if isinstance(v, Ref) or isinstance(w, Ref): return True
@@ -232,12 +256,13 @@ def _equal(v, w): # Numbers only: tensors are looked at where they are made
     if isinstance(v, (list, tuple)) and isinstance(w, (list, tuple)): return len(v)==len(w) and all(map(_equal, v, w))
     return _plainly_equal(v, w)
 
-FRESH = ('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'zeros_like', 'ones_like', 'full_like', 'empty_like') # ask a tensor for no value
+FRESH = ('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_full', 'new_empty',
+    'zeros_like', 'ones_like', 'full_like', 'empty_like') # ask a tensor for no value
 
 def inputs_of(
     trace:Trace,
 )->set: # Ids
-    "Find what a model is given: its arguments, what it keeps between calls, and tensors that are neither its parameters nor made by it"
+    "Find what a model is given: arguments, what it keeps between calls, and tensors that it neither has nor makes"
     known = {r.id for n in trace.nodes for r in n.outs}
     res = {r.id for r in trace.inputs} | trace.given | {i for i,n in trace.names.items() if n in trace.state}
     for n in trace.nodes:
@@ -256,7 +281,9 @@ def capture_witnesses(
     base = lambda: (1<<24)*(1+len(res))
     for y in examples:
         with of_example(model, y): res.append((y, capture(model, y, training=trace.training, base=base())))
-    if not trace.fake: return Others(tuple(res), ('which path the code takes depends on values; only the path of this example is known, and no other sizes were tried',))
+    if not trace.fake:
+        return Others(tuple(res), ('which path the code takes depends on values; '
+            'only the path of this example is known, and no other sizes were tried',))
     for y in variants(x):
         rec = Recorder(training=trace.training, base=base(), again=trace.counts)
         try: t = fake_trace(model, y, rec=rec)
@@ -268,7 +295,8 @@ def capture_witnesses(
     if not asks_for_training(model): return Others(tuple(res), trains=True)
     runs = (trace, *(t for _,t in res))
     if (t := _in_training(model, last, base())) is None: return Others(tuple(res))
-    trains = {k.place for k in runs[-1].calls}<={k.place for k in t.calls} and {n.module for n in runs[-1].nodes}<={n.module for n in t.nodes}
+    trains = ({k.place for k in runs[-1].calls}<={k.place for k in t.calls}
+        and {n.module for n in runs[-1].nodes}<={n.module for n in t.nodes})
     return Others((*res, (last, t)) if _says_more(t, runs) else tuple(res), trains=trains)
 
 def asks_for_training(
@@ -277,7 +305,8 @@ def asks_for_training(
     "Tell whether code that is not PyTorch's asks for training mode"
     kinds = {type(m) for _,m in modules_of(model)}
     own = {k for k in kinds if not k.__module__.startswith('torch.')}
-    codes = [v.__code__ for k in own for b in k.__mro__ if not b.__module__.startswith('torch.') for v in vars(b).values() if hasattr(v, '__code__')]
+    codes = [v.__code__ for k in own for b in k.__mro__ if not b.__module__.startswith('torch.')
+        for v in vars(b).values() if hasattr(v, '__code__')]
     return any('training' in code.co_names for code in codes)
 
 def _in_training(model, x, base):
@@ -287,12 +316,18 @@ def _in_training(model, x, base):
 def _says_more(t, runs): # Does code say sizes and numbers in this run which it does not say in those?
     seen,ops = {k.place for r in runs for k in r.calls},{n.op for r in runs for n in r.nodes}
     def wide(n): return any(k>1 for r in n.outs for k in t.shapes[r.id][1:])
-    unknown = any(rule_for(n) is None and wide(n) for n in t.nodes if n.op not in ops) # such as what draws the masks of a dropout: channels would stay for nothing
-    return not unknown and any(k.place not in seen and wide(k) and _says_numbers((*k.args, *k.kwargs.values())) for k in t.calls)
+    # such as what draws the masks of a dropout: channels would stay for nothing
+    unknown = any(rule_for(n) is None and wide(n) for n in t.nodes if n.op not in ops)
+    return not unknown and any(k.place not in seen and wide(k) and _says_numbers((*k.args, *k.kwargs.values()))
+        for k in t.calls)
 
-def _says_numbers(vs): return any(_says_numbers(v) if isinstance(v, (list, tuple)) else isinstance(v, Real) and not isinstance(v, bool) for v in vs)
+def _says_numbers(vs):
+    return any(_says_numbers(v) if isinstance(v, (list, tuple)) else isinstance(v, Real) and not isinstance(v, bool)
+        for v in vs)
 
-def _sensible(a:Trace, b:Trace)->bool: # Does each sample still give one? Code may run on, with parts of images for images
+def _sensible(
+    a:Trace, b:Trace,
+)->bool: # Does each sample still give one? Code may run on, with parts of images for images
     first = lambda t, refs: [t.shapes[r.id][:1] for r in refs]
     batch,other = first(a, a.inputs)[:1],first(b, b.inputs)[:1]
     return not batch or all(n!=batch[0] or m==other[0] for n,m in zip(first(a, a.outputs), first(b, b.outputs)))
