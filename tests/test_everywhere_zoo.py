@@ -15,8 +15,6 @@ for package in ('timm', 'torchvision', 'transformers'): pytest.importorskip(pack
 import everywhere
 from unread import unread
 
-pytestmark = pytest.mark.slow # not all of these hold yet; run with: pytest -m slow tests/test_everywhere_zoo.py
-
 FAST = 'timm:test_vit', 'timm:test_resnet', 'transformers:bert', 'transformers:llama'
 
 def quiet(spec, **kw):
