@@ -21,7 +21,7 @@ from torch import nn, Tensor
 from torch.nn.utils.parametrize import is_parametrized
 from ..core import PruningWarning, module_of
 from .adapters import ADAPTERS
-from .guard import state_of
+from .guard import put_back_, state_of
 from .branch import Removed
 from .optimizer import OptimizerSnapshot, adopted, carried, carried_flat, check_optimizer, drop_, sliced
 from .plan import Plan, check_values, taker, total
@@ -252,7 +252,7 @@ def apply_(
         begin = partial(begun.append, True)
         carry_out_([lambda: [begin], *steps_of(model, plan, optimizer)])
     except BaseException:
-        for u in () if begun else reversed(undo): u.restore_()
+        if not begun: put_back_(undo)
         raise
     return whole
 

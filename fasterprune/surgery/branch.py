@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves
 from ..core import modules_of
-from .guard import state_of
+from .guard import put_back_, state_of
 from .trace import Ref, Trace
 from .capture import fake_trace
 from .coupling import Coupling
@@ -316,7 +316,7 @@ def _tried(c, x, branches): # Does the model run without them? If not, why
     except Exception as e: # whatever the user's code raises is an answer
         return ('its code asks the branch for something '
                 f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
-    finally: out.restore_()
+    finally: put_back_([out])
     if [t.shapes[r.id] for r in t.outputs]!=[c.trace.shapes[r.id] for r in c.trace.outputs]:
         return 'without it the outputs would have other shapes'
 

@@ -17,7 +17,7 @@ from .adapters import ADAPTERS
 
 # %% auto #0
 __all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'as_plain', 'TorchState',
-           'preserved', 'collector_paused', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
+           'preserved', 'put_back_', 'collector_paused', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
 
 # %% ../../nbs/surgery/00_guard.ipynb #0000000b
 def state_of(model:nn.Module)->dict[str,Tensor]:
@@ -242,6 +242,15 @@ def preserved():
             with torch.inference_mode(False), _no_autocast(): yield
         finally: was.restore_()
     finally: was.restore_() # an interrupt may have stopped the first
+
+def put_back_(
+    undo:list, # Things with a `restore_` that can be called more than once, in the order in which they were made
+):
+    "Restore the last first; and all once more, for an interrupt may have stopped the first time"
+    try:
+        for u in reversed(undo): u.restore_()
+    finally:
+        for u in reversed(undo): u.restore_()
 
 @contextlib.contextmanager
 def collector_paused():

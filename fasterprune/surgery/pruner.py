@@ -25,7 +25,7 @@ from .chosen import chosen
 from .compensate import softened
 from .cost import n_params, trace_macs
 from .groups import Group, Member
-from .guard import collector_paused
+from .guard import collector_paused, put_back_
 from .coupling import Coupling, couple
 from .kernel_shape import shrink_kernels
 from .liveness import held, observe
@@ -162,7 +162,7 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
         out.take_out_()
         if branches: self.couple(loose=True)
         plan = self._dead(None if branches else facts)[0]
-    finally: out.restore_()
+    finally: put_back_([out])
     return with_branches(replace(plan, held=plan.held+left), branches)
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000d
@@ -222,7 +222,7 @@ def prune(self:Pruner,
             return self._carry_out(replace(plan, held=plan.held+left), gone, small,
                 'masks' if how is None else 'readers', extras, before, first)
         except BaseException:
-            if first is not None: first.restore_()
+            if first is not None: put_back_([first])
             raise
 
 # %% ../../nbs/surgery/20_pruner.ipynb #0000000e
@@ -247,13 +247,13 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
         done = op.run_()
         small = capture(self.model, self.x) if t.training or plan.kernels or first else small
         after = n_params(self.model),trace_macs(small),layer_sizes(self.model, small)
-    except BaseException:
-        op.restore_()
+        return Report(with_branches(op.done, first.plan.branches) if first else op.done,
+            (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]),
+            uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured,
+            stale=stale, notes=self.coupling.notes, **done)
+    except BaseException: # until there is a report nothing is final
+        put_back_([op])
         raise
-    return Report(with_branches(op.done, first.plan.branches) if first else op.done,
-        (before[0],after[0]), (before[1],after[1]), inputs=inputs, layers=sizes_before_after(before[2], after[2]),
-        uncounted=uncounted(whole), adapters=in_adapters(self.model, plan), measured=self.measured,
-        stale=stale, notes=self.coupling.notes, **done)
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
