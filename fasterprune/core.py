@@ -170,6 +170,7 @@ def modules_of(model:nn.Module)->list:
         if m is None or id(m) in seen: continue
         seen.add(id(m))
         res.append((name, m))
+        if not m._modules: continue
         path = f"{name}." if name else ''
         todo += [(path+k, c) for k,c in reversed(m._modules.items())]
     return res

@@ -258,13 +258,13 @@ class Frame(str):
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000b
 def watch_modules_(
-    model:nn.Module, # A copy, which keeps the hooks
+    modules:list, # (path, module) of a copy, which keeps the hooks
     stack:list, # Filled with the paths of the running modules, outermost first
 ):
     "Keep `stack` at the paths of the modules that are running"
     def enter(path): return lambda m, i: stack.append(Frame(path))
     def leave(m, i, o): stack.pop() # returns None: a hook's result would replace the output
-    for n,m in modules_of(model):
+    for n,m in modules:
         m.register_forward_pre_hook(enter(n), prepend=True)
         m.register_forward_hook(leave, always_call=True)
 
@@ -303,12 +303,13 @@ def prepare_(
 ):
     "Set modes, let adapted modules run through their adapters, and watch"
     rec.stack.clear()
-    rec.paths.update((id(m), n) for n,m in modules_of(copy))
+    modules,training = modules_of(copy),set(rec.training)
+    rec.paths.update((id(m), n) for n,m in modules)
     if rec.direct is not None: rec.direct.paths = rec.paths
-    for n,m in modules_of(copy):
-        m.__dict__['training'] = n in rec.training
+    for n,m in modules:
+        m.__dict__['training'] = n in training
         if (adapted := adapted_class(type(m))) is not None: m.__class__ = adapted
-    if rec.watches: watch_modules_(copy, rec.stack)
+    if rec.watches: watch_modules_(modules, rec.stack)
 
 # %% ../../nbs/surgery/01_capture.ipynb #0000000f
 def probe(
