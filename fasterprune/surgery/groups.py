@@ -102,8 +102,9 @@ def _joined(d, comp): # What code cuts into equal parts is chosen together
     return _up(up, comp) if d.halves else comp
 
 def _alike(rows): # As `np.unique(rows, axis=0)` finds them, and faster: the first of each kind, and the kind of each
-    key = np.zeros(len(rows), np.int64)
+    key,first = np.zeros(len(rows), np.int64),np.zeros(min(1, len(rows)), np.int64)
     for c in rows.T:
+        if (c==c[:1]).all(): continue # it tells nothing apart
         c = np.unique(c, return_inverse=True)[1].reshape(-1)
         _,first,key = np.unique(key*(c.max(initial=0)+1)+c, return_index=True, return_inverse=True)
         key = key.reshape(-1)

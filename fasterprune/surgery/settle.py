@@ -8,6 +8,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/settle.html.md"""
 __all__ = ['Refused', 'directed', 'Tries', 'attributes_for', 'taught', 'settle']
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000002
+import ast
 from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import nn
@@ -83,14 +84,23 @@ def attributes_for(
     tried = {m:a for m,a in tried.items() if a}
     ran = [*map(what_ran, traces)]
     better = _improved(tries, attrs, tried, before, ran) if tried else {}
+    said = _attributes_said(places)
     for i in range(max([len(a) for a in better.values()], default=0)): # each has to be needed
         without = {m:{k:v for j,(k,v) in enumerate(a.items()) if j!=i}
-            for m,a in better.items() if len(a)>1 and i<len(a)}
+            for m,a in better.items() if len(a)>1 and i<len(a) and list(a)[i] not in said.get(m, ())}
         if not without: continue
         idle = _idle(tries, attrs, better, without, ran[:1], True)
         for m in idle and _idle(tries, attrs, better, {m:without[m] for m in idle}, ran):
             better[m] = {**without[m], list(better[m])[i]:None}
     return _both(attrs, {m:{k:v for k,v in a.items() if v is not None} for m,a in better.items()})
+
+def _attributes_said(places): # Module → names of attributes that stand in its code where it says a size that is wrong
+    res = {}
+    for p in places:
+        if not (p.deviates and p.site): continue
+        nodes = ast.walk(p.site.links[0].node)
+        res.setdefault(p.site.module, set()).update(n.attr for n in nodes if isinstance(n, ast.Attribute))
+    return res
 
 # Modules which say no more that is wrong with fewer attributes
 def _idle(tries, attrs, better, without, ran, example=False):
