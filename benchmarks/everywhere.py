@@ -117,8 +117,8 @@ WAYS = dict(fullgraph=fullgraph, compile=compiled, fx=fx, script=script, export=
 
 def tried(way, small, dense, seconds:float, *xs):
     "Error of a way, 'dense' where the dense model cannot go it either, or what is wrong"
-    def go(m):
-        with limit(seconds): return way(m, *xs)
+    def go(m): # a copy: what fx traces may leave its proxies in the caches of a model
+        with limit(seconds): return way(deepcopy(m), *xs)
     try:
         if (e := go(small))<=TOLERANCE: return e
         wrong = f"outputs differ by {e:.1e}"
