@@ -548,3 +548,32 @@ def test_trained_and_pruned_again():
         opt.step()
         opt.zero_grad()
         near(quietly(f, x), quietly(m, x))
+
+# ---- functions that fx was told not to trace
+
+def in_eight(x):
+    "Says a size, and asks for another one as fx could not trace it"
+    return x.reshape(x.shape[0], 8, -1) if x.shape[0]<10**6 else x
+torch.fx.wrap('in_eight')
+
+class CallsLeaf(nn.Module):
+    "Calls it twice, once in a loop"
+    def __init__(self): super().__init__(); self.a,self.b,self.o = nn.Linear(6, 8),nn.Linear(8, 8),nn.Linear(8, 3)
+    def forward(self, x):
+        for l in (self.a, self.b): x = in_eight(l(x)).relu().flatten(1)
+        return self.o(x)
+
+def test_fx_stops_at_what_stands_in_for_a_leaf():
+    "A function that `torch.fx.wrap` names is a node of the graph, in the pruned network as in the dense one, each time"
+    m,x,y = CallsLeaf().eval(),torch.randn(2, 6),torch.randn(5, 6)
+    def leaves(g): return [n for n in g.graph.nodes if getattr(n.target, '__name__', '')=='in_eight']
+    assert len(leaves(torch.fx.symbolic_trace(m)))==2
+    for _ in range(2):
+        before = copy.deepcopy(m)
+        r = Pruner(m, x).prune(.5)
+        assert r.removed and r.plan.recoded
+        g = torch.fx.symbolic_trace(m)
+        assert len(leaves(g))==2
+        for v in (x, y):
+            near(quietly(g, v), quietly(m, v))
+            near(quietly(m, v), quietly(silenced(before, r.plan), v))

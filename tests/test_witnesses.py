@@ -945,3 +945,33 @@ def test_a_witness_that_the_model_refuses_is_no_failure():
             return self.o(self.a(x).relu())
     m,r,_ = holds(One, torch.randn(1, 6), [torch.randn(1, 6)], sparsity=.5)
     assert '1×6' in verified(r) and 'training' not in verified(r)
+
+# ---- what only larger images do
+
+class Beyond(nn.Module):
+    "Says a width where there are more than three rows; the example and smaller images have no more"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.n = nn.Conv2d(3, 8, 32, stride=32),nn.Conv2d(8, 4, 1),8
+    def forward(self, x):
+        y = self.a(x)
+        if y.shape[2]>3: y = y.flatten(2).transpose(1, 2).reshape(len(x), *y.shape[2:], self.n).permute(0, 3, 1, 2)
+        return self.b(y)
+class BeyondLiteral(Beyond):
+    def forward(self, x):
+        y = self.a(x)
+        if y.shape[3]>3: y = y.reshape(len(x), 8, -1).relu().unflatten(2, y.shape[2:])
+        return self.b(y)
+class BeyondScale(Beyond):
+    "Divides by a width there"
+    def forward(self, x):
+        y = self.a(x)
+        if y.shape[2]>3: y = y.flatten(2).transpose(1, 2).reshape(-1, self.n).sum(1).view(len(x), 1, *y.shape[2:])/8+y
+        return self.b(y)
+
+@pytest.mark.parametrize('net', [Beyond, BeyondLiteral, BeyondScale])
+def test_ways_that_only_larger_images_go(net):
+    "A third witness goes them: the pruned network runs there as well, and is right; or nothing is cut"
+    m,r,_ = holds(net, torch.randn(1,3,96,96), [torch.randn(2,3,160,160), torch.randn(1,3,128,160)], sparsity=.5)
+    if net is not BeyondScale: assert r.removed==4
+    assert any(w.shapes==((1,3,128,128),) for w in r.witnesses) or not r.removed

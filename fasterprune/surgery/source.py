@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 import executing
 from torch import nn, Tensor
+from torch.fx import _symbolic_trace
 from .adapters import ADAPTERS, adapted_class
 from .guard import made_in_python
 from .norms import EXACT
@@ -401,15 +402,32 @@ def rewritten(
     source = source_of(f.__code__)
     if source.digest!=e.digest:
         raise NoSource(f"the source of {f.__qualname__} is not that which the plan was made for")
-    edits,helpers = [],{}
+    edits,helpers,leaves = [],{},[]
     for c in e.changes:
         name = _helper_name(c, f.__code__, helpers)
         edits += _edits(source, c, name)
-        if name:
-            helpers[name] = EXACT[c.values[0]] if c.kind=='exact' else rewritten(function_of(f, source, c), c.inner)
+        if name and c.kind=='exact': helpers[name] = EXACT[c.values[0]]
+        elif name:
+            called = function_of(f, source, c)
+            helpers[name] = rewritten(called, c.inner)
+            if (id(called.__globals__), called.__name__) in _fx_leaves: leaves.append(name)
     if any(c.values[:1]==('partial',) for c in e.changes): helpers[_PARTIAL] = functools.partial
-    lines = _replaced(source.lines, edits)
-    return _compiled(f, lines, helpers)
+    new = _compiled(f, _replaced(source.lines, edits), helpers)
+    if leaves: _leave_to_fx(new, leaves)
+    return new
+
+# Functions that `torch.fx.wrap` was told not to trace
+_fx_leaves = getattr(_symbolic_trace, '_wrapped_fns_to_patch', {})
+
+class _Cells(dict):
+    "What a function has in its closure, by name, to be patched as the globals of a module are"
+    def __init__(self, f): super().__init__(zip(f.__code__.co_freevars, f.__closure__))
+    def __getitem__(self, name): return super().__getitem__(name).cell_contents
+    def __setitem__(self, name, v): super().__getitem__(name).cell_contents = v
+
+def _leave_to_fx(f, names): # What stands in for a function that fx does not trace is not traced either
+    cells = _Cells(f)
+    _fx_leaves.update({(id(cells), n):cells for n in names})
 
 def _helper_name(c, code, taken):
     if c.kind not in ('call', 'exact'): return None

@@ -291,13 +291,24 @@ def capture_witnesses(
         if not _sensible(trace, t): continue
         res.append((y, t))
         break
-    last = res[-1][0] if res else x
+    last,run = res[-1] if res else (x,trace)
+    res[-1:-1] = _larger(model, x, (trace, *(t for _,t in res)), base()) # the last one is cheap to run
     if not asks_for_training(model): return Others(tuple(res), trains=True)
-    runs = (trace, *(t for _,t in res))
     if (t := _in_training(model, last, base())) is None: return Others(tuple(res))
-    trains = ({k.place for k in runs[-1].calls}<={k.place for k in t.calls}
-        and {n.module for n in runs[-1].nodes}<={n.module for n in t.nodes})
-    return Others((*res, (last, t)) if _says_more(t, runs) else tuple(res), trains=trains)
+    trains = ({k.place for k in run.calls}<={k.place for k in t.calls}
+        and {n.module for n in run.nodes}<={n.module for n in t.nodes})
+    more = _says_more(t, (trace, *(t for _,t in res)))
+    return Others((*res, (last, t)) if more else tuple(res), trains=trains)
+
+def _larger(model, x, runs, base): # A run with a larger image, where code that asks for sizes goes a way that it did not go
+    new = {k:k[1]+32 for k,kind,_ in _sizes_of(as_call(x)) if kind=='space' and k[1]>=96}
+    if not new or not runs[0].asked: return []
+    y = _changed(x, new, False)
+    rec = Recorder(training=runs[0].training, base=base, again=runs[0].counts)
+    try: t = fake_trace(model, y, rec=rec)
+    except Exception: return [] # the model does not take it
+    seen = {(k.module, k.place) for r in runs for k in r.calls}
+    return [(y, t)] if _sensible(runs[0], t) and any((k.module, k.place) not in seen for k in t.calls) else []
 
 def asks_for_training(
     model:nn.Module,
