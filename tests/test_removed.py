@@ -33,7 +33,7 @@ zeros_after_the_best = gone((KeepZeros, 'after_fit'))
 dense_epochs_do_not_count = gone((sparsify, 'forget_best'))
 choices = gone((SparsifyCallback, 'before_train'))
 taken_down = gone((TrainingCallback, 'take_down'))
-folded = gone((apply, 'fold_'))
+def folded(p): p.setattr(apply, 'fold_steps', lambda *a: [])
 zeros_after_an_error = gone((SparsifyCallback, 'interrupted'))
 known_step = gone((KeepZeros, 'before_step')) # whether a step has its zeros
 nothing_on_the_model = followed(KeepZeros, '_pair', lambda self: self.model.register_buffer('kept', torch.zeros(3)))

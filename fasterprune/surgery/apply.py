@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/apply.html.md"""
 
 # %% auto #0
 __all__ = ['size_attributes', 'planned_shapes', 'new_attributes', 'recode_', 'cut_copy_', 'replace_', 'bare', 'Step',
-           'carry_out_', 'fold_', 'edits_of', 'outputs_kept', 'apply_', 'steps_of', 'remove_', 'check_plan',
-           'other_weights', 'Snapshot']
+           'carry_out_', 'fold_', 'fold_steps', 'edits_of', 'outputs_kept', 'apply_', 'steps_of', 'remove_',
+           'check_plan', 'other_weights', 'Snapshot']
 
 # %% ../../nbs/surgery/09_apply.ipynb #00000002
 import warnings
@@ -192,9 +192,14 @@ def fold_(
     optimizer=None, # Is told of a new bias
 ):
     "Move the plan's constants into biases and running means"
-    carry_out_(_folds(model, plan, optimizer))
+    carry_out_(fold_steps(model, plan, optimizer))
 
-def _folds(model, plan, optimizer): # As steps
+def fold_steps(
+    model:nn.Module, # To be cut before they are made
+    plan:Plan,
+    optimizer=None,
+)->list: # For `carry_out_`
+    "List the moves of a plan's constants"
     edits = edits_of(plan)
     return [partial(_folded, model, f, edits, optimizer) for f in plan.folds]
 
@@ -269,7 +274,7 @@ def steps_of(
     return [*(partial(_cut, state[n], es, optimizer) for n,es in edits.items()),
         *([partial(carried_flat, optimizer, shapes)] if optimizer is not None else []),
         *(partial(_shrunk, state[v], state[g], d, norms) for norms,(v,g,d) in zip(before, plan.factors)),
-        lambda: code, *_folds(model, plan, optimizer)]
+        lambda: code, *fold_steps(model, plan, optimizer)]
 
 def _cut(t, edits, optimizer): # A tensor, its gradient, and what an optimizer remembers of it
     grad = None if t.grad is None else sliced(t.grad, edits)
