@@ -238,7 +238,7 @@ class Outcome:
     axes:list|None=None # What to pin; None: all agrees
     reason:str=''
     module:str='' # Whose code it was
-    raised:bool=False # Did it end in an error?
+    key:tuple=() # Of the operator that would have run when the code raised an error
 
     @property
     def works(self)->bool: return self.axes is None
@@ -273,6 +273,7 @@ def dry_run(
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
             why = (f"{Site(node, w.trace, {})} fails when it is smaller "
                 f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
-            return Outcome(rec.trace, _met(look.axes, node), why, node.module if where is None else where, True)
+            module = node.module if where is None else where
+            return Outcome(rec.trace, _met(look.axes, node), why, module, node.key)
     found = found or (look.ends(rec.trace) if look.trusted else [])
     return Outcome(rec.trace, *found[0]) if found else Outcome(rec.trace)

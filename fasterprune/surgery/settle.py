@@ -17,6 +17,7 @@ from .trace import Trace
 from .coupling import Coupling
 from .dryrun import dry_run, notices, predicted, what_ran
 from .labels import Kept
+from .rules import tensors_of
 from .plan import Plan, cuts_of, spare, with_code
 from .sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, recodings
 
@@ -28,6 +29,7 @@ class Refused:
     reason:str
     module:str # Whose code it was
     one:list=field(default_factory=list) # Axes of which one expression says the size, and which would have several
+    key:tuple=() # As of `Outcome`
 
 def directed(
     c:Coupling,
@@ -42,7 +44,7 @@ def directed(
         out = dry_run(c.model, w, c, gone, plan, d)
         runs.append(d)
         traces.append(out.trace)
-        if not out.works: return Refused(out.axes, out.reason, out.module),runs,traces
+        if not out.works: return Refused(out.axes, out.reason, out.module, key=out.key),runs,traces
     return None,runs,traces
 
 def _deviations(places): # Module whose method says it → what it says and should not: (method, name, place, what)
@@ -186,12 +188,27 @@ def settle(
         if done: return done[0],gone,done[1]
         if c.tie(bad.axes) or c.join(bad.one): continue
         pinned = c.labels.pinned.sum()
-        for a in bad.axes: c.labels.pin_axis(a, bad.reason)
+        for a in bad.axes+_of_twins(c, bad): c.labels.pin_axis(a, bad.reason)
         if c.labels.pinned.sum()==pinned: # what met there cannot be pinned: find the groups that cause it
             for labels,why in _blame(c, gone) or _tips(c, gone) or [(np.flatnonzero(gone), bad.reason)]:
                 c.labels.pin(labels, why)
         c.refresh()
     raise PruningError(f"no plan was found that runs; the last one failed because {bad.reason}")
+
+# Axes at the same operator of modules that run later, with the same class, sizes and numbers: what one refuses they refuse
+def _of_twins(c, bad):
+    if not bad.key: return []
+    modules,nodes = dict(c.model.named_modules()),{n.key:n for n in c.trace.nodes}
+    own,(path,*which),axes = _sizes_in(modules[bad.module]),bad.key,c.axes_in(c.witnesses[0])
+    twins = [n for n in _of_one_class(c, bad.module) if n!=bad.module and _sizes_in(modules[n])==own]
+    found = [nodes[k] for n in twins if (k := (n+path[len(bad.module):], *which)) in nodes]
+    later = [n for n in found if n.index>nodes[bad.key].index] if bad.key in nodes else []
+    refs = [r for n in later for r in (*tensors_of(n), *n.outs)]
+    return [a for r in refs for a in axes(r)]
+
+def _sizes_in(m):
+    return ([(n, p.shape) for n,p in m.named_parameters()],
+        {k:v for k,v in vars(m).items() if isinstance(v, (int, float, str, tuple))})
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000011
 def _blame(c, gone):
