@@ -185,9 +185,8 @@ def _others(model, c, law, precise): # The other witnesses; and training mode, w
 _cheap = 1<<14 # numbers of an input with which a model is run in both modes
 def _numel(w): return sum(math.prod(s) for s in w.shapes) # Of what a model is called with
 
-def _limit(
-    model, plan, dtype,
-): # a folded constant, and a factor, is rounded to the precision of the parameter that takes it
+# a folded constant, and a factor, is rounded to the precision of the parameter that takes it
+def _limit(model, plan, dtype):
     own = {p.dtype for p in model.parameters() if p.is_floating_point()} if plan.folds or plan.factors else set()
     return max([tolerance(dtype)]+[1e-2*tolerance(d) if d==torch.float32 else tolerance(d) for d in own])
 

@@ -69,8 +69,9 @@ class Tries:
         if (key, False) in self.made and example:
             bad,runs,traces = self.made[key,False]
             return bad if len(runs)==1 else None,runs[:1],traces[:1]
-        plan,witnesses = with_code(self.c, self.cuts, attrs),self.c.witnesses[:1] if example else self.c.witnesses
-        if (key, example) not in self.made: self.made[key,example] = directed(self.c, self.gone, plan, witnesses)
+        if (key, example) not in self.made:
+            plan,witnesses = with_code(self.c, self.cuts, attrs),self.c.witnesses[:1 if example else None]
+            self.made[key,example] = directed(self.c, self.gone, plan, witnesses)
         return self.made[key,example]
 
 def attributes_for(

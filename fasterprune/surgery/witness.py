@@ -284,13 +284,8 @@ def capture_witnesses(
     if not trace.fake:
         return Others(tuple(res), ('which path the code takes depends on values; '
             'only the path of this example is known, and no other sizes were tried',))
-    for y in variants(x):
-        rec = Recorder(training=trace.training, base=base(), again=trace.counts)
-        try: t = fake_trace(model, y, rec=rec)
-        except Exception: continue # the model does not take it
-        if not _sensible(trace, t): continue
-        res.append((y, t))
-        break
+    found = ((y, _run(model, y, trace, base())) for y in variants(x))
+    if first := next((f for f in found if f[1] is not None), None): res.append(first)
     last,run = res[-1] if res else (x,trace)
     res[-1:-1] = _larger(model, x, (trace, *(t for _,t in res)), base()) # the last one is cheap to run
     if not asks_for_training(model): return Others(tuple(res), trains=True)
@@ -304,11 +299,14 @@ def _larger(model, x, runs, base): # A run with a larger image, where code that 
     new = {k:k[1]+32 for k,kind,_ in _sizes_of(as_call(x)) if kind=='space' and k[1]>=96}
     if not new or not runs[0].asked: return []
     y = _changed(x, new, False)
-    rec = Recorder(training=runs[0].training, base=base, again=runs[0].counts)
+    t,seen = _run(model, y, runs[0], base),{(k.module, k.place) for r in runs for k in r.calls}
+    return [(y, t)] if t is not None and any((k.module, k.place) not in seen for k in t.calls) else []
+
+def _run(model, y, trace, base): # Another call in the mode of the example; None where the model does not take it
+    rec = Recorder(training=trace.training, base=base, again=trace.counts)
     try: t = fake_trace(model, y, rec=rec)
-    except Exception: return [] # the model does not take it
-    seen = {(k.module, k.place) for r in runs for k in r.calls}
-    return [(y, t)] if _sensible(runs[0], t) and any((k.module, k.place) not in seen for k in t.calls) else []
+    except Exception: return None
+    return t if _sensible(trace, t) else None
 
 def asks_for_training(
     model:nn.Module,
