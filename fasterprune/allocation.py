@@ -249,9 +249,10 @@ def _remove_lowest(
     part, cap, fraction, cost,
 ): # The same unit by unit; nothing is sorted, for these may be all weights of a model
     free, all_of = all(cap[n][0] == len(s) for n,s in part.items()), sum(map(len, part.values()))
-    if free and not cost:
-        return {n: low | (part[n] == -torch.inf)
-                for n,low in zip(part, _lowest_of(list(part.values()), n_removed(all_of, fraction)))}
+    k = n_removed(all_of, fraction)
+    # of one layer the lowest are among those that its cap lets go
+    if not cost and (free or len(part) == 1 and k <= min(cap[n][0] for n in part)):
+        return {n: low | (part[n] == -torch.inf) for n,low in zip(part, _lowest_of(list(part.values()), k))}
     can = None if free else _join(_lowest(s, cap[n][0]) | (s == -torch.inf) for n,s in part.items())
     gone = _remove(_join(part.values()), can, fraction, _join(cost[n] for n in part) if cost else None)
     return dict(zip(part, gone.split([len(s) for s in part.values()])))

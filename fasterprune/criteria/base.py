@@ -155,13 +155,14 @@ def element_scores(
     criterion:Criterion, # Whose `element` is used
     w:Tensor, # A weight; it is never changed
     s:dict|None=None, # Its statistics, for a criterion that has some; they broadcast to `w`
+    nan:bool=False, # May scores be NaN? Then the caller looks for them
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
     if not criterion.reads_values:
         return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
     ask = lambda x: wide(_asked(
         criterion, criterion.element, x if criterion.element is as_found else _copied(criterion, x), x.shape,
-        f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s))
+        f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s, nan=nan))
     if (not criterion.pointwise or s or w.numel()<=PART or w.device.type!='cpu'
             or not (has_values(w) and w.is_contiguous())): return ask(w)
     # part by part: what fits a cache is not written to memory in between
@@ -176,12 +177,12 @@ def _copied(criterion, w): # In double precision, and not the user's
     x = wide(w.detach())
     return x.clone() if x.dtype==w.dtype else x
 
-def _asked(criterion, f, x, shape, must, *args): # Call a criterion's function, and check what it says
+def _asked(criterion, f, x, shape, must, *args, nan=False): # Call a criterion's function, and check what it says
     args = ([] if x is None else [x])+[a for a in args if a is not None]
     with torch.no_grad(): s = f(*args)
     if not isinstance(s, Tensor): raise TypeError(f"criterion {criterion.name!r} returned {s!r} {must}")
     if s.shape != shape: raise ValueError(f"criterion {criterion.name!r} returned shape {tuple(s.shape)} {must}")
-    if s.is_complex() or s.sum().isnan() and s.isnan().any():
+    if s.is_complex() or not nan and s.sum().isnan() and s.isnan().any():
         raise ValueError(f"criterion {criterion.name!r} returned "
                          f"{'complex numbers' if s.is_complex() else 'NaN'} {must}")
     return s

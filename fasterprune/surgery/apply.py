@@ -19,7 +19,7 @@ from types import FunctionType
 import torch
 from torch import nn, Tensor
 from torch.nn.utils.parametrize import is_parametrized
-from ..core import PruningWarning, module_of
+from ..core import PruningWarning, module_of, modules_of
 from .adapters import ADAPTERS
 from .guard import put_back_, state_of
 from .branch import Removed
@@ -31,9 +31,10 @@ from .source import recode_module_
 def planned_shapes(
     model:nn.Module,
     plan:Plan,
+    state:dict|None=None, # Of the model, by `state_of`
 )->dict[str,tuple]: # Parameter or buffer name → shape, for those that change
     "The shapes that a plan leads to"
-    state,res = state_of(model),{}
+    state,res = state_of(model) if state is None else state,{}
     for e in plan.slices:
         shape = list(res.get(e.param, state[e.param].shape))
         shape[e.dim] = len(e.keep)
@@ -90,10 +91,10 @@ def new_attributes(
     plan:Plan,
 )->list[tuple]: # (path of a module, attribute, value), those that change
     "Attributes that a plan changes: those of standard layers follow from their shapes"
-    shapes,counts,res = planned_shapes(model, plan),{},[]
-    by_tensor = {id(t):shapes[n] for n,t in state_of(model).items() if n in shapes}
+    state,counts,res = state_of(model),{},[]
+    by_tensor = {id(state[n]):shape for n,shape in planned_shapes(model, plan, state).items()}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
-    for n,m in model.named_modules():
+    for n,m in modules_of(model):
         def shape(k): t = _stored(m, k); return None if t is None else by_tensor.get(id(t), tuple(t.shape))
         own = [*m._parameters.values(), *m._buffers.values()]
         if isinstance(m, _reparametrised): own.append(_stored(m, 'weight'))
@@ -350,7 +351,7 @@ def check_plan(
     for a in plan.attrs: _check_attr(modules, a)
     for f in plan.folds: _check_fold(model, f)
     for f in plan.factors: _check_factor(state, f)
-    _check_layers(model, plan)
+    _check_layers(model, plan, state)
     if optimizer is not None:
         check_optimizer(optimizer, model, {n:[e.dim for e in es] for n,es in edits_of(plan).items()})
 
@@ -416,11 +417,10 @@ _may_grow = ('dilation', 'padding', 'output_padding', '_reversed_padding_repeate
 def _is_size(v): return type(v) is int or isinstance(v, (tuple,list)) and all(type(i) is int for i in v)
 def _as_tuple(v): return tuple(v) if isinstance(v, (tuple,list)) else (v,)
 
-def _check_layers(model, plan): # Would the tensors of each layer still fit each other?
-    shapes,state = planned_shapes(model, plan),state_of(model)
-    by_tensor,counts = {id(t):shapes[n] for n,t in state.items() if n in shapes},{}
+def _check_layers(model, plan, state): # Would the tensors of each layer still fit each other?
+    by_tensor,counts = {id(state[n]):shape for n,shape in planned_shapes(model, plan, state).items()},{}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
-    for n,m in model.named_modules():
+    for n,m in modules_of(model):
         own = {k:by_tensor.get(id(t), tuple(t.shape))
             for k,t in {**m._parameters, **m._buffers}.items() if t is not None}
         if (n in plan.apart or n not in counts

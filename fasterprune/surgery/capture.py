@@ -92,7 +92,8 @@ class Recorder(Runner):
 
     def end(self, model, copy, state, found):
         self.trace.counts = any(
-            _numbers_on(m)!=_numbers_on(c) for (_,m),(_,c) in zip(modules_of(model), modules_of(copy)))
+            _numbers_on(m)!=_numbers_on(c) for (_,m),(_,c) in zip(modules_of(model), modules_of(copy))
+            if not type(m).__module__.startswith('torch.nn.')) # those do not count
         written = {r.id for n in self.trace.nodes for r in n.mutates}
         now = state_of(copy)
         self.trace.state = {n for i,n in self.trace.names.items() if i in written or now.get(n) is not state[n]}

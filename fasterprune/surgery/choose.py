@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import layer_types, no_such
-from ..criteria.base import Criterion, channel_scores, element_scores, layer_scores, reductions, vector_scores
+from ..criteria.base import (
+    Criterion, PART, channel_scores, element_scores, layer_scores, reductions, vector_scores)
 from ..criteria.statistic import Statistic
 from ..criteria.listen import Place
 from ..criteria.stats import Evidence, check_needs
@@ -56,8 +57,12 @@ def _pooled(criterion, w, dim, s=None): # One score for each position along `dim
     pool = lambda s: (
         s if not rest else s.amax(rest) if criterion.pool=='max'
         else s.mean(rest) if criterion.pool=='mean' else s.sum(rest))
-    if not criterion.pointwise: return pool(element_scores(criterion, w.movedim(0, dim), s).movedim(dim, 0))
-    return torch.cat([pool(element_scores(criterion, p)) for p in w.split(max(1, (1<<15)//max(w[0].numel(), 1)))])
+    if criterion.pointwise:
+        # a pool of NaN is NaN: what looks for it among few scores need not among all
+        parts = w.split(max(1, PART//max(w[0].numel(), 1)))
+        res = torch.cat([pool(element_scores(criterion, p, nan=True)) for p in parts])
+        if not res.isnan().any(): return res
+    return pool(element_scores(criterion, w.movedim(0, dim), s).movedim(dim, 0))
 
 def member_scores(
     criterion:Criterion, # Whose weights are pooled
@@ -69,10 +74,12 @@ def member_scores(
     "Score the units of a group by one parameter"
     return _by_unit(criterion, _pooled(criterion, w, m.dim, s), m, n)
 
-def _by_unit(criterion, s, m, n): # From positions of a dimension to units
-    unit = torch.as_tensor(m.unit, device=s.device) # several positions may be one unit
-    out = s.new_zeros(n).scatter_reduce(
-        0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
+def _by_unit(criterion, s, m, n): # From positions of a dimension to units; several may be one unit
+    out = s.clone()
+    if not np.array_equal(m.unit, np.arange(n)):
+        unit = torch.as_tensor(m.unit, device=s.device)
+        out = s.new_zeros(n).scatter_reduce(
+            0, unit[unit>=0], s[unit>=0], 'amax' if criterion.pool=='max' else criterion.pool, include_self=False)
     return out if criterion.finish is None else criterion.finish(out)
 
 def rows_of(

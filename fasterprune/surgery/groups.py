@@ -184,7 +184,9 @@ def _sites(comp, tables, units):
             ks,here = {k for k in row.tolist() if k>0},t[at==i]
             if not ks: continue
             sites.append((ks, len(here)))
-            if len(ks)>1: never |= {k for k in ks if len(units[k])*len(_alike(here)[0])<len(here)}
+            if len(ks)==1: continue
+            distinct_rows = len(_alike(here)[0])
+            never |= {k for k in ks if len(units[k])*distinct_rows<len(here)}
     return sites,never
 
 def _hanging(apart): # Sets of groups that hang together

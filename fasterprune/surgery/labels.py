@@ -58,6 +58,7 @@ class Labels:
         self.size,self.reasons,self.number = 1,[''],{'':0} # of pins; and where each stands
         self.parent,self.pinned,self.why = np.zeros(64, np.int64),np.zeros(64, bool),np.zeros(64, np.int32)
         self.bound,self.factors = np.zeros(64, bool),np.zeros((64,8), np.int64)
+        self._expanded = {} # rows by identity → the rows, and what `expand` made of them; until labels are joined
         self.here = 'something' # What is happening now; part of the reason of pins that follow from it
 
     def fresh(self,
@@ -100,6 +101,7 @@ def union(self:Labels,
         ra,rb = self.find(a),self.find(b)
         differ = ra!=rb
         if not differ.any(): return
+        self._expanded.clear()
         a,ra,rb,b = a[differ],ra[differ],rb[differ],b[differ]
         pinned,why = self.pinned[ra]|self.pinned[rb],np.where(self.pinned[ra], self.why[ra], self.why[rb])
         np.minimum.at(self.parent, np.maximum(ra, rb), np.minimum(ra, rb))
@@ -113,7 +115,7 @@ def pin(self:Labels,
     reason:str, # For people; a plan prints it
 ):
     "Never let these labels go"
-    roots = np.unique(self.expand(np.asarray(labels, np.int64).reshape(-1,1)))
+    roots = self.expand(np.asarray(labels, np.int64).reshape(-1,1))
     roots = roots[(roots>0) & ~self.pinned[roots]]
     if not len(roots): return
     if reason not in self.number: self.number[reason] = len(self.reasons); self.reasons.append(reason)
@@ -128,7 +130,13 @@ def pin_axis(self:Labels, a:Axis, reason:str):
 # %% ../../nbs/surgery/02_labels.ipynb #0000000f
 @patch
 def expand(self:Labels, rows:np.ndarray)->np.ndarray:
-    "Roots, every product replaced by its factors; columns that say nothing new are dropped"
+    "Roots, every product replaced by its factors; columns that say nothing new are dropped. Not to be written to"
+    if id(rows) not in self._expanded:
+        self._expanded[id(rows)] = rows,self._expand(rows)
+    return self._expanded[id(rows)][1]
+
+@patch
+def _expand(self:Labels, rows):
     rows = self.find(rows)
     while self.bound[rows].any():
         cols = []
@@ -140,7 +148,9 @@ def expand(self:Labels, rows:np.ndarray)->np.ndarray:
                 + [np.where(is_product, f[:,k], 0) for k in range(1, 8) if f[:,k].any()])
         rows = self.find(np.stack(cols, 1))
         rows = distinct(rows)
-    return distinct(rows) if rows.shape[1]>1 else rows
+    rows = distinct(rows) if rows.shape[1]>1 else rows
+    rows.flags.writeable = False
+    return rows
 
 def distinct(
     rows:np.ndarray, # (n, k)
@@ -173,6 +183,7 @@ def bind(self:Labels,
     factors = self.find(factors)
     if factors.shape[1]>8 or np.isin(factors, roots).any():
         return self.pin(np.r_[labels, factors.ravel()], f"{self.here} arranges one dimension in two ways")
+    self._expanded.clear()
     self.bound[roots] = True
     self.factors[roots,:factors.shape[1]] = factors[first]
 

@@ -119,6 +119,7 @@ def rescale_(
     factors:tuple, # From `factors_of`, of the model before
 ):
     "Multiply the weights that are left"
+    if not factors: return
     edits,state = edits_of(plan),state_of(model)
     for f in factors:
         name = f"{f.layer}.weight".lstrip('.')

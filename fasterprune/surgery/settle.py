@@ -19,7 +19,7 @@ from .dryrun import dry_run, notices, predicted, what_ran
 from .labels import Kept
 from .rules import tensors_of
 from .plan import Plan, cuts_of, spare, with_code
-from .sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, recodings
+from .sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, planned, recodings
 
 # %% ../../nbs/surgery/14_settle.ipynb #00000005
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ def directed(
     c:Coupling,
     gone, # Bool by label
     plan:Plan,
-    witnesses:tuple, # Which runs
+    runs_of:list, # (`Witness`, what its calls have to say by `planned`): which runs
 )->tuple: # (`Refused` or None, `Director`s, traces)
     "Run the smaller network with the numbers in its code corrected, and note where"
     runs,traces = [],[]
-    for w in witnesses:
-        d = Director(c, w, gone)
+    for w,said in runs_of:
+        d = Director(w, said)
         out = dry_run(c.model, w, c, gone, plan, d)
         runs.append(d)
         traces.append(out.trace)
@@ -58,7 +58,9 @@ def _deviations(places): # Module whose method says it → what it says and shou
 # %% ../../nbs/surgery/14_settle.ipynb #00000010
 class Tries:
     "Runs of the smaller network with attributes set, each made once"
-    def __init__(self, c:Coupling, gone, cuts:Plan): self.c,self.gone,self.cuts,self.made = c,gone,cuts,{}
+    def __init__(self, c:Coupling, gone, cuts:Plan):
+        self.c,self.gone,self.cuts,self.made = c,gone,cuts,{}
+        self.runs_of = [(w, planned(c, w, gone)) for w in c.witnesses]
 
     def __call__(self,
         attrs:dict, # Module path → {attribute: value}
@@ -70,8 +72,8 @@ class Tries:
             bad,runs,traces = self.made[key,False]
             return bad if len(runs)==1 else None,runs[:1],traces[:1]
         if (key, example) not in self.made:
-            plan,witnesses = with_code(self.c, self.cuts, attrs),self.c.witnesses[:1 if example else None]
-            self.made[key,example] = directed(self.c, self.gone, plan, witnesses)
+            plan,runs_of = with_code(self.c, self.cuts, attrs),self.runs_of[:1 if example else None]
+            self.made[key,example] = directed(self.c, self.gone, plan, runs_of)
         return self.made[key,example]
 
 def attributes_for(
@@ -141,9 +143,9 @@ def taught(
     cuts:Plan, # By `cuts_of`
 )->tuple: # (`Plan` and the example's trace, None), or (None, `Refused`)
     "Complete a plan with what has to change in code that has sizes written in it"
-    kept,attrs,tries = Kept(c.labels, gone),{},Tries(c, gone, cuts)
-    plan = with_code(c, cuts, {})
+    kept,attrs,plan = Kept(c.labels, gone),{},with_code(c, cuts, {})
     if not notices(c, kept, plan): return (plan, predicted(c, kept)),None
+    tries = Tries(c, gone, cuts)
     bad,runs,traces = tries({})
     while bad: # perhaps a module insists on a size that an attribute of it holds
         found = {m:f[0] for m in _of_one_class(c, bad.module) if m not in attrs and (f := candidates(c, gone, m))}

@@ -130,6 +130,15 @@ class Shapes:
         f.__dict__.update(state, meta=meta)
         return f
 
+    def number(self,
+        t:Tensor, # A real tensor without dimensions
+    )->FakeTensor:
+        "A fake tensor whose value is known, as code has it that makes a tensor of a number"
+        f = self.wrap(empty(t, ()), t.device)
+        f.constant = t.clone()
+        self.mode.fake_tensor_converter.add_constant_storage_mapping(f) # what is written to it later makes it unknown
+        return f
+
     def __call__(self, key:tuple, func:Callable, args:tuple, kwargs:dict):
         "Run one operator"
         res = self.quick(func, args, kwargs)
@@ -139,6 +148,10 @@ class Shapes:
     def quick(self, func:Callable, args:tuple, kwargs:dict):
         "The result by a formula, or None"
         name = func.overloadpacket.__name__
+        if name=='lift_fresh' and type(args[0]) is Tensor and args[0].dim()==0: return self.number(args[0])
+        # a number is written into what holds no known ones
+        if (name=='fill_' and _unknown(args[0])
+                and (type(args[1]) is FakeTensor or not isinstance(args[1], Tensor))): return args[0]
         if (func is torch.ops.aten.empty.memory_format and kwargs.get('layout') in (None, torch.strided)
                 and kwargs.get('memory_format') is None):
             return self.wrap(torch.empty(args[0], dtype=kwargs.get('dtype'), device='meta'),
@@ -156,6 +169,8 @@ class Shapes:
         if res is None: return None
         if inplace: return args[0] if res.shape==args[0].shape else None
         return self.wrap(res, device) if isinstance(res, Tensor) else type(res)(self.wrap(r, device) for r in res)
+
+def _unknown(t): return type(t) is FakeTensor and t.constant is None and not t.requires_grad
 
 def _meta(a):
     "The meta tensor of a fake one; NotImplemented for other tensors"

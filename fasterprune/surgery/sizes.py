@@ -269,8 +269,11 @@ def differs(w:Want)->bool:
 
 class Director:
     "Correct the numbers in the calls of a run of the smaller network, and note where"
-    def __init__(self, c:Coupling, w:Witness, gone):
-        self.said = planned(c, w, gone)
+    def __init__(self,
+        w:Witness, # Which run
+        said:dict, # What its calls have to say, by `planned`
+    ):
+        self.said = said
         self.before = {(k.module, k.order):k for k in reversed(w.trace.calls)}
         self.places,self.paths = {},{} # paths: id of a module of the running copy → its path
 

@@ -54,9 +54,10 @@ def stale_sizes(
     planned,mended,named,seen = {(a.module, a.name) for a in plan.attrs},[],[],set()
     above = _read_above(model)
     for n,m in modules_of(model):
-        inside = [l for l in m.modules() if _is_layer(l)]
+        if _is_layer(m): continue
+        inside = [l for _,l in modules_of(m) if _is_layer(l)]
         old = {_number(getattr(l, k)) for l in inside for k in changes.get(id(l), ())}-{None, 0, 1}
-        if not old or _is_layer(m): continue
+        if not old: continue
         for k,v in list(vars(m).items()):
             if (n, k) in planned or k.startswith('_') or k=='training': continue
             new = _meant(m, k, v, inside, changes) if type(v) is int and v in old else None

@@ -7,14 +7,17 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/witness.html.md"""
 # %% ../../nbs/surgery/03_witness.ipynb #00000002
 from __future__ import annotations
 from collections.abc import Iterator
+import dis
+import types
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Real
 import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import as_call, modules_of
 from .checks import of_example
-from .capture import Recorder, capture, fake_trace
+from .capture import Recorder, capture, fake_trace, size_calls
 from .rules import filled, pointwise, regroup, rule_for, signature, tensors_of
 from .trace import Node, Ref, Trace, tensors_in
 
@@ -284,16 +287,36 @@ def capture_witnesses(
     if not trace.fake:
         return Others(tuple(res), ('which path the code takes depends on values; '
             'only the path of this example is known, and no other sizes were tried',))
-    found = ((y, _run(model, y, trace, base())) for y in variants(x))
-    if first := next((f for f in found if f[1] is not None), None): res.append(first)
+    asks = asks_for_training(model)
+    found,run,trained = _other_call(model, x, trace, base(), _that_ask(model) if asks else ())
+    if run is not None: res.append((found, run))
     last,run = res[-1] if res else (x,trace)
     res[-1:-1] = _larger(model, x, (trace, *(t for _,t in res)), base()) # the last one is cheap to run
-    if not asks_for_training(model): return Others(tuple(res), trains=True)
-    if (t := _in_training(model, last, base())) is None: return Others(tuple(res))
+    if not asks or trained is run: return Others(tuple(res), trains=True)
+    t = _in_training(model, last, base()) if trained is None else trained
+    if t is None: return Others(tuple(res))
     trains = ({k.place for k in run.calls}<={k.place for k in t.calls}
         and {n.module for n in run.nodes}<={n.module for n in t.nodes})
-    more = _says_more(t, (trace, *(t for _,t in res)))
-    return Others((*res, (last, t)) if more else tuple(res), trains=trains)
+    if _says_more(t, (trace, *(t for _,t in res))):
+        t = _in_training(model, last, base()) if t is trained else t
+        if t is not None: res.append((last, t))
+    return Others(tuple(res), trains=trains)
+
+# Another call that the model takes, its trace, and its trace with code in training mode: the same one where this changes
+# nothing, and None where it does not run so
+def _other_call(model, x, trace, base, asking):
+    for y in variants(x):
+        trained = _run(model, y, trace, base, asking) if asking else None
+        if trained is not None and _runs_as(trained, trace):
+            run = replace(trained, training=trace.training)
+            return y,run,run
+        if (run := _run(model, y, trace, base)) is not None: return y,run,trained
+    return None,None,None
+
+def _runs_as(a, b): # The same operators of the same lines, with the same numbers that are no sizes?
+    told = lambda n: [v for v in (*n.args, *n.kwargs.values()) if isinstance(v, (bool, float))]
+    return ([(k.module, k.place) for k in a.calls]==[(k.module, k.place) for k in b.calls] and len(a.nodes)==len(b.nodes)
+        and all(n.func is o.func and n.module==o.module and told(n)==told(o) for n,o in zip(a.nodes, b.nodes)))
 
 def _larger(model, x, runs, base): # A run with a larger image, where code that asks for sizes goes a way that it did not go
     new = {k:k[1]+32 for k,kind,_ in _sizes_of(as_call(x)) if kind=='space' and k[1]>=96}
@@ -302,8 +325,8 @@ def _larger(model, x, runs, base): # A run with a larger image, where code that 
     t,seen = _run(model, y, runs[0], base),{(k.module, k.place) for r in runs for k in r.calls}
     return [(y, t)] if t is not None and any((k.module, k.place) not in seen for k in t.calls) else []
 
-def _run(model, y, trace, base): # Another call in the mode of the example; None where the model does not take it
-    rec = Recorder(training=trace.training, base=base, again=trace.counts)
+def _run(model, y, trace, base, training=None): # Another call, as the example was; None where the model does not take it
+    rec = Recorder(training=trace.training if training is None else training, base=base, again=trace.counts)
     try: t = fake_trace(model, y, rec=rec)
     except Exception: return None
     return t if _sensible(trace, t) else None
@@ -312,11 +335,34 @@ def asks_for_training(
     model:nn.Module,
 )->bool:
     "Tell whether code that is not PyTorch's asks for training mode"
-    kinds = {type(m) for _,m in modules_of(model)}
-    own = {k for k in kinds if not k.__module__.startswith('torch.')}
-    codes = [v.__code__ for k in own for b in k.__mro__ if not b.__module__.startswith('torch.')
+    return any('training' in _loads(c) for k in {type(m) for _,m in modules_of(model)} for c in _codes(k))
+
+def _codes(kind): # Of the methods of a class that are not PyTorch's
+    return [v.__code__ for b in kind.__mro__ if not b.__module__.startswith('torch.')
         for v in vars(b).values() if hasattr(v, '__code__')]
-    return any('training' in code.co_names for code in codes)
+
+@lru_cache(maxsize=None)
+def _loads(code): # Attributes that code looks up → does it look them up on its first argument only?
+    ins,res = list(dis.get_instructions(code)),{}
+    for i,j in zip([None, *ins], ins):
+        if j.opname not in ('LOAD_ATTR', 'LOAD_METHOD'): continue
+        on = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        own = i.opname.startswith('LOAD_FAST') and on[-1] in code.co_varnames[:1]
+        res[j.argval] = res.get(j.argval, True) and own
+    for c in code.co_consts:
+        if isinstance(c, types.CodeType): res.update(dict.fromkeys(_loads(c), False))
+    return res
+
+# Modules of which code asks whether they train: not PyTorch's, nor norms and dropouts whose own code says no sizes;
+# none where code asks another module
+def _that_ask(model):
+    kinds = {type(m):[c for c in _codes(type(m))] for _,m in modules_of(model)}
+    if not all(_loads(c).get('training', True) for cs in kinds.values() for c in cs): return ()
+    plain = {k for k,cs in kinds.items() if k.__module__.startswith('torch.')
+        or issubclass(k, _by_training) and not any(set(_loads(c))&set(size_calls) for c in cs)}
+    return tuple(n for n,m in modules_of(model) if type(m) not in plain)
+
+_by_training = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 def _in_training(model, x, base):
     try: return fake_trace(model, x, rec=Recorder(training=tuple(n for n,_ in modules_of(model)), base=base))
