@@ -1,6 +1,6 @@
 "Which dimensions of an attention are free groups, found from the operators alone"
 import numpy as np
-from fasterprune.surgery.trace import Ref
+from fasterprune.surgery.capture.trace import Ref
 
 OUTPUT = 'the output of the model keeps its shape'
 

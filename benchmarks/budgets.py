@@ -6,11 +6,11 @@ import torch
 from fastprogress import fastprogress
 from torchvision import models
 from fasterprune.measure.latency import compare_latency
-from fasterprune.surgery.budget import Budget
-from fasterprune.surgery.cost import Costs
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.planning.budget import Budget
+from fasterprune.surgery.analysis.cost import Costs
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
-from fasterprune.surgery.timing import own_clock, time_interleaved, time_ratio
+from fasterprune.surgery.analysis.latency import own_clock, time_interleaved, time_ratio
 
 NAMES,FRACTIONS = ('resnet50', 'mobilenet_v2', 'convnext_tiny', 'vit_b_16'),(.25, .5, .75)
 

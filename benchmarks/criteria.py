@@ -7,8 +7,8 @@ from rows import keep, no_bars, parser, read, run, said
 import torch
 from fasterprune.all import Budget, Pruner, apply_, criteria, evaluate
 from fasterprune.criteria.norm import random
-from fasterprune.surgery.choose import evidence_for
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.analysis.scores import evidence_for
+from fasterprune.surgery.coupling.couple import couple
 from cifar import CACHE, DATA, FAST, Images, correct, drawn, held, network, normalised, part, ready, resnet20, tuned
 
 SPEEDUPS,SEEDS,STEPS,BATCH,CALIBRATION = (2,3,4),(0,1,2),150,128,8

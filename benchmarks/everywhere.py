@@ -13,9 +13,9 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
 from fasterprune.core import as_call
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
-from fasterprune.surgery.trace import tensors_in
+from fasterprune.surgery.capture.trace import tensors_in
 from attention import attention
 from coverage import last_json, read_rows, zoo
 from models import batch_of, build, is_detector

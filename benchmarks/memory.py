@@ -58,7 +58,7 @@ def filled(model):
 
 def run(task, billions):
     import torch
-    from fasterprune.surgery.apply import apply_
+    from fasterprune.surgery.cutting.apply import apply_
     from fasterprune.surgery.pruner import Pruner
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -5,10 +5,10 @@ from copy import deepcopy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from fasterprune.surgery.trace import tensors_in
-from fasterprune.surgery.capture import capture, capture_all
-from fasterprune.surgery.cost import n_params, trace_macs
-from fasterprune.surgery.coupling import Coupling
+from fasterprune.surgery.capture.trace import tensors_in
+from fasterprune.surgery.capture.tracer import capture, capture_all
+from fasterprune.surgery.analysis.cost import n_params, trace_macs
+from fasterprune.surgery.coupling.couple import Coupling
 from fasterprune.surgery.pruner import Pruner
 from attention import attention
 from models import batch_of, build, is_detector, targets

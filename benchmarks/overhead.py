@@ -57,11 +57,11 @@ class Training:
         try: return self.step(),l.cbs
         finally: l.cbs = cbs
     def end(self, cbs):
-        from fasterprune.callback.keep import KeepZeros
+        from fasterprune.callback.keep_zeros import KeepZeros
         self.learn.remove_cbs(cbs); self.learn.remove_cb(KeepZeros)
 
 def masking(c): # one of ours
-    from fasterprune.callback.keep import KeepZeros
+    from fasterprune.callback.keep_zeros import KeepZeros
     from fasterprune.callback.sparsify import SparsifyCallback
     return isinstance(c, (KeepZeros, SparsifyCallback))
 
@@ -81,7 +81,7 @@ def free():
     return [n for n,c in criteria.items() if not {'data','training','gradients','labels'}&set(c.needs)]
 
 def bytes_held(cb, learn): # by masks, each memory once, a weight
-    from fasterprune.callback.keep import KeepZeros
+    from fasterprune.callback.keep_zeros import KeepZeros
     ts = [t for c in [cb, *[c for c in learn.cbs if isinstance(c, KeepZeros)]] for t in (*c.masks.keep.values(), *[f for _,f in getattr(c, '_pairs', None) or ()])]
     held = {t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in ts}
     return sum(held.values())/sum(p.numel() for n,p in learn.model.named_parameters() if p.dim()>1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from fasterprune.core import as_call
-from fasterprune.surgery.capture import capture_all
-from fasterprune.surgery.coupling import Coupling
+from fasterprune.surgery.capture.tracer import capture_all
+from fasterprune.surgery.coupling.couple import Coupling
 from fasterprune.surgery.pruner import Pruner
 from models import build
 

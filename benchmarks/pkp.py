@@ -6,8 +6,8 @@ from rows import keep, no_bars, parser, read, run, said
 import torch
 from torch import nn
 from fasterprune.all import KeepZeros, Pruner, Sparsifier, SparsifyCallback, agp
-from fasterprune.callback.progressive import PKPCallback
-from fasterprune.sparse.progressive import PKP
+from fasterprune.callback.kernel_progressive import PKPCallback
+from fasterprune.sparse.kernel_progressive import PKP
 from cifar import CACHE, DATA, FAST, correct, network, ready, tuned
 
 SPARSITIES,SEEDS,STEPS,BATCH,END = (.5,.7,.8),(0,1,2),150,128,.2 # END: chosen by training images, at 80 % and seed 0

@@ -18,8 +18,8 @@ def one(name, model, batch, repeats):
     from torch.nn import functional as F
     from torchvision import models
     from fasterprune.all import criteria
-    from fasterprune.surgery.choose import evidence_for, group_scores
-    from fasterprune.surgery.coupling import couple
+    from fasterprune.surgery.analysis.scores import evidence_for, group_scores
+    from fasterprune.surgery.coupling.couple import couple
     fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
     torch.set_num_threads(1); torch.manual_seed(0); warnings.simplefilter('ignore')
     m = getattr(models, model)(weights=None).eval()

@@ -10,12 +10,12 @@ __all__ = []
 # %% ../nbs/12_all.ipynb #00000004
 from .allocation import allocate, contexts, keep_top
 from .callback import prune # adds learn.prune
-from .callback.during import PruneCallback
+from .callback.prune_callback import PruneCallback
 from .callback.growing import Growth, GrowingCallback
-from .callback.keep import KeepZeros
-from .callback.methods import Moment, Remember, lottery_ticket, rewind_
+from .callback.keep_zeros import KeepZeros
+from .callback.lottery import Moment, Remember, lottery_ticket, rewind_
 from .callback.patience import Patience
-from .callback.progressive import PKPCallback
+from .callback.kernel_progressive import PKPCallback
 from .callback.regrow import RegrowCallback, erk
 from .callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
 from .callback.resume import ResumeCallback
@@ -38,18 +38,18 @@ from .measure.storage import layer_storage, model_storage
 from .schedule import Schedule, agp, cosine, dsd, exponential, geometric, hold, iterative
 from .schedule import linear, one_cycle, one_shot, schedules
 from .sparse.masks import Masks
-from .sparse.progressive import PKP, participation, pkp_rounds
+from .sparse.kernel_progressive import PKP, participation, pkp_rounds
 from .sparse.semi_structured import semi_structured_
 from .sparse.silence import silenced
 from .sparse.sparsifier import Sparsifier
-from .surgery.adapters import adapter
-from .surgery.apply import apply_
-from .surgery.budget import Budget
-from .surgery.coupling import couple
-from .surgery.plan import Plan
+from .surgery.capture.adapters import adapter
+from .surgery.cutting.apply import apply_
+from .surgery.planning.budget import Budget
+from .surgery.coupling.couple import couple
+from .surgery.planning.plan import Plan
 from .surgery.pruner import Pruner, Report
-from .surgery.recalibrate import recalibrate_
-from .surgery.rules import rule
+from .surgery.recovery.recalibrate import recalibrate_
+from .surgery.coupling.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
 __all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback',

@@ -14,9 +14,9 @@ import fastai, torch
 from fastcore.script import call_parse
 from . import __version__
 from .core import PruningError, prunable_layers
-from .job import Job, JobResult, learner_for, run_job, schedule_of
+from .demo.job import Job, JobResult, learner_for, run_job, schedule_of
 from .measure.plots import plot_compare, plot_history, plot_lowest, plot_mask, plot_schedule, plot_widths, to_png
-from .measure.report import html_page, picture, preformatted, section
+from .demo.page import html_page, picture, preformatted, section
 
 # %% ../nbs/11_cli.ipynb #00000005
 def text_table(

@@ -90,8 +90,8 @@ class Trunk(nn.Module):
 def engine(model, x, c, data=None, granularity='filter', loss_func=None):
     "Scores of all primary groups, as the pruner gets them"
     from fasterprune.criteria.base import criteria
-    from fasterprune.surgery.choose import evidence_for, group_scores
-    from fasterprune.surgery.coupling import couple
+    from fasterprune.surgery.analysis.scores import evidence_for, group_scores
+    from fasterprune.surgery.coupling.couple import couple
     c = criteria[c] if isinstance(c, str) else c
     gs = [g for g in couple(model, x).groups if g.primary]
     return group_scores(model, gs, c, granularity=granularity, evidence=evidence_for(c, model, data=data, x=x, loss_func=loss_func))

@@ -11,12 +11,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from fasterprune.core import NoEffectWarning, PruningWarning, VerificationError
 from fasterprune.data import small_resnet
-from fasterprune.surgery import operation as operation_module
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.budget import Budget
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery import transaction as operation_module
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.planning.budget import Budget
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
-from fasterprune.surgery.recalibrate import recalibrate_
+from fasterprune.surgery.recovery.recalibrate import recalibrate_
 from laws import awake, rel, run, unread
 
 class Net(nn.Module):

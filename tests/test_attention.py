@@ -5,9 +5,9 @@ import pytest, torch
 from torch import nn
 import torch.nn.functional as F
 from torchvision.models import SwinTransformer, VisionTransformer, convnext_tiny, resnet18
-from fasterprune.surgery.budget import Budget, Costs
-from fasterprune.surgery.coupling import couple
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.planning.budget import Budget, Costs
+from fasterprune.surgery.coupling.couple import couple
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
 
 def randomised(m, seed=0):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from fasterprune.all import Budget, Pruner, Sparsifier
 from fasterprune.allocation import allocate, ranked
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from laws import awake, cut, louder, other, rel, run, silence, unread, WRITTEN
 
 def C(i, o, k=3, **kw): return nn.Conv2d(i, o, k, padding=k//2, **kw)

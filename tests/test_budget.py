@@ -6,12 +6,12 @@ from fastprogress import fastprogress
 from torch import nn
 from torchvision import models
 from fasterprune.core import NoEffectWarning
-from fasterprune.surgery.budget import Budget
-from fasterprune.surgery.chosen import next_part
-from fasterprune.surgery.cost import Costs
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.planning.budget import Budget
+from fasterprune.surgery.checking.latency_budget import next_part
+from fasterprune.surgery.analysis.cost import Costs
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
-from fasterprune.surgery.timing import LatencyTable, Runs, own_clock, time_interleaved, time_operator, time_ratio
+from fasterprune.surgery.analysis.latency import LatencyTable, Runs, own_clock, time_interleaved, time_operator, time_ratio
 
 @pytest.fixture(autouse=True, scope='module')
 def no_bars():
@@ -43,16 +43,16 @@ def meets(name, budget, size, **kw):
     if 'params' in left: assert left['params']==sum(p.numel() for p in m.parameters())
     with torch.no_grad(): assert m(x).isfinite().all()
 
-@pytest.mark.filterwarnings('ignore::fasterprune.surgery.choice.PruningWarning')
+@pytest.mark.filterwarnings('ignore::fasterprune.surgery.planning.selection.PruningWarning')
 @pytest.mark.parametrize('budget', [Budget(macs=.5), Budget(params=.5), Budget(memory=.6), Budget(params=1_500_000, macs=.6)])
 def test_met_from_below(budget): meets('mobilenet_v2', budget, 64)
 
-@pytest.mark.filterwarnings('ignore::fasterprune.surgery.choice.PruningWarning')
+@pytest.mark.filterwarnings('ignore::fasterprune.surgery.planning.selection.PruningWarning')
 @pytest.mark.parametrize('kw', [dict(context='isomorphic'), dict(per='macs', normalizer='none', criterion='l2'), dict(max_ratio=.6)])
 def test_met_in_other_rankings(kw): meets('resnet50', Budget(macs=.5), 64, **kw)
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings('ignore::fasterprune.surgery.choice.PruningWarning')
+@pytest.mark.filterwarnings('ignore::fasterprune.surgery.planning.selection.PruningWarning')
 @pytest.mark.parametrize('budget', [Budget(params=.25), Budget(params=.5), Budget(params=.75), Budget(macs=.25), Budget(macs=.5), Budget(macs=.75), Budget(memory=.5)])
 @pytest.mark.parametrize('name', ['resnet50', 'mobilenet_v2', 'convnext_tiny', 'vit_b_16'])
 def test_met_by_architectures(name, budget): meets(name, budget, 224)

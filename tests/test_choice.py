@@ -10,12 +10,12 @@ from fasterprune.allocation import allocate, ranked
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import as_criterion
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.budget import Budget, within
-from fasterprune.surgery.choice import Choice, PruningWarning, choose, is_of, layers_of, nearly_emptied
-from fasterprune.surgery.choose import alike, group_scores
-from fasterprune.surgery.cost import Costs, unit_costs
-from fasterprune.surgery.coupling import couple
-from fasterprune.surgery.plan import labels_of
+from fasterprune.surgery.planning.budget import Budget, within
+from fasterprune.surgery.planning.selection import Choice, PruningWarning, choose, is_of, layers_of, nearly_emptied
+from fasterprune.surgery.analysis.scores import alike, group_scores
+from fasterprune.surgery.analysis.cost import Costs, unit_costs
+from fasterprune.surgery.coupling.couple import couple
+from fasterprune.surgery.planning.plan import labels_of
 from fasterprune.surgery.pruner import Pruner
 
 def net(w=24, seed=0):

@@ -14,7 +14,7 @@ command = [sys.executable, '-m', 'fasterprune']
 def quick():
     "Latencies are not what is tested here"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('fasterprune.job._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
+        m.setattr('fasterprune.demo.job._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
         yield
 
 @pytest.fixture(scope='module')

@@ -21,14 +21,14 @@ from fastai.torch_core import params
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
 from fasterprune.core import unwrap
-from fasterprune.callback.frame import example_batch
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.base import example_batch
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp, linear, one_shot
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.budget import Budget
+from fasterprune.surgery.planning.budget import Budget
 from fasterprune.surgery.pruner import Pruner
 from small_fit import Spy, equal, fit, learner, quiet, tiny, weights
 

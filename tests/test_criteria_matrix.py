@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-import fasterprune.surgery.choice # registers all criteria
+import fasterprune.surgery.planning.selection # registers all criteria
 from fasterprune.callback import prune # adds learn.prune
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import n_removed
 from fasterprune.criteria.base import criteria
 from fasterprune.granularity import granularities
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.budget import Budget
-from fasterprune.surgery.choose import evidence_for
+from fasterprune.surgery.planning.budget import Budget
+from fasterprune.surgery.analysis.scores import evidence_for
 from fasterprune.surgery.pruner import Pruner
 
 pytestmark = pytest.mark.filterwarnings('ignore')

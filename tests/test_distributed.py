@@ -17,8 +17,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
-from fasterprune.callback.frame import example_batch
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.base import example_batch
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.resume import ResumeCallback
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning

@@ -7,12 +7,12 @@ from torch import nn, Tensor
 from torchvision.models import VisionTransformer, convnext_tiny, swin_t, vit_b_16
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterprune.core import NoEffectWarning, VerificationError
-from fasterprune.surgery import norms
-from fasterprune.surgery.capture import capture
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.planning import divisors as norms
+from fasterprune.surgery.capture.tracer import capture
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
-from fasterprune.surgery.source import recoding_of
-from fasterprune.surgery.verify import outputs
+from fasterprune.surgery.planning.source import recoding_of
+from fasterprune.surgery.checking.verify import outputs
 from laws import rel, run
 
 KEEP,GONE = [0,2,3,6,7],[1,4,5] # of eight channels
@@ -286,7 +286,7 @@ def test_a_plan_is_a_value():
     a,b = ready(make),ready(make)
     plan = Pruner(a, x(), exact_norms=True).plan({group:.5})
     assert Plan.from_json(plan.to_json())==plan
-    from fasterprune.surgery.apply import apply_
+    from fasterprune.surgery.cutting.apply import apply_
     apply_(b, Plan.from_json(plan.to_json()))
     Pruner(a, x(), exact_norms=True).prune({group:.5})
     close(run(a, x(3)), run(b, x(3)))

@@ -8,8 +8,8 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.measure.metrics import evaluate
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.plan import Edit, Plan
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.planning.plan import Edit, Plan
 from fasterprune.surgery.pruner import Pruner
 from laws import awake, other, rel, run
 
@@ -147,7 +147,7 @@ def test_left_alone_on_request():
     assert [k[0] for k in Pruner(net, x, ignore='0').plan().kernels]==['2'] and [k[0] for k in Pruner(net, x, only='0').plan().kernels]==['0']
 
 def test_optimizer_copies_masks_and_back(monkeypatch):
-    from fasterprune.surgery import operation
+    from fasterprune.surgery import transaction as operation
     torch.manual_seed(0)
     net,x = nn.Sequential(nn.Conv2d(3,4,3,padding=1), nn.ReLU(), nn.Conv2d(4,2,3,padding=1)).double(),torch.randn(2,3,9,9, dtype=torch.float64)
     average,opt = deepcopy(net),torch.optim.Adam(net.parameters(), .01)
@@ -267,7 +267,7 @@ def test_branches_that_are_left_alone_on_request():
 
 @pytest.mark.parametrize('kind', [torch.optim.Adam, torch.optim.LBFGS, lambda ps, lr: torch.optim.SGD(ps, lr, momentum=.9)])
 def test_branches_optimizer_copies_masks_and_back(kind, monkeypatch):
-    from fasterprune.surgery import operation
+    from fasterprune.surgery import transaction as operation
     torch.manual_seed(0)
     net,x = nn.Sequential(nn.Conv2d(3,6,3), Basic('plain'), Basic('in place'), nn.Conv2d(6,2,3)),torch.randn(2,3,9,8, dtype=torch.float64)
     net = awake(net, x)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from fasterprune.all import Budget, Plan, Pruner, Sparsifier
 from fasterprune.allocation import allocate
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from laws import cut, other, rel, run, unread
 
 C,L = nn.Conv2d,nn.Linear

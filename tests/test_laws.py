@@ -2,7 +2,7 @@
 import pytest, torch, torchvision
 from copy import deepcopy
 from torch import nn
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
 from laws import awake, cut, louder, other, rel, run, silence, unread
 

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB,NBS = ROOT/'fasterprune',ROOT/'nbs'
-ORDER = ('core', 'schedule', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'persist', 'callback', 'data', 'job', 'cli', 'all', '__main__')
+ORDER = ('core', 'schedule', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'callback', 'data', 'demo', 'cli', 'all', '__main__')
 NOTEBOOKS = {}
 for p in sorted(NBS.rglob('*.ipynb')): # module → notebook
     m = re.search(r'#\|\s*default_exp\s+([\w.]+)', p.read_text(encoding='utf-8'))
@@ -45,6 +45,24 @@ def test_imports_only_downwards(m):
         assert other in PATHS, f"fasterprune/{m}.py:{line} imports {other!r}, which is no module"
         assert rank(other)<rank(m), f"fasterprune/{m}.py:{line} imports {other} (nbs/{NOTEBOOKS[other]}), which does not come before it (nbs/{NOTEBOOKS[m]})"
 
+def test_surgery_is_rooms():
+    "What stands beside the rooms of surgery carries plans out, reports, or is all of it in one call"
+    beside = [m for m in PATHS if m.startswith('surgery.') and m.count('.')==1]
+    assert len(beside)<=6, beside
+
+FOLDERS = sorted({p.parent for p in PATHS.values()}-{LIB})
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.relative_to(LIB).as_posix())
+def test_a_folder_says_what_flows_in_and_out(folder):
+    doc = ast.get_docstring(ast.parse((folder/'__init__.py').read_text(encoding='utf-8'))) or ''
+    assert all(w in doc for w in ('In: ', 'Out: ')), f"{folder}/__init__.py: say what flows in and out"
+
+def test_numbers_of_notebooks_are_unique():
+    "The number is the order in which modules of a folder may import each other"
+    seen = {}
+    for nb in NOTEBOOKS.values():
+        if (number := re.match(r'\d+', nb.name)): seen.setdefault((nb.parent.as_posix(), number[0]), []).append(nb.name)
+    assert not (twice := {k:v for k,v in seen.items() if len(v)>1}), twice
+
 def test_no_cycles():
     done,path = set(),[]
     def visit(m):
@@ -56,7 +74,7 @@ def test_no_cycles():
         path.pop(); done.add(m)
     for m in PATHS: visit(m)
 
-ONLY = dict(fastai=('callback', 'data', 'job', 'cli'), matplotlib=('measure.plots', 'measure.gallery'), safetensors=('persist',), onnx=('persist',))
+ONLY = dict(fastai=('callback', 'data', 'demo', 'cli'), matplotlib=('measure.plots', 'measure.gallery'))
 @pytest.mark.parametrize('m', PATHS)
 def test_each_library_in_its_place(m):
     for name,_,line in imports(m):

@@ -3,8 +3,8 @@ import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
 
 SCRIPT = Path(__file__).resolve().parent.parent/'benchmarks'/'memory.py'
@@ -66,7 +66,7 @@ def test_nothing_runs_without_values(how):
 
 def test_one_old_tensor_at_a_time(monkeypatch):
     "While a tensor is cut, all that were cut before are gone"
-    from fasterprune.surgery import apply as module
+    from fasterprune.surgery.cutting import apply as module
     m = nn.Sequential(*[l for _ in range(5) for l in (nn.Linear(16,16), nn.ReLU())], nn.Linear(16,2))
     alive,plain = [],module.sliced
     def sliced(t, *args):

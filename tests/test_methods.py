@@ -8,8 +8,8 @@ from fastai.callback.schedule import *  # fit_one_cycle
 from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
-from fasterprune.callback.keep import KeepZeros
-from fasterprune.callback.methods import Remember, lottery_ticket, moment_of, rewind_
+from fasterprune.callback.keep_zeros import KeepZeros
+from fasterprune.callback.lottery import Remember, lottery_ticket, moment_of, rewind_
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.regrow import RegrowCallback, drop_and_grow, drop_fraction, erk
 from fasterprune.callback.sparsify import SparsifyCallback

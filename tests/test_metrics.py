@@ -9,11 +9,11 @@ from torch.nn.utils import prune
 from torchvision import models as tv
 from fasterprune.measure.latency import compare_latency
 from fasterprune.measure.metrics import *
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.guard import state_of
-from fasterprune.surgery.coupling import couple
-from fasterprune.surgery.liveness import dead_labels, observe
-from fasterprune.surgery.plan import fold_targets, folds_of, make_plan, spare
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.capture.isolation import state_of
+from fasterprune.surgery.coupling.couple import couple
+from fasterprune.surgery.analysis.dead import dead_labels, observe
+from fasterprune.surgery.planning.plan import fold_targets, folds_of, make_plan, spare
 from fasterprune.surgery.pruner import Pruner
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

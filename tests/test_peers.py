@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from fasterprune.allocation import contexts, keep_top
 from fasterprune.callback import prune # adds learn.prune
-from fasterprune.callback.frame import example_batch
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.base import example_batch
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, criteria
@@ -21,7 +21,7 @@ from fasterprune.granularity import granularities, unit_dims
 from fasterprune.schedule import Schedule, one_cycle, one_shot, schedules
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
 from small_fit import fit, learner as small_learner
 
@@ -488,7 +488,7 @@ def test_refused(what):
     assert len(e.value.args)==1 and '\n' not in e.value.args[0] # fastai reads e.args[0]
 
 def test_a_plan_of_another_model_is_refused():
-    from fasterprune.surgery.apply import apply_
+    from fasterprune.surgery.cutting.apply import apply_
     plan = Pruner(net(), X).plan(.5)
     for other,text in ((conv1(), "this plan is of another model: it cuts '1"), (net(16), 'this plan is of another model, or has been applied before')):
         with pytest.raises(ValueError, match=text): apply_(other, plan)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 import pytest, torch
 from torch import nn
 from fasterprune.all import *
-from fasterprune.surgery.apply import size_attributes
-from fasterprune.surgery.plan import Attr, Cut, Edit, Fold, plan_version
-from fasterprune.surgery.values import checked, digest
+from fasterprune.surgery.cutting.apply import size_attributes
+from fasterprune.surgery.planning.plan import Attr, Cut, Edit, Fold, plan_version
+from fasterprune.surgery.planning.values import checked, digest
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 C = nn.Conv2d
@@ -123,7 +123,7 @@ def test_attributes_that_are_no_sizes(module, name, value):
 
 def test_sizes_of_own_modules_are_set():
     m = Heads()
-    from fasterprune.surgery.apply import check_plan
+    from fasterprune.surgery.cutting.apply import check_plan
     check_plan(m, Plan((), attrs=(Attr('', 'heads', 2),)))
     for bad in (Attr('', 'heads', 5), Attr('', 'heads', (2,)), Attr('', 'hands', 2)): refused(lambda: check_plan(m, Plan((), attrs=(bad,))), m, bad.name)
     assert 'stride' not in size_attributes

@@ -11,14 +11,14 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import nn
 from fasterprune.callback import prune # adds learn.prune
-from fasterprune.callback.progressive import PKPCallback, pkp_schedule
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.kernel_progressive import PKPCallback, pkp_schedule
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import linear, one_shot
 from fasterprune.sparse.masks import Masks
-from fasterprune.sparse.progressive import PKP, Round, conv_runs, kernel_norms, low_level, participation, pkp_rounds, saliency, thresholds
+from fasterprune.sparse.kernel_progressive import PKP, Round, conv_runs, kernel_norms, low_level, participation, pkp_rounds, saliency, thresholds
 from fasterprune.surgery.pruner import Pruner
 
 pytestmark = pytest.mark.filterwarnings('ignore')

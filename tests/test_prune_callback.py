@@ -11,17 +11,17 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fasterprune.callback.during import PruneCallback, next_cut
-from fasterprune.callback.frame import TrainingCallback, example_batch, forget_best, undisturbed
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.prune_callback import PruneCallback, next_cut
+from fasterprune.callback.base import TrainingCallback, example_batch, forget_best, undisturbed
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import VerificationError
 from fasterprune.data import small_resnet
 from fasterprune.schedule import agp, iterative, linear, one_shot
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery import operation
-from fasterprune.surgery.budget import Budget
+from fasterprune.surgery import transaction as operation
+from fasterprune.surgery.planning.budget import Budget
 from fasterprune.surgery.pruner import Pruner
 from small_fit import Spy, equal, fit, learner, quiet, small_dls, tiny, weights
 

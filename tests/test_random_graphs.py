@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
 from laws import CONV, TRANSPOSED, WRITTEN, awake, cut, other, rel, run, silence, tensors, unread
 from random_programs import EXAMPLE, UNSEEN, Case, Program, Writer, as_program, at

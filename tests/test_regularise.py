@@ -5,7 +5,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD
 from torch import nn
-from fasterprune.callback.during import PruneCallback
+from fasterprune.callback.prune_callback import PruneCallback
 from fasterprune.callback.growing import GrowingCallback, Growth, growing_l2_
 from fasterprune.callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback, Units, decay_factors, group_decay_, group_lasso, group_lasso_, scale_l1_, scales_of
 from fasterprune.data import small_resnet

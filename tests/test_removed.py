@@ -7,14 +7,15 @@ import pytest, torch
 from fastai.callback.core import CancelFitException
 from torch import nn
 import test_company as company, test_resume as resume, test_stats as stats
-from fasterprune.callback import frame, keep, prune, sparsify
-from fasterprune.callback.frame import TrainingCallback
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback import base as frame, keep_zeros as keep, prune, sparsify
+from fasterprune.callback.base import TrainingCallback
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.sparse import masks, sparsifier
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.sparse.units import LayerUnits
-from fasterprune.surgery import apply, capture
+from fasterprune.surgery.cutting import apply
+from fasterprune.surgery.capture import tracer as capture
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 torch.set_num_threads(1)

@@ -7,9 +7,9 @@ from torch import nn, optim
 from torch.nn.utils import parametrize
 from fasterprune.all import Budget, NoEffectWarning, PruneCallback, Pruner, apply_
 from fasterprune.criteria.activation import contributions
-from fasterprune.surgery.coupling import couple
-from fasterprune.surgery.plan import labels_of
-from fasterprune.surgery.rescale import factors_of, losing
+from fasterprune.surgery.coupling.couple import couple
+from fasterprune.surgery.planning.plan import labels_of
+from fasterprune.surgery.recovery.rescale import factors_of, losing
 from laws import rel, run
 
 torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_an_error_afterwards_puts_everything_back(monkeypatch):
     m = Readers().double().eval()
     before = {k:v.clone() for k,v in m.state_dict().items()}
     def broken(*args, **kwargs): raise RuntimeError('no')
-    monkeypatch.setattr('fasterprune.surgery.operation.distance', broken)
+    monkeypatch.setattr('fasterprune.surgery.transaction.distance', broken)
     with pytest.raises(RuntimeError, match='no'): Pruner(m, images[:2]).prune(.5, rescale=[(images, 0)])
     assert all(torch.equal(v, m.state_dict()[k]) for k,v in before.items())
 

@@ -17,12 +17,12 @@ from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import params
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fasterprune.callback.during import PruneCallback
-from fasterprune.callback.keep import KeepZeros
+from fasterprune.callback.prune_callback import PruneCallback
+from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.growing import Growth, GrowingCallback
-from fasterprune.callback.methods import Remember, lottery_ticket
+from fasterprune.callback.lottery import Remember, lottery_ticket
 from fasterprune.callback.patience import Patience
-from fasterprune.callback.progressive import PKPCallback
+from fasterprune.callback.kernel_progressive import PKPCallback
 from fasterprune.callback.regrow import RegrowCallback
 from fasterprune.callback.regularise import GroupLassoCallback, GroupSparsityCallback, SlimmingCallback
 from fasterprune.callback.resume import ResumeCallback
@@ -30,7 +30,7 @@ from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.criteria.base import criteria
 from fasterprune.data import digits_dls
 from fasterprune.schedule import agp, hold, linear
-from fasterprune.surgery.budget import Budget
+from fasterprune.surgery.planning.budget import Budget
 from small_fit import equal
 
 pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif(sys.platform=='win32', reason='there are no such signals')]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest, torch
 from torch import nn
 from fasterprune.all import *
-from fasterprune.surgery.capture import probe
-from fasterprune.surgery.guard import fixed_seeds, preserved
-from fasterprune.surgery.verify import relative_error
+from fasterprune.surgery.capture.tracer import probe
+from fasterprune.surgery.capture.isolation import fixed_seeds, preserved
+from fasterprune.surgery.checking.verify import relative_error
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 DTYPES = [torch.float64, torch.float32]
@@ -116,8 +116,8 @@ def test_a_masked_output_is_checked(value):
 
 @pytest.mark.parametrize('value', [-torch.inf, -1e9, torch.finfo(torch.float32).min])
 def test_an_error_beside_a_mask_is_seen(value, monkeypatch):
-    from fasterprune.surgery import operation
-    from fasterprune.surgery.apply import carry_out_
+    from fasterprune.surgery import transaction as operation
+    from fasterprune.surgery.cutting.apply import carry_out_
     m = Masked(value).eval()
     def badly(steps):
         carry_out_(steps)

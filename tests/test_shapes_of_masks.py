@@ -14,7 +14,7 @@ from fasterprune.measure.storage import Storage, layer_storage, model_storage
 from fasterprune.sparse.heads import head_dim_groups, head_groups
 from fasterprune.sparse.masks import Masks
 from fasterprune.sparse.sparsifier import Sparsifier
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
 from laws import rel, run
 

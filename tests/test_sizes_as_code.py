@@ -4,8 +4,8 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 import sized_nets as nets
 from kinds import fresh, holds, inner, near, quietly, silenced
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
 
 pytestmark = pytest.mark.filterwarnings('ignore') # the other thousand: pytest -m slow tests/test_sizes_as_code.py
@@ -350,8 +350,8 @@ PLAN = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 import sized_nets as nets
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.planning.plan import Plan
 for name,text,state,x,want in torch.load(sys.argv[1], weights_only=False):
     m = getattr(nets, name)().eval()
     apply_(m, Plan.from_json(text))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from torchvision.models import mobilenet_v2, resnet18
 from fasterprune.all import *
-from fasterprune.callback.keep import KeepZeros, obeyed
+from fasterprune.callback.keep_zeros import KeepZeros, obeyed
 from fasterprune.sparse.units import CoupledUnits, LayerUnits
 from laws import rel, run
 from small_fit import equal, fit, learner, quiet, small_dls, tiny, weights

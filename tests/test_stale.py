@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from fasterprune.all import *
 from fasterprune.surgery.report import Report
-from fasterprune.surgery.stale import head_of, never_ran, read_in_forward, stale_sizes
+from fasterprune.surgery.checking.stale import head_of, never_ran, read_in_forward, stale_sizes
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 C = nn.Conv2d

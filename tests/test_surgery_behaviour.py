@@ -8,12 +8,15 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from fasterprune.data import small_resnet
 from fasterprune.core import NoEffectWarning, VerificationError
-from fasterprune.surgery import apply as apply_module, capture as capture_module, dryrun as dryrun_module, operation as operation_module
-from fasterprune.surgery.adapters import ADAPTERS, adapter
-from fasterprune.surgery.apply import apply_
-from fasterprune.surgery.capture import capture
-from fasterprune.surgery.coupling import couple
-from fasterprune.surgery.plan import Plan
+from fasterprune.surgery.cutting import apply as apply_module
+from fasterprune.surgery.capture import tracer as capture_module
+from fasterprune.surgery.checking import dry_run as dryrun_module
+from fasterprune.surgery import transaction as operation_module
+from fasterprune.surgery.capture.adapters import ADAPTERS, adapter
+from fasterprune.surgery.cutting.apply import apply_
+from fasterprune.surgery.capture.tracer import capture
+from fasterprune.surgery.coupling.couple import couple
+from fasterprune.surgery.planning.plan import Plan
 from fasterprune.surgery.pruner import Pruner
 from laws import awake, cut, other, rel, run, silence
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fasterprune.surgery.coupling import couple
+from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
 from laws import WRITTEN, awake, cut, louder, other, rel, run, silence, unread
 

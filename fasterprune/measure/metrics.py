@@ -13,8 +13,8 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import as_call, no_such, prunable_layers, unwrap
-from ..surgery.trace import tensors_in
-from ..surgery.cost import n_params
+from ..surgery.capture.trace import tensors_in
+from ..surgery.analysis.cost import n_params
 from .counts import Left, Tally, layer_cost, n_nonzero
 from .latency import LatencyComparison, compare_latency
 

@@ -19,9 +19,9 @@ from fastprogress.fastprogress import progress_bar
 from ..allocation import keep_top
 from ..core import check_fraction, eval_mode, n_removed, unwrap
 from ..criteria.base import as_criterion
-from ..surgery.guard import state_of
-from ..surgery.choose import evidence_for, group_scores
-from ..surgery.groups import Group
+from ..surgery.capture.isolation import state_of
+from ..surgery.analysis.scores import evidence_for, group_scores
+from ..surgery.coupling.groups import Group
 from ..surgery.pruner import Pruner
 
 # %% ../../nbs/measure/05_sensitivity.ipynb #00000006

@@ -13,8 +13,8 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import unwrap
-from ..surgery.guard import state_of
-from ..surgery.optimizer import taken
+from ..surgery.capture.isolation import state_of
+from ..surgery.cutting.optimizer import taken
 
 # %% ../../nbs/sparse/00_masks.ipynb #00000005
 @dataclass(frozen=True)
