@@ -11,7 +11,7 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import as_criterion
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.planning.budget import Budget, within
-from fasterprune.surgery.planning.selection import Choice, PruningWarning, choose, is_of, layers_of, nearly_emptied
+from fasterprune.surgery.planning.selection import Selection, PruningWarning, choose, is_of, layers_of, nearly_emptied
 from fasterprune.surgery.analysis.scores import alike, group_scores
 from fasterprune.surgery.analysis.cost import Costs, unit_costs
 from fasterprune.surgery.coupling.couple import couple
@@ -89,7 +89,7 @@ def test_rounding_removes_as_much_as_blocks_allow():
 def test_a_budget_holds_and_keeps_caps(a, kind, context, min_keep, max_ratio, round_to):
     m = net()
     c = couple(m, X)
-    how = Choice(None, l1, budget=Budget(**{kind:a}), context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to)
+    how = Selection(None, l1, budget=Budget(**{kind:a}), context=context, min_keep=min_keep, max_ratio=max_ratio, round_to=round_to)
     costs = Costs(c, (kind,))
     whole = costs(np.zeros(c.labels.size, bool))[kind]
     least = costs(labels_of(c, choose(m, c, replace(how, sparsity=1., budget=None))))[kind]
@@ -108,7 +108,7 @@ def test_isomorphic_ranks_the_same_shapes_together():
     c = couple(m, X)
     sets = alike(m, c.groups)
     assert sets=={'0':'0', '2':'2', '4':'2', '6':'6'} # the first reads images, the last is read by another kind of layer
-    keep = choose(m, c, Choice(.5, l1, context='isomorphic'))
+    keep = choose(m, c, Selection(.5, l1, context='isomorphic'))
     for k in set(sets.values()):
         own = [n for n in keep if sets[n]==k]
         assert sum(int((~keep[n]).sum()) for n in own)==sum(len(keep[n]) for n in own)//2
@@ -118,7 +118,7 @@ def test_importance_per_cost():
     m = net()
     c = couple(m, X)
     scores,costs = group_scores(m, c.groups, l1),unit_costs(c, c.groups, 'macs')
-    keep = choose(m, c, Choice(.5, l1, context='global', normalizer='none', per='macs'))
+    keep = choose(m, c, Selection(.5, l1, context='global', normalizer='none', per='macs'))
     rate = {(n,u):float(scores[n][u]/costs[n][u]) for n in scores for u in range(len(scores[n]))}
     gone = gone_of(keep)
     assert len(gone)==len(rate)//2 and max(rate[p] for p in gone)<=min(r for p,r in rate.items() if p not in gone and keep[p[0]].sum()>1) # one of each group stays in any case
@@ -247,11 +247,11 @@ def test_a_warning_changes_nothing():
     (dict(granularity='kernel'), "'filter' or 'shared_kernel'"), (dict(normalizer='men'), "no normalizer 'men'; did you mean 'mean'"), (dict(sparsity=None), 'give a sparsity or a budget'),
     (dict(budget=Budget(macs=.5)), 'not both'), (dict(sparsity=None, budget=.5), r'Budget\(macs=0.5\)')])
 def test_refused_when_made(kw, text):
-    with pytest.raises((ValueError, TypeError), match=text): Choice(**{**dict(sparsity=.5, criterion=l1), **kw})
+    with pytest.raises((ValueError, TypeError), match=text): Selection(**{**dict(sparsity=.5, criterion=l1), **kw})
 
 def test_prices_need_importances():
     m = net()
-    with pytest.raises(ValueError, match='per= divides importances by costs'): choose(m, couple(m, X), Choice(.5, l1, context='global', normalizer='zscore', per='params'))
+    with pytest.raises(ValueError, match='per= divides importances by costs'): choose(m, couple(m, X), Selection(.5, l1, context='global', normalizer='zscore', per='params'))
 
 def test_a_sparsifier_does_not_know_shapes():
     with pytest.raises(ValueError, match="only a Pruner knows.*'local', 'global'"): Sparsifier(net(), X, context='isomorphic')

@@ -21,7 +21,7 @@ from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.planning.budget import Budget
-from fasterprune.surgery.planning.selection import Choice
+from fasterprune.surgery.planning.selection import Selection
 from fasterprune.surgery.analysis.scores import combined, evidence_for, group_scores, places_of, readers, rows_of
 from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner

@@ -12,66 +12,40 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 from ..core import unwrap
+from ..options import given, takes
 from .base import example_batch
 from .keep_zeros import KeepZeros, obeyed
 from .awd import reset_ # and registers what surgery has to know of fastai's language models
-from ..surgery.planning.budget import Budget
 from ..surgery.pruner import Pruner, Report
 
 # %% ../../nbs/callback/05_prune.ipynb #00000006
 @patch
+@takes(Pruner.prune, Pruner, but=('model', 'optimizer'))
 def prune(self:Learner,
-    # Part of the channels to remove, or a dict of layer → part; None removes what is dead
+    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
     sparsity:float|dict|None=None,
-    *, budget:Budget|None=None, # Instead: what may be left, such as `Budget(macs=.5)`, in one ranking over all layers
-    criterion='l2', # A name, a `Criterion` or a function
-    granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
-    context:str='local',
-    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
-    min_keep:int=1, # Units that each group keeps
-    max_ratio:float=1., # Largest part that each group may lose
-    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
-    per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    data=None, # For a criterion that has to see the model run; None is the training data
-    n_batches:int|None=8, # How many batches of it, at most; None is all
-    loss_func=None, # For a criterion that needs gradients; None is the learner's
-    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says,
-    # mostly the mean
-    reduce:str|None=None,
-    only=None, # Names or types of layers that may be cut; None is all
-    ignore=(), # Names or types of layers that stay
-    examples=(), # Further calls of the model that have to go on working, in the form of `x`
-    exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
-    x=None, # What the model is called with; None takes two items of a training batch
-    also=(), # Copies of the model, such as an average of its weights: cut by the same plan
-    # True for the training data, or a data loader: BatchNorm statistics are estimated again on up to 50 batches
-    recalibrate=None,
-    compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
-    # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for
-    # what is removed, by least squares (ThiNet)
-    rescale=None,
-    verify:bool=True, # Check the law, and take everything back if it does not hold
+    *, x=None, # What the model is called with; None takes two items of a training batch
+    **options,
 )->Report:
     "Remove channels from the learner's model, in place; without a sparsity or a budget exactly those that are dead"
+    layers,how = given(options, Pruner, Pruner.prune, of='learn.prune', but=('model', 'optimizer'))
     keepers = [c for c in self.cbs if isinstance(c, KeepZeros) and c.masks is not None]
     for c in keepers:
         if c.stepping: c.zero_() # a training was interrupted between a step and its zeros
     masks = [obeyed(c.masks, self.model) for c in keepers]
-    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x,
-        only=only, ignore=ignore, examples=examples, exact_norms=exact_norms).prune(
-        sparsity, budget=budget, criterion=criterion, granularity=granularity, context=context, normalizer=normalizer,
-        min_keep=min_keep, max_ratio=max_ratio, round_to=round_to, per=per,
-        data=self.dls.train if data is None else data, n_batches=n_batches,
-        loss_func=self.loss_func if loss_func is None else loss_func, reduce=reduce,
-        optimizer=self.opt, also=copies_of(also), recalibrate=_data(self, recalibrate),
-        compensate=_data(self, compensate), rescale=_data(self, rescale), verify=verify)
+    r = Pruner(unwrap(self.model), example_batch(self) if x is None else x, **layers).prune(
+        sparsity, optimizer=self.opt, **_with_learner(self, how))
     for c,m in zip(keepers, masks):
         left = m.cut(r.plan.edits)
         if left.keep: c.take(left)
         else: self.remove_cb(c)
     if r.removed: reset_(self.model)
     return r
+
+def _with_learner(learn, how): # Options, with what a learner has where they leave it open
+    own = dict(data=learn.dls.train, loss_func=learn.loss_func)
+    told = {n:_data(learn, how[n]) for n in ('recalibrate', 'compensate', 'rescale') if n in how}
+    return {**how, **{n:v for n,v in own.items() if how.get(n) is None}, **told, 'also':copies_of(how.get('also', ()))}
 
 def _data(learn, dl): return learn.dls.train if dl is True else None if dl is False else dl
 

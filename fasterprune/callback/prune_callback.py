@@ -23,12 +23,13 @@ from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
 from ..core import NoEffectWarning, unwrap
-from ..criteria.base import as_criterion
 from ..criteria.evidence import check_n_batches
 from ..schedule import iterative
 from ..surgery.cutting.apply import apply_
 from ..surgery.planning.budget import Budget
-from ..surgery.planning.selection import Choice, scores_for, shares_of
+from ..surgery.planning.selection import calibration, scores_for, selection, shares_of
+from ..surgery.transaction import cut_options
+from ..options import given, takes
 from ..surgery.analysis.scores import alike, evidence_for
 from ..surgery.analysis.cost import Costs, kinds, n_params
 from ..surgery.pruner import Pruner
@@ -53,55 +54,35 @@ def next_cut(
     return {n: k/len(scores[n]) for n,k in now.items() if k}
 
 # %% ../../nbs/callback/06_prune_callback.ipynb #0000000a
+# the training has data, a loss and an optimizer; `learn.prune` takes further examples
+_not_taken = ('model', 'data', 'loss_func', 'optimizer', 'examples')
+
 class PruneCallback(TrainingCallback):
     "Remove channels from the model while it trains, more and more, by a schedule"
     name = 'prune_callback' # without it fastai would call it `learn.prune`, in place of the method
+    @takes(selection, calibration, cut_options, Pruner, but=_not_taken)
     def __init__(self,
         # Part of the channels that has gone in the end, or a dict of layer → part; None, without a budget, removes what
         # is dead at each update
         sparsity:float|dict|None=None,
-        *, budget:Budget|None=None, # Instead: what may be left in the end, such as `Budget(macs=.5)`
-        criterion='l2', # A name, a `Criterion` or a function
         # A name, a `Schedule` or a function progress → share of the target, which must not fall; None:
         # `iterative(end=.5)`, or equal steps by a `Patience`
-        schedule=None,
+        *, schedule=None,
         every='epoch', # Choose at the beginning of each epoch, after every so many training batches, or by a `Patience`
-        granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-        # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape
-        context:str='local',
-        normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
-        min_keep:int=1, # Units that each group keeps
-        max_ratio:float=1., # Largest part of the units that it had that each group may lose; not with a budget
-        round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
-        per:str|None=None, # 'params' or 'macs': rank by importance per cost
-        reduce:str|None=None, # How the scores of a unit's layers combine; None: as the criterion says
-        n_batches:int|None=8, # Training batches that a criterion sees that has to see the model run; None is all
-        only=None, # Names or types of layers that may be cut; None is all
-        ignore=(), # Names or types of layers that stay
-        exact_norms:bool=False, # Let norms over channels that go divide by the number that there were
         x=None, # What the model is called with; None takes two items of a training batch
         # Copies of the model that are cut with it, such as an average of its weights; or a function that gives them
         also=(),
-        # True for the training data, or a data loader: BatchNorm statistics are estimated again after each cut
-        recalibrate=None,
-        compensate=None, # True for the training data, or a data loader: the means of what is removed move into biases
-        # True for the training data, or a data loader: weights that read what stays are multiplied so as to make up for
-        # what is removed, by least squares (ThiNet)
-        rescale=None,
-        verify:bool=True, # Check the law after each cut, and take it back if it does not hold
         # Of what the fractions are, as `cb.whole` of a training to go on with; None: of the model as it is when this
         # callback first sees it
         whole:dict|None=None,
+        **options,
     ):
-        self.dead = sparsity is None and budget is None
-        self.how = Choice(0. if self.dead else sparsity, as_criterion(criterion), granularity, context, normalizer,
-            min_keep, max_ratio, budget, round_to, per, reduce)
-        self.schedule,self.every,self.n_batches,self.x,self.also = (
-            _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience),
-            check_n_batches(n_batches) or n_batches,x,also)
-        self.sides,self.extras = (
-            dict(only=only, ignore=ignore, exact_norms=exact_norms),
-            dict(recalibrate=recalibrate, compensate=compensate, rescale=rescale, verify=verify))
+        own,seen,self.cut_options,self.layers = given(
+            options, selection, calibration, cut_options, Pruner, of='PruneCallback', but=_not_taken)
+        self.how = selection(sparsity, **own)
+        self.schedule,self.every = _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience)
+        n = calibration(**seen).n_batches
+        self.n_batches,self.x,self.also = check_n_batches(n) or n,x,also
         _check_budget(self.how)
         self.whole,self.reports,self._log,self._of,self._given,self._units = whole,[],[],None,whole is not None,{}
 
@@ -135,7 +116,7 @@ def start(self:PruneCallback):
         example_batch(self.learn) if self.x is None else self.x,self.learn.loss_func,None,
         self.every.watch() if isinstance(self.every, Patience) else None)
     self._log,self.reports = [],[]
-    pruner = Pruner(model, self._x, **self.sides)
+    pruner = Pruner(model, self._x, **self.layers)
     c = pruner.couple()
     costs = {**Costs(c, kinds)(np.zeros(c.labels.size, bool)), 'latency':1.}
     if not (self._given or self._of is model): self._begin(c, costs)
@@ -177,14 +158,14 @@ def _time(self:PruneCallback):
 
 @patch
 def _wanted(self:PruneCallback, p):
-    if self.how.budget is not None or self.dead: return self.schedule(p, 1.)
+    if self.how.budget is not None or self.how.dead: return self.schedule(p, 1.)
     return ({g:self.schedule(p, s) for g,s in self._shares.items()} if isinstance(self.how.sparsity, dict)
         else self.schedule(p, self.how.sparsity))
 
 @patch
 def _fractions(self:PruneCallback, want, data)->dict:
     "Group → part of its units that goes now"
-    pruner = Pruner(unwrap(self.learn.model), self._x, **self.sides)
+    pruner = Pruner(unwrap(self.learn.model), self._x, **self.layers)
     c,h = pruner.couple(),self.how
     groups = [g for g in c.groups if g.name in self.whole['units'] and (not isinstance(want, dict) or g.name in want)]
     if h.context=='local': scores = {g.name:torch.zeros(g.n) for g in groups}
@@ -203,8 +184,8 @@ def _cut(self:PruneCallback, want):
     data = list(islice(iter(dls), self.n_batches)) if h.criterion.stats and self.n_batches is not None else dls
     how = dict(criterion=h.criterion, granularity=h.granularity, min_keep=h.min_keep, round_to=h.round_to, per=h.per,
         reduce=h.reduce, data=data, n_batches=self.n_batches, loss_func=self._loss)
-    common = dict(x=self._x, also=self._copies(), **self.sides, **self.extras)
-    if self.dead: return self.learn.prune(**common)
+    common = dict(x=self._x, also=self._copies(), **self.layers, **self.cut_options)
+    if self.how.dead: return self.learn.prune(**common)
     if h.budget is not None:
         return self.learn.prune(budget=self._limits(want), context=h.context, normalizer=h.normalizer,
             **how, **common) if want else None
@@ -220,7 +201,7 @@ def _update(self:PruneCallback, k, n):
     "Cut for update `k` of `n`"
     p = self.schedule.progress(k, n)
     want = self._wanted(p)
-    if want==self._last and not self.dead: return
+    if want==self._last and not self.how.dead: return
     with undisturbed(self.learn), warnings.catch_warnings():
         warnings.simplefilter('ignore', NoEffectWarning)
         r = self._cut(want)
@@ -228,7 +209,7 @@ def _update(self:PruneCallback, k, n):
     if r is not None: self._note(r)
     part = (sum(s*self.whole['units'][g] for g,s in want.items())/sum(self.whole['units'].values())
         if isinstance(want, dict) else want)
-    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=None if self.dead else part,
+    self._log.append(dict(epoch=self.learn.epoch, progress=p, requested=None if self.how.dead else part,
         removed=self.measured_removed(), params=self.measured_params(), macs=self.measured_macs(),
         error=r.error if r is not None and r.removed else None))
 
@@ -237,7 +218,7 @@ def _note(self:PruneCallback, r):
     self.reports.append(r)
     self._macs = r.macs[1]
     if r.removed:
-        self._units = self._count(Pruner(unwrap(self.learn.model), self._x, **self.sides).couple(),
+        self._units = self._count(Pruner(unwrap(self.learn.model), self._x, **self.layers).couple(),
             {**self._units, **{g:n for g,_,n in r.rows()}})
 
 @patch
@@ -248,7 +229,7 @@ def _count(self:PruneCallback, c, known): # Units of the groups that there were;
 @patch
 def before_train(self:PruneCallback):
     if not self._on: return
-    if self.dead or self._last!=self._wanted(1.): forget_best(self.learn)
+    if self.how.dead or self._last!=self._wanted(1.): forget_best(self.learn)
     if self.every=='epoch': self._update(self.learn.epoch, self.learn.n_epoch)
     elif self._wait is not None:
         if (k := self._wait.next(self.learn)) is not None: self._update(k, self.every.steps+1)

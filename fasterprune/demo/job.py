@@ -35,7 +35,7 @@ from ..measure.metrics import Comparison, compare
 from ..schedule import Schedule, as_schedule
 from ..sparse.sparsifier import Sparsifier
 from ..surgery.planning.budget import Budget
-from ..surgery.planning.selection import Choice, layers_with
+from ..surgery.planning.selection import Selection, layers_with
 from ..surgery.pruner import Pruner, Report
 from ..surgery.checking.verify import relative_error
 
@@ -76,10 +76,10 @@ class Job:
         return bool(self.budget or self.per or self.context=='isomorphic' or self.round_to!=1)
 
     @property
-    def choice(self)->Choice:
+    def choice(self)->Selection:
         "What the plan is made by"
         budget = limits(self.budget) if self.budget else None
-        return Choice(None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context,
+        return Selection(None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context,
                       budget=budget, round_to=self.round_to, per=self.per or None)
 
     @property

@@ -13,14 +13,13 @@ from dataclasses import replace
 from torch import nn
 from fastcore.basics import patch
 from ..core import NoEffectWarning
+from ..options import given, takes
 from .capture.checks import as_example, check_model
-from ..criteria.base import as_criterion, has_values
+from ..criteria.base import has_values
 from .analysis.branch import Removed, silent_branches
-from .planning.budget import Budget
 from .capture.caches import searched_once
 from .capture.tracer import capture
-from .planning.selection import Choice, is_of, layers_of, warn_of_emptied
-from .analysis.scores import evidence_for
+from .planning.selection import calibration, is_of, layers_of, selection, warn_of_emptied
 from .checking.latency_budget import chosen
 from .recovery.compensate import softened
 from .analysis.cost import n_params, trace_macs
@@ -29,7 +28,7 @@ from .capture.isolation import collector_paused, put_back_
 from .coupling.couple import Coupling, couple
 from .checking.kernel_shape import shrink_kernels
 from .analysis.dead import held, observe
-from .transaction import Extras, Operation, Removal
+from .transaction import Operation, Removal, cut_options
 from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .checking.solve import settle
@@ -99,24 +98,19 @@ def _chosen(self:Pruner, how):
     return replace(plan, unseen=never_ran(self.coupling, self.model, plan)),gone,small
 
 # %% ../../nbs/surgery/10_pruner.ipynb #00000009
-def _choice(
-    p, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio, *how,
-): # None removes what is dead
-    criterion,dead,(data,n_batches,loss_func) = as_criterion(criterion),sparsity is None and budget is None,how[-1]
-    how = Choice(0. if dead else sparsity, criterion, granularity, context, normalizer, min_keep, max_ratio, budget,
-        *how[:-1])
-    if dead: return None
-    return (replace(how, evidence=evidence_for(criterion, p.model, data, p.x, n_batches=n_batches, loss_func=loss_func))
-        if criterion.stats else how)
+def _selected(p, of, sparsity, options, *more): # How units are chosen, and the values of further options
+    own,seen,*rest = given(options, selection, calibration, *more, of=of)
+    how = calibration(**seen).evidence_of(p.model, selection(sparsity, **own), p.x)
+    return how,*(f(**o) for f,o in zip(more, rest))
 
 def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
     bare = next((p for p in model.parameters() if not has_values(p)), None)
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
-    if how is not None and how.criterion.stats:
-        raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, "
+    if not how.dead and how.criterion.stats:
+        raise ValueError(f"{what}, and criterion {how.criterion.name!r} is data-driven; load the weights first, "
             "or choose by 'first_k'")
-    if how is None:
+    if how.dead:
         raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, "
             "or give a sparsity and criterion='first_k'")
     if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale):
@@ -124,35 +118,18 @@ def _check_values(model, how, extras=None): # a network that is too large for th
             "with its weights, or pass verify=False")
 
 @patch
+@takes(selection, calibration)
 def plan(self:Pruner,
-    sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
-    *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
-    criterion='l2', # A name, a `Criterion` or a function
-    granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape;
-    # a budget ranks over all
-    context:str='local',
-    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
-    min_keep:int=1, # Units that each group keeps
-    max_ratio:float=1., # Largest part that each group may lose
-    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
-    per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
-    # or `Evidence` about it
-    data=None,
-    n_batches:int|None=8, # How many of them, at most; None is all
-    loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
-    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first';
-    # None: as the criterion says, mostly the mean
-    reduce:str|None=None,
+    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    sparsity:float|dict|None=None,
+    **options,
 )->Plan:
-    "What `prune` would do; nothing is changed"
-    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
-        round_to, per, reduce, (data, n_batches, loss_func))
+    "Say what `prune` would do; nothing is changed"
+    how, = _selected(self, 'plan', sparsity, options)
     _check_values(self.model, how)
     with searched_once(), collector_paused():
-        self.couple(loose=how is None)
-        return self._chosen(how)[0] if how is not None else self._clean()
+        self.couple(loose=how.dead)
+        return self._clean() if how.dead else self._chosen(how)[0]
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
@@ -167,60 +144,31 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
 
 # %% ../../nbs/surgery/10_pruner.ipynb #0000000d
 @patch
+@takes(selection, calibration, cut_options)
 def prune(self:Pruner,
-    sparsity:float|dict|None=None, # Part of the units to remove, or a dict of layer → part; None removes what is dead
-    *, budget:Budget|None=None, # Instead: what may be left, in one ranking over all layers
-    criterion='l2', # A name, a `Criterion` or a function
-    granularity:str='filter', # 'filter' or 'shared_kernel': whose weights decide
-    # 'local', 'global' or 'isomorphic': rank within a group, over all of them, or over those of one shape;
-    # a budget ranks over all
-    context:str='local',
-    normalizer=None, # For a ranking over several groups; None is the mean, or nothing if the scores are comparable
-    min_keep:int=1, # Units that each group keeps
-    max_ratio:float=1., # Largest part that each group may lose
-    round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
-    per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
-    # or `Evidence` about it
-    data=None,
-    n_batches:int|None=8, # How many of them, at most; None is all
-    loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
-    # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first';
-    # None: as the criterion says, mostly the mean
-    reduce:str|None=None,
-    optimizer=None, # Keeps its state for what stays
-    also=(), # Copies of the model, such as an average of its weights: cut by the same plan
-    recalibrate=None, # A data loader: BatchNorm statistics are estimated again on up to 50 batches
-    compensate=None, # True for the example input, or a data loader: the means of what is removed move into biases
-    # True for the example input, or a data loader: weights that read what stays are multiplied so as to make up
-    # for what is removed, by least squares (ThiNet)
-    rescale=None,
-    # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once,
-    # so an interrupt comes when all is cut
-    verify:bool=True,
+    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    sparsity:float|dict|None=None,
+    **options,
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
-        round_to, per, reduce, (data, n_batches, loss_func))
-    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also),
-        recalibrate, compensate, rescale)
+    how,extras = _selected(self, 'prune', sparsity, options, cut_options)
     _check_values(self.model, how, extras)
-    if rescale and how is None:
+    if extras.rescale and how.dead:
         warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget',
             NoEffectWarning, stacklevel=2)
     with searched_once(), collector_paused():
-        self.couple(loose=how is None)
+        self.couple(loose=how.dead)
         before,first,left = self._counts(),None,()
         try:
-            if how is None:
+            if how.dead:
                 branches,left,facts = self._silent()
                 if branches:
                     first = Removal(self.model, self.x, self.coupling, branches, extras)
                     first.run_(); self.couple(loose=True)
-                plan,gone,small = self._dead(None if branches else facts, bool(compensate))
+                plan,gone,small = self._dead(None if branches else facts, bool(extras.compensate))
             else: plan,gone,small = self._chosen(how)
             return self._carry_out(replace(plan, held=plan.held+left), gone, small,
-                'masks' if how is None else 'readers', extras, before, first)
+                'masks' if how.dead else 'readers', extras, before, first)
         except BaseException:
             if first is not None: put_back_([first])
             raise

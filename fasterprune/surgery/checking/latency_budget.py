@@ -16,7 +16,7 @@ from torch import nn
 from fastprogress.fastprogress import progress_bar
 from ...core import PruningError
 from ..cutting.apply import apply_
-from ..planning.selection import Choice, choose, shares_of
+from ..planning.selection import Selection, choose, shares_of
 from ..analysis.cost import Costs, kinds
 from ..coupling.couple import Coupling
 from ..planning.plan import Plan, labels_of
@@ -114,7 +114,7 @@ def in_time(
     model:nn.Module, # Not changed
     x, # What it is called with
     c:Coupling, # Changed: what cannot be cut is pinned
-    how:Choice, # With a budget that limits the latency
+    how:Selection, # With a budget that limits the latency
 )->tuple: # Plan, what goes by label, the smaller network's trace, `Measured`
     "The largest plan that meets a budget in time, measured"
     clock,limit = Clock(model, x, c, how),float(how.budget.latency)
@@ -147,7 +147,7 @@ def chosen(
     model:nn.Module, # Not changed
     x, # What it is called with
     c:Coupling, # Changed: what cannot be cut is pinned
-    how:Choice,
+    how:Selection,
 )->tuple: # Plan, what goes by label, the smaller network's trace, and `Measured` for a budget in time, else None
     "The plan of a choice"
     if how.budget is None or how.budget.latency is None: return *_settled(model, x, c, how),None
