@@ -23,11 +23,11 @@ def takes(
     def _(f):
         own = inspect.signature(f)
         ps = [p for p in own.parameters.values() if p.kind!=p.VAR_KEYWORD]
-        names = {'self', *but, *(p.name for p in ps)}
+        names,taken = {'self', *but, *(p.name for p in ps)},[]
         for p in (p for o in to for p in inspect.signature(o).parameters.values()):
-            if p.name not in names and p.kind!=p.VAR_KEYWORD: ps.append(p.replace(kind=p.KEYWORD_ONLY))
+            if p.name not in names and p.kind!=p.VAR_KEYWORD: taken.append(p.replace(kind=p.KEYWORD_ONLY))
             names.add(p.name)
-        f.__signature__ = own.replace(parameters=ps)
+        f.__signature__ = own.replace(parameters=sorted([*ps, *taken], key=lambda p: (p.kind, p in ps)))
         _link(f, [g for o in to for g in _sources(o)])
         f.__doc__ = '\n\n'.join(t for t in (f.__doc__, _described(f)) if t)
         return f

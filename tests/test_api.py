@@ -27,13 +27,13 @@ def test_registries_are_shown_as_tables():
 
 SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every regrow normalizer only ignore count x n_batches reduce',
-    'PruneCallback': 'sparsity * budget criterion schedule every granularity context normalizer min_keep max_ratio round_to per reduce n_batches only ignore exact_norms x also recalibrate compensate rescale verify whole',
+    'PruneCallback': 'sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce n_batches recalibrate compensate rescale verify only ignore exact_norms schedule every x also whole',
     'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
     'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn moment * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore examples exact_norms',
-    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce optimizer also recalibrate compensate rescale verify',
-    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per data n_batches loss_func reduce',
+    'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce data n_batches loss_func optimizer also recalibrate compensate rescale verify',
+    'Pruner.plan': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce data n_batches loss_func',
     'Budget': 'params macs latency memory', 'adapter': 'kinds * watch_only sizes attrs', 'apply_': 'model plan optimizer * later', 'recalibrate_': 'model dl n_batches * n_inp progress',
     'Sparsifier.masks': 'self sparsity * regrow', 'Sparsifier.sparsify': 'self sparsity', 'Masks.apply_': 'self model', 'Masks': 'keep units',
     'KeepZeros': 'masks', 'Schedule': 'curve start end initial name options', 'agp': 'start end initial power', 'one_cycle': 'alpha beta * start end initial',
@@ -73,8 +73,9 @@ DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k))
 
 @pytest.mark.parametrize('name,f', DOCUMENTED, ids=[n for n,_ in DOCUMENTED])
 def test_documented(name, f):
-    if not name.endswith(('__init__', '__call__')) : assert f.__doc__ and '\n' not in f.__doc__.strip(), f"{name} needs a docstring of one line"
+    if not name.endswith(('__init__', '__call__')) : assert f.__doc__ and '\n' not in f.__doc__.strip().split('\n\n')[0], f"{name} needs a docstring that begins with one line"
     docs = docments(f)
+    if hasattr(f, '__delwrap__'): assert all(f"  {n}: " in f.__doc__ for n in docs if n not in ('self', 'return')), f"help({name}) shows no text for some parameter"
     for p in inspect.signature(f).parameters.values():
         if p.name in ('self', 'cls') or (name,p.name) in OWN_NAMES: continue
         said = docs.get(p.name)

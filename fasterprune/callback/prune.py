@@ -22,7 +22,7 @@ from ..surgery.pruner import Pruner, Report
 @patch
 @takes(Pruner.prune, Pruner, but=('model', 'optimizer'))
 def prune(self:Learner,
-    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    # Part of the units to remove, or a dict of layer, block or group → part; without it and a budget what is dead goes
     sparsity:float|dict|None=None,
     *, x=None, # What the model is called with; None takes two items of a training batch
     **options,

@@ -80,7 +80,8 @@ class PruneCallback(TrainingCallback):
         own,seen,self.cut_options,self.layers = given(
             options, selection, calibration, cut_options, Pruner, of='PruneCallback', but=_not_taken)
         self.how = selection(sparsity, **own)
-        self.schedule,self.every = _rising(schedule_for(schedule, every, iterative(end=.5))),check_every(every, Patience)
+        self.schedule = _rising(schedule_for(schedule, every, iterative(end=.5)))
+        self.every = check_every(every, Patience)
         n = calibration(**seen).n_batches
         self.n_batches,self.x,self.also = check_n_batches(n) or n,x,also
         _check_budget(self.how)

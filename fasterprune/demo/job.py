@@ -79,7 +79,8 @@ class Job:
     def choice(self)->Selection:
         "What the plan is made by"
         budget = limits(self.budget) if self.budget else None
-        return Selection(None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context,
+        return Selection(
+            None if budget else self.sparsity, as_criterion(self.criterion), self.granularity, self.context,
                       budget=budget, round_to=self.round_to, per=self.per or None)
 
     @property

@@ -120,7 +120,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
 @patch
 @takes(selection, calibration)
 def plan(self:Pruner,
-    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    # Part of the units to remove, or a dict of layer, block or group → part; without it and a budget what is dead goes
     sparsity:float|dict|None=None,
     **options,
 )->Plan:
@@ -146,7 +146,7 @@ def _clean(self:Pruner)->Plan: # What is dead, branches first
 @patch
 @takes(selection, calibration, cut_options)
 def prune(self:Pruner,
-    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    # Part of the units to remove, or a dict of layer, block or group → part; without it and a budget what is dead goes
     sparsity:float|dict|None=None,
     **options,
 )->Report:

@@ -62,8 +62,8 @@ def cut_options(
     # Move the means of what is removed into biases; True for the example input (with a learner its training data), or
     # batches
     compensate=None,
-    # Multiply weights that read what stays so as to make up for what is removed, by least squares (ThiNet); True for the
-    # example input (with a learner its training data), or batches
+    # Multiply weights that read what stays, so as to make up for what is removed, by least squares (ThiNet); True for
+    # the example input (with a learner its training data), or batches
     rescale=None,
     # Check the law, and put everything back if it does not hold; False also lets go of old tensors at once,
     # so an interrupt comes when all is cut

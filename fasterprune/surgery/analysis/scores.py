@@ -215,7 +215,9 @@ def weight_stats(
     model:nn.Module,
     params:list, # Names of weights
     evidence:Evidence|None, # By `evidence_for`
-)->dict: # Name → statistic → tensor that broadcasts to the weight; None for a criterion without statistics; weights of which nothing is known are left out
+# Name → statistic → tensor that broadcasts to the weight; None for a criterion without statistics; weights of which
+# nothing is known are left out
+)->dict:
     "What was found out about weights"
     if not criterion.stats: return dict.fromkeys(params)
     found,res,state = evidence(wanted_of_weights(criterion, model, params)),{},state_of(model)

@@ -19,7 +19,8 @@ from .dry_run import dry_run, notices, predicted, what_ran
 from ..coupling.labels import Kept
 from ..coupling.rules import tensors_of
 from ..planning.plan import Plan, cuts_of, spare, with_code
-from ..planning.sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, planned, recodings
+from ..planning.sizes import (
+    Director, at_odds, candidates, differs, in_one_expression, merged_places, planned, recodings)
 
 # %% ../../../nbs/surgery/06_checking/01_solve.ipynb #00000005
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def settle(
         c.refresh()
     raise PruningError(f"no plan was found that runs; the last one failed because {bad.reason}")
 
-# Axes at the same operator of modules that run later, with the same class, sizes and numbers: what one refuses they refuse
+# Axes at the same operator of modules that run later, with the same class, sizes and numbers: they refuse what one does
 def _of_twins(c, bad):
     if not bad.key: return []
     modules,nodes = dict(c.model.named_modules()),{n.key:n for n in c.trace.nodes}

@@ -302,8 +302,8 @@ def capture_witnesses(
         if t is not None: res.append((last, t))
     return Others(tuple(res), trains=trains)
 
-# Another call that the model takes, its trace, and its trace with code in training mode: the same one where this changes
-# nothing, and None where it does not run so
+# Another call that the model takes, its trace, and its trace with code in training mode: the same one where this
+# changes nothing, and None where it does not run so
 def _other_call(model, x, trace, base, asking):
     for y in variants(x):
         trained = _run(model, y, trace, base, asking) if asking else None
@@ -315,17 +315,20 @@ def _other_call(model, x, trace, base, asking):
 
 def _runs_as(a, b): # The same operators of the same lines, with the same numbers that are no sizes?
     told = lambda n: [v for v in (*n.args, *n.kwargs.values()) if isinstance(v, (bool, float))]
-    return ([(k.module, k.place) for k in a.calls]==[(k.module, k.place) for k in b.calls] and len(a.nodes)==len(b.nodes)
+    places = lambda t: [(k.module, k.place) for k in t.calls]
+    return (places(a)==places(b) and len(a.nodes)==len(b.nodes)
         and all(n.func is o.func and n.module==o.module and told(n)==told(o) for n,o in zip(a.nodes, b.nodes)))
 
-def _larger(model, x, runs, base): # A run with a larger image, where code that asks for sizes goes a way that it did not go
+# A run with a larger image, where code that asks for sizes goes a way that it did not go
+def _larger(model, x, runs, base):
     new = {k:k[1]+32 for k,kind,_ in _sizes_of(as_call(x)) if kind=='space' and k[1]>=96}
     if not new or not runs[0].asked: return []
     y = _changed(x, new, False)
     t,seen = _run(model, y, runs[0], base),{(k.module, k.place) for r in runs for k in r.calls}
     return [(y, t)] if t is not None and any((k.module, k.place) not in seen for k in t.calls) else []
 
-def _run(model, y, trace, base, training=None): # Another call, as the example was; None where the model does not take it
+# Another call, as the example was; None where the model does not take it
+def _run(model, y, trace, base, training=None):
     rec = Recorder(training=trace.training if training is None else training, base=base, again=trace.counts)
     try: t = fake_trace(model, y, rec=rec)
     except Exception: return None

@@ -94,7 +94,7 @@ class Selection:
 
 # %% ../../../nbs/surgery/04_planning/06_selection.ipynb #5e1ec701
 def selection(
-    # Part of the units to remove, or a dict of layer, block or group → part; None, without a budget, removes what is dead
+    # Part of the units to remove, or a dict of layer, block or group → part; without it and a budget what is dead goes
     sparsity:float|dict|None=None,
     # What may be left, such as `Budget(macs=.5)`, instead of a sparsity: one ranking over all layers
     *, budget:Budget|None=None,
