@@ -15,24 +15,24 @@ from fastcore.basics import patch
 from ..core import NoEffectWarning
 from .capture.checks import as_example, check_model
 from ..criteria.base import as_criterion, has_values
-from .analysis.branch import Removed, silent_branches
+from .analysis.branch import Removed, dead_branches
 from .planning.budget import Budget
 from .capture.caches import searched_once
 from .capture.tracer import capture
 from .planning.selection import Choice, is_of, layers_of, warn_of_emptied
 from .analysis.scores import evidence_for
-from .checking.latency_budget import chosen
-from .recovery.compensate import softened
+from .checking.latency_budget import plan_for
+from .recovery.compensate import treat_as_foldable
 from .analysis.cost import n_params, trace_macs
 from .coupling.groups import Group, Member
 from .capture.isolation import collector_paused, put_back_
 from .coupling.couple import Coupling, couple
 from .checking.kernel_shape import shrink_kernels
-from .analysis.dead import held, observe
-from .transaction import Extras, Operation, Removal
+from .analysis.dead import dead_but_kept, observe
+from .transaction import CutOptions, Transaction, BranchTransaction
 from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
-from .checking.solve import settle
+from .checking.solve import solve_plan
 from .checking.stale import never_ran, stale_sizes
 from .planning.sizes import keep_divisors
 
@@ -76,25 +76,26 @@ class Pruner:
 
 # %% ../../nbs/surgery/10_pruner.ipynb #00000008
 @patch
-def _silent(self:Pruner): # Branches that go, those that stay with a reason, and what was seen
+def _dead_branches(self:Pruner): # Branches that go, those that stay with a reason, and what was seen
     terms = {}
     facts = observe(self.model, self.x, self.coupling, terms)
-    return *silent_branches(self.coupling, self.x, terms, self._may_layer),facts
+    return *dead_branches(self.coupling, self.x, terms, self._may_layer),facts
 
 @patch
 def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that cannot be folded exactly go as well
     c = self.coupling
     facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
-    seen = softened(facts, targets) if soft else facts
+    seen = treat_as_foldable(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c,
+    plan,gone,trace = solve_plan(c,
         lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    plan = replace(plan, held=tuple(held(c, seen, foldable, gone)), unseen=never_ran(c, self.model, plan))
+    stay = tuple(dead_but_kept(c, seen, foldable, gone))
+    plan = replace(plan, dead_but_kept=stay, unseen=never_ran(c, self.model, plan))
     return shrink_kernels(c, self.x, plan, trace, self._may_layer),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
-    plan,gone,small,self.measured = chosen(self.model, self.x, self.coupling, how)
+    plan,gone,small,self.measured = plan_for(self.model, self.x, self.coupling, how)
     if how.context!='local' or how.budget is not None: warn_of_emptied(plan, stacklevel=4)
     return replace(plan, unseen=never_ran(self.coupling, self.model, plan)),gone,small
 
@@ -109,7 +110,7 @@ def _choice(
     return (replace(how, evidence=evidence_for(criterion, p.model, data, p.x, n_batches=n_batches, loss_func=loss_func))
         if criterion.stats else how)
 
-def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
+def _check_values(model, how, options=None): # a network that is too large for this machine can be planned, and no more
     bare = next((p for p in model.parameters() if not has_values(p)), None)
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
@@ -119,7 +120,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
     if how is None:
         raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, "
             "or give a sparsity and criterion='first_k'")
-    if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale):
+    if options and (options.verify or options.compensate or options.recalibrate or options.rescale):
         raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model "
             "with its weights, or pass verify=False")
 
@@ -156,14 +157,14 @@ def plan(self:Pruner,
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
-    branches,left,facts = self._silent()
+    branches,left,facts = self._dead_branches()
     out = Removed(self.model, branches)
     try:
         out.take_out_()
         if branches: self.couple(loose=True)
         plan = self._dead(None if branches else facts)[0]
     finally: put_back_([out])
-    return with_branches(replace(plan, held=plan.held+left), branches)
+    return with_branches(replace(plan, dead_but_kept=plan.dead_but_kept+left), branches)
 
 # %% ../../nbs/surgery/10_pruner.ipynb #0000000d
 @patch
@@ -202,9 +203,9 @@ def prune(self:Pruner,
     "Remove what is dead, or what a criterion ranks lowest, in place"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
         round_to, per, reduce, (data, n_batches, loss_func))
-    extras = Extras(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also),
+    options = CutOptions(optimizer, verify, (also,) if isinstance(also, nn.Module) else tuple(also),
         recalibrate, compensate, rescale)
-    _check_values(self.model, how, extras)
+    _check_values(self.model, how, options)
     if rescale and how is None:
         warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget',
             NoEffectWarning, stacklevel=2)
@@ -213,14 +214,14 @@ def prune(self:Pruner,
         before,first,left = self._counts(),None,()
         try:
             if how is None:
-                branches,left,facts = self._silent()
+                branches,left,facts = self._dead_branches()
                 if branches:
-                    first = Removal(self.model, self.x, self.coupling, branches, extras)
+                    first = BranchTransaction(self.model, self.x, self.coupling, branches, options)
                     first.run_(); self.couple(loose=True)
                 plan,gone,small = self._dead(None if branches else facts, bool(compensate))
             else: plan,gone,small = self._chosen(how)
-            return self._carry_out(replace(plan, held=plan.held+left), gone, small,
-                'masks' if how is None else 'readers', extras, before, first)
+            return self._carry_out(replace(plan, dead_but_kept=plan.dead_but_kept+left), gone, small,
+                'masks' if how is None else 'readers', options, before, first)
         except BaseException:
             if first is not None: put_back_([first])
             raise
@@ -233,7 +234,7 @@ def _counts(self:Pruner): # What the model is now: its trace, parameters, multip
     return whole,n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole)
 
 @patch
-def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
+def _carry_out(self:Pruner, plan, gone, small, law, options, before, first=None):
     t,(whole,*before) = self.coupling.trace,before
     inputs = tuple(t.shapes[r.id] for r in t.inputs)
     if not plan.edits and first is None:
@@ -242,7 +243,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
             sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     mended,stale = stale_sizes(self.model, plan)
     plan = replace(plan, attrs=(*plan.attrs, *mended))
-    op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
+    op = Transaction(self.model, self.x, self.coupling, plan, gone, law, options, first)
     try:
         done = op.run_()
         small = capture(self.model, self.x) if t.training or plan.kernels or first else small
@@ -257,7 +258,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
-    if plan.held: why += f" (silent, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.held[:3])})"
+    if plan.dead_but_kept: why += f" (dead, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.dead_but_kept[:3])})"
     return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, '
             'or give a sparsity' if law=='masks'
         else 'no unit was removed: the fraction rounds to none in every group' if plan.units

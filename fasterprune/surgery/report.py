@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import nn
 from fastcore.basics import patch
-from ..core import no_such
+from ..core import unknown_name
 from .capture.adapters import ADAPTERS
 from .capture.trace import Ref, Trace
 from .analysis.cost import macs_of
@@ -260,7 +260,7 @@ def _lines(self):
         yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
     yield from _elsewhere(self)
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
-    for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
+    for n,k,why in self.plan.dead_but_kept: yield 'kept', f"{n}: {k} are dead, but {why}"
 
 @patch
 def __repr__(self:Report): return '\n'.join(f"{a:<11} {b}" for a,b in _lines(self))

@@ -21,11 +21,11 @@ from ..capture.isolation import put_back_, state_of
 from ..capture.trace import Ref, Trace
 from ..capture.tracer import fake_trace
 from ..coupling.couple import Coupling
-from .dead import Term
-from ..coupling.rules import Site, tensors_of
+from .dead import ConstantTerm
+from ..coupling.rules import OpCall, tensors_of
 
 # %% auto #0
-__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'Idle', 'Owners', 'branch_at', 'Removed', 'silent_branches']
+__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'DeadNodes', 'Owners', 'branch_at', 'Removed', 'dead_branches']
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #00000005
 class Silent:
@@ -103,7 +103,7 @@ class Branch:
     copy:bool=False # Does the code write into the sum?
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #0000000b
-class Idle:
+class DeadNodes:
     "The nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
     def __init__(self, t:Trace):
         # nodes by index; seals: sums from which on a tensor or its memory is the other term's
@@ -194,17 +194,17 @@ class Owners:
     )->tuple: # (name, length)
         "Parameters and buffers that are in these modules only"
         inside = {id(m):m for p in paths for m in self.model.get_submodule(p).modules()}
-        held = {
+        tensors = {
             id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values())
             if t is not None}
-        own = sorted((*self.names[i], len(t)) for i,t in held.items() if t.dim() and self.of[i]<=inside.keys())
+        own = sorted((*self.names[i], len(t)) for i,t in tensors.items() if t.dim() and self.of[i]<=inside.keys())
         return tuple((n, k) for _,n,k in own if any(n.startswith(f"{p}.") for p in paths))
 
 # A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
-def _mixes(idle, nodes, modules):
+def _mixes(dead, nodes, modules):
     own = lambda n: any(n.module==m or n.module.startswith(f"{m}.") for m in modules)
-    goes = lambda r,i: bool(made := idle._before(r, i)) and made[-1] in idle.nodes
-    sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
+    goes = lambda r,i: bool(made := dead._before(r, i)) and made[-1] in dead.nodes
+    sums = [n for i in nodes for n in [dead.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
     return any(len({goes(r, n.index) for r in tensors_of(n)[:2]})>1 for n in sums)
 
 def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds
@@ -214,34 +214,34 @@ def _teller(t, modules, others): # The last module that runs in no other branch:
 def branch_at(
     c:Coupling, # Of the model
     index:int, # Of the node that adds
-    term:Term, # The one that is constant
-    idle:Idle|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
+    term:ConstantTerm, # The one that is constant
+    dead:DeadNodes|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
     owners:Owners|None=None, # Of the model
 )->Branch|str|None: # Or why not; None where no module would go
     "What goes when one term of a sum does"
-    idle = idle or Idle(c.trace)
-    s = Site(c.trace.nodes[index], c.trace, {})
+    dead = dead or DeadNodes(c.trace)
+    s = OpCall(c.trace.nodes[index], c.trace, {})
     stays = s['other' if term.name=='self' else 'self']
-    nodes = idle.drop(index, stays)
-    b = _branch(c, s, term, stays, idle, nodes, owners)
-    if not isinstance(b, Branch): idle.undo()
+    nodes = dead.drop(index, stays)
+    b = _branch(c, s, term, stays, dead, nodes, owners)
+    if not isinstance(b, Branch): dead.undo()
     return b
 
-def _branch(c, s, term, stays, idle, nodes, owners):
-    t,node,modules = c.trace,s.node,idle.modules(nodes)
+def _branch(c, s, term, stays, dead, nodes, owners):
+    t,node,modules = c.trace,s.node,dead.modules(nodes)
     if not modules: return None
-    if (teller := _teller(t, modules, idle.nodes-set(nodes)-idle.unused)) is None:
+    if (teller := _teller(t, modules, dead.nodes-set(nodes)-dead.unused)) is None:
         return 'each of its modules runs elsewhere, too'
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
     if isinstance(c.model.get_submodule(node.module), nn.TransformerEncoderLayer):
         return "PyTorch's fused path reads the weights of all its layers"
-    if _mixes(idle, nodes, modules): return 'its own code adds something to it'
+    if _mixes(dead, nodes, modules): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
     last = Gone(teller, None, tuple(term.value.tolist()) if term.value.any() else None, view)
-    later = idle.makers.get(idle._memory(node.outs[0]), [0])[-1]>node.index
+    later = dead.makers.get(dead._memory(node.outs[0]), [0])[-1]>node.index
     params = tuple(
         p for p in (owners or Owners(c.model)).only(modules)
         if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
@@ -330,7 +330,7 @@ def _refused(c, x, branches, n):
         else: lo,more = k,2*more
     return lo,why
 
-def silent_branches(
+def dead_branches(
     c:Coupling, # Of the model
     x, # What it is called with
     terms:dict, # From `observe`
@@ -340,30 +340,30 @@ def silent_branches(
     if not terms: return (),()
     given,no,n = {},{},0 # no: key of the node that adds → why it did not work; of so many it is known that they do
     look = lambda: _candidates(c, terms, may, given, no)
-    branches,held = look()
-    if not c.trace.fake or not branches: return branches,held
+    branches,kept = look()
+    if not c.trace.fake or not branches: return branches,kept
     given.update(_given(c, x))
-    branches,held = look()
+    branches,kept = look()
     while bad := _refused(c, x, branches, n):
         n,no[branches[bad[0]].key] = bad
-        branches,held = look()
-    return branches,held
+        branches,kept = look()
+    return branches,kept
 
 # What would go and what would stay if all worked that has not been seen to fail
 def _candidates(c, terms, may, given, no):
-    idle,owners,res,held = Idle(c.trace),Owners(c.model),[],[]
+    dead,owners,res,kept = DeadNodes(c.trace),Owners(c.model),[],[]
     for n in c.trace.nodes:
         if n.key not in terms: continue
-        b = no.get(n.key) or branch_at(c, n.index, terms[n.key], idle, owners)
+        b = no.get(n.key) or branch_at(c, n.index, terms[n.key], dead, owners)
         if isinstance(b, Branch):
-            if may and not all(may(m) for m in _inside(c.model, b)): idle.undo(); continue
+            if may and not all(may(m) for m in _inside(c.model, b)): dead.undo(); continue
             items = {g.module:given.get(id(c.model.get_submodule(g.module))) for g in b.modules}
-            if bad := [m for m,i in items.items() if i is False]: idle.undo()
+            if bad := [m for m,i in items.items() if i is False]: dead.undo()
             b = f"{min(bad)} gives something else than tensors" if bad else replace(
                 b, modules=tuple(replace(g, items=items[g.module]) for g in b.modules))
         if isinstance(b, Branch): res.append(b)
-        elif b: held.append((n.module, 1, f"it is a branch of it, and {b}"))
-    return tuple(res),tuple(held)
+        elif b: kept.append((n.module, 1, f"it is a branch of it, and {b}"))
+    return tuple(res),tuple(kept)
 
 def _inside(model, b): # Paths of all modules of a branch
     return [f"{g.module}.{k}".rstrip('.') for g in b.modules for k,_ in model.get_submodule(g.module).named_modules()]

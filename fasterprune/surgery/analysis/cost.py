@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from ...core import no_such
+from ...core import unknown_name
 from ..capture.isolation import state_of
 from ..capture.trace import Node, Ref, Trace
 from ..capture.tracer import capture
@@ -59,7 +59,7 @@ class Costs:
         of=('params', 'macs'), # Any of 'params', 'macs' and 'memory'
     ):
         for k in of:
-            if k not in kinds: raise ValueError(no_such('cost', k, kinds))
+            if k not in kinds: raise ValueError(unknown_name('cost', k, kinds))
         t,state,self.of = c.trace,state_of(c.model),tuple(of)
         # sizes are numbered: those that can change have rows of labels
         self.rows,self.n,self._at,self._of_axis = {},[],{},{}

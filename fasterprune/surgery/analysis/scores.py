@@ -7,7 +7,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/03_analysis/scores.html.
 # %% auto #0
 __all__ = ['sides', 'LOWEST', 'check_where', 'member_scores', 'rows_of', 'layer_of', 'readers', 'places_of', 'watched',
            'evidence_for', 'wanted_of', 'wanted_of_weights', 'weight_stats', 'over_weight', 'combined', 'group_scores',
-           'alike']
+           'isomorphic_sets']
 
 # %% ../../../nbs/surgery/03_analysis/04_scores.ipynb #00000002
 import contextlib
@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ...core import layer_types, no_such
+from ...core import layer_types, unknown_name
 from ...criteria.base import (
     Criterion, PART, channel_scores, element_scores, layer_scores, reductions, vector_scores)
 from ...criteria.statistic import Statistic
@@ -257,7 +257,7 @@ def combined(
     how:str='mean', # 'mean', 'sum', 'max', 'prod' or 'first'
 )->Tensor: # (n,); NaN where no member sees a unit
     "One score for each unit from those of its members"
-    if how not in reductions: raise ValueError(f"reduce: {no_such('reduction', how, reductions)}")
+    if how not in reductions: raise ValueError(f"reduce: {unknown_name('reduction', how, reductions)}")
     t = torch.full((len(scores), n), torch.nan, dtype=torch.float64)
     for row,(units,s) in zip(t, scores):
         row[slice(None) if units is None else torch.as_tensor(units)] = s.double().cpu()
@@ -284,8 +284,8 @@ def group_scores(
     score = _Scoring(model, groups, criterion, granularity, {} if pooled is None else pooled, evidence, keep or {})
     res = {}
     for g in groups:
-        s = combined(
-            score.seen(g) if criterion.channel is not None else score.weighed(g), g.n, reduce or criterion.reduce)
+        members = score.activation_scores(g) if criterion.channel is not None else score.weight_scores(g)
+        s = combined(members, g.n, reduce or criterion.reduce)
         if criterion.channel is not None and s.isnan().any():
             raise ValueError(
                 f"{int(s.isnan().sum())} of {g.n} units of {g.name!r} are read by no layer that could be listened to, "
@@ -305,18 +305,18 @@ class _Scoring: # The scores of each member of a group
                 criterion, model,
                 [m.param for g in groups for m in _members(criterion, self.state, g, granularity)], evidence)
 
-    def weighed(self, g): # by weights
+    def weight_scores(self, g): # by weights
         c,ms = self.criterion,_members(self.criterion, self.state, g, self.granularity)
         if not ms: raise ValueError(_nothing_to_score(c, g, self.granularity))
         if c.stats and not (ms := [m for m in ms if m.param in self.stats]):
             raise ValueError(
                 f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; "
                 f"use a criterion of weights alone, or ignore={g.name!r}")
-        if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(
+        if c.join and len(ms)>1 and (res := self.with_group_name(g, lambda: _joined(
                 c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))):
             return res
         if c.vectors is not None:
-            return self.named(g, lambda: [r for m in ms for r in _compared(
+            return self.with_group_name(g, lambda: [r for m in ms for r in _compared(
                 c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
         whole = lambda m: (m.unit>=0).all() and len(m.unit)>=g.n
         return [
@@ -329,7 +329,7 @@ class _Scoring: # The scores of each member of a group
                 self.criterion, self.state[m.param], m.dim, self.stats[m.param] if self.criterion.stats else None)
         return _by_unit(self.criterion, self.pooled[m.param,m.dim], m, n).cpu()
 
-    def seen(self, g): # by what was seen
+    def activation_scores(self, g): # by what was seen
         c,at = self.criterion,self.criterion.stats[0].at
         ps = places_of(self.model, g, at)
         heard = [p for p in ps if self.found.get((c.stats[0].name,p)) is not None]
@@ -339,17 +339,17 @@ class _Scoring: # The scores of each member of a group
                 f"criterion {c.name!r} adds up all readers of a unit, and {deaf!r}, which reads {g.name!r}, "
                 f"cannot be listened to; use a criterion such as 'fisher_w', or ignore={g.name!r}")
         if not heard: raise ValueError(_nobody(c, g, at, ps))
-        if 'relu' in c.needs: self.rectified(g, places_of(self.model, g, 'input'))
-        return self.named(g, lambda: [
+        if 'relu' in c.needs: self.check_relu(g, places_of(self.model, g, 'input'))
+        return self.with_group_name(g, lambda: [
             (p.units, channel_scores(
                 c, {s.name:self.found[s.name,p] for s in c.stats}, len(p.units), self.keep.get(g.name)))
             for p in heard])
 
-    def named(self, g, f): # What a criterion refuses, it refuses for this group
+    def with_group_name(self, g, f): # What a criterion refuses, it refuses for this group
         try: return f()
         except ValueError as e: raise ValueError(f"{g.name!r}: {e.args[0]}") from e
 
-    def rectified(self, g, ps):
+    def check_relu(self, g, ps):
         for p in ps:
             low = self.found.get((LOWEST.name,p))
             if low is not None and low.min()<0:
@@ -376,7 +376,7 @@ def _nothing_to_score(criterion, g, granularity):
             f"so criterion {criterion.name!r} has nothing to score; leave this layer out with ignore={g.name!r}")
 
 # %% ../../../nbs/surgery/03_analysis/04_scores.ipynb #0000001c
-def alike(
+def isomorphic_sets(
     model:nn.Module,
     groups:list, # `Group`s of its coupling
 )->dict: # Group name → name of the first group of its shape

@@ -16,12 +16,12 @@ from torch import nn
 from fastcore.basics import patch
 from ..cutting.apply import cut_copy_, new_attributes, planned_shapes, recode_
 from ..capture.trace import Node, Ref, Trace, used_refs
-from ..capture.tracer import Recorder, clones, fake_trace, record, roughly, size_calls
+from ..capture.tracer import Recorder, clones, fake_trace, record, run_subsampled, size_calls
 from ...core import layer_types
 from ..coupling.couple import Coupling, norm_types
 from ..coupling.labels import Kept
 from ..planning.plan import Plan
-from ..coupling.rules import Site, filled, rule_for, tensors_of
+from ..coupling.rules import OpCall, filled, rule_for, tensors_of
 from ..planning.sizes import Director, arithmetic
 from ..planning.source import read_in_forward
 from ..coupling.witness import SIZED, Witness
@@ -96,7 +96,7 @@ def _shapes(self:Comparison, old, new, shapes, code):
 def _said(self:Comparison, old, new, code):
     at = old.index+self.first
     for k,a in self.said.get(at, ()):
-        if Site(new, None, {})[k]!=self.kept.count(a):
+        if OpCall(new, None, {})[k]!=self.kept.count(a):
             return [a],f"{code} has its number of {k.removesuffix('s')}s written in it"
     if at not in self.starts or self.kept.count(self.starts[at][0])==self.starts[at][0].n: return None
     if (a := _misplaced(self.l, self.kept, *self.starts[at], new)) is not None:
@@ -119,7 +119,7 @@ def _met(axes, node, outs=None): # The axes that meet at a node
 
 def _misplaced(l, kept, a, start, new):
     "What has to stay so that a slice begins where it should; None if it does"
-    s,keep = Site(new, None, {}),kept(a)
+    s,keep = OpCall(new, None, {}),kept(a)
     begin = range(int(keep.sum()))[slice(s['start'], s['end'], s['step'])].start
     if begin!=int(keep[:start].sum()): return a if keep[:start].all() else l.take(a, np.arange(start))
 
@@ -252,7 +252,8 @@ def dry_run(
     director:Director|None=None, # Corrects what the code says, and notes it; None: the code speaks for itself
 )->Outcome:
     "Run the network as it would be, on fake tensors, and compare every shape"
-    rec,look,found = Recorder(run=roughly, training=w.trace.training, again=w.trace.again),Comparison(c, gone, w),[]
+    rec = Recorder(run=run_subsampled, training=w.trace.training, again=w.trace.again)
+    look,found = Comparison(c, gone, w),[]
     rec.direct = director
     attrs,params = new_attributes(model, plan) if w.trace.fake else [],dict(model.named_parameters())
     def listen(node, *_):
@@ -271,7 +272,7 @@ def dry_run(
     except Exception as e: # whatever the user's code raises is an answer: it cannot run at these sizes
         if not found:
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
-            why = (f"{Site(node, w.trace, {})} fails when it is smaller "
+            why = (f"{OpCall(node, w.trace, {})} fails when it is smaller "
                 f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
             module = node.module if where is None else where
             return Outcome(rec.trace, _met(look.axes, node), why, module, node.key)

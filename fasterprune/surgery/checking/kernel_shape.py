@@ -115,7 +115,7 @@ def smaller_kernels(
     may=None, # `(layer name)` → bool: may it be touched? None: all may
 )->tuple: # ((parameter, layers, a `range` for each dimension), ...), ((layer, how many, why), ...) of what stays
     "What of the kernels of a model can be cut off"
-    uses,cuts,held,edits = {},[],[],edits_of(plan)
+    uses,cuts,stays,edits = {},[],[],edits_of(plan)
     for n in c.trace.nodes:
         for name in {c.trace.name_of(r) for r in tensors_of(n)} - {None}: uses.setdefault(name, []).append(n)
     for name,w,layers in _kernels(c):
@@ -128,9 +128,9 @@ def smaller_kernels(
             range(len(a)) if why else kept_taps(a, lambda r: all(fits(m, j, r) for m in layers.values()))
             for j,a in enumerate(alive)]
         stay = [h for j,a in enumerate(alive) if (h := _held(layers[first], j, a, taps[j]))]
-        held += [(first, k, w if not why else f"they are at the border of its kernel, and {why}") for k,w in stay]
+        stays += [(first, k, w if not why else f"they are at the border of its kernel, and {why}") for k,w in stay]
         if any(len(t)<len(a) for t,a in zip(taps, alive)): cuts.append((name, tuple(layers), taps))
-    return cuts,held
+    return cuts,stays
 
 # %% ../../../nbs/surgery/06_checking/03_kernel_shape.ipynb #0000000d
 def with_kernels(
@@ -165,12 +165,12 @@ def shrink_kernels(
     may=None, # As for `smaller_kernels`
 )->Plan:
     "A plan that also cuts off what is zero at the border of kernels"
-    cuts,held = smaller_kernels(c, plan, may)
+    cuts,stays = smaller_kernels(c, plan, may)
     whole = with_kernels(c, plan, cuts)
     if cuts and c.trace.fake and not _runs(c, x, whole, small):
         good = []
         for cut in cuts:
             if _runs(c, x, with_kernels(c, plan, [*good, cut]), small): good.append(cut)
-            else: held.append((cut[1][0], len(cut[2]), 'they are dimensions of a kernel whose size the code knows'))
+            else: stays.append((cut[1][0], len(cut[2]), 'they are dimensions of a kernel whose size the code knows'))
         whole = with_kernels(c, plan, good)
-    return replace(whole, held=whole.held+tuple(held))
+    return replace(whole, dead_but_kept=whole.dead_but_kept+tuple(stays))

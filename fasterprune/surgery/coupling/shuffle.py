@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..capture.trace import Trace
 from .labels import Axis, Labels
-from .rules import Site, tensors_of
+from .rules import OpCall, tensors_of
 
 # %% ../../../nbs/surgery/02_coupling/02_shuffle.ipynb #00000005
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _back(t, n, uses, i, shape): # Index of the operator that makes a row of the
         if len(uses.get(n.outs[0].id, ()))==1 and n.outs[0] not in t.outputs else None)
     m,k = alone(n),len(shape)+1
     if m is None or m.op not in ('transpose','permute'): return
-    s = Site(m, t, {})
+    s = OpCall(m, t, {})
     dims = list(range(k))
     dims[i],dims[i+1] = i+1,i
     if [d%k for d in s['dims']]!=dims if m.op=='permute' else {s['dim0']%k,s['dim1']%k}!={i,i+1}: return

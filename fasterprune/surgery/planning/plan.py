@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/04_planning/plan.html.md
 
 # %% auto #0
 __all__ = ['plan_version', 'Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'check_values', 'size_text', 'with_branches', 'fold_targets',
-           'uses_of', 'folds_of', 'taker', 'total', 'signed', 'wider', 'spare', 'dead_and_spared', 'cuts_of',
-           'with_code', 'make_plan', 'score_of', 'widened', 'labels_of']
+           'uses_of', 'folds_of', 'fold_tensor', 'checksum', 'with_checksums', 'wider', 'ensure_nonempty',
+           'dead_and_spared', 'cuts_of', 'with_code', 'make_plan', 'score_of', 'widened', 'labels_of']
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #00000002
 from collections import Counter
@@ -21,11 +21,11 @@ from ...core import module_of
 from ..capture.adapters import ADAPTERS
 from ..capture.trace import Ref
 from ..analysis.branch import Branch
-from ..coupling.domain import Read
+from ..coupling.domain import Reader
 from ..coupling.couple import Coupling
 from ..coupling.labels import Kept
-from ..analysis.dead import Facts, dead_labels
-from ..coupling.rules import Site
+from ..analysis.dead import ReaderFacts, dead_labels
+from ..coupling.rules import OpCall
 from .source import Recoded
 from .values import checked, from_text, to_text
 
@@ -75,7 +75,7 @@ class Plan:
     recoded:tuple[Recoded,...]=() # Modules whose source says other sizes, or that run in an adapter
     pins:tuple[tuple[str,int,int,str],...]=() # (layer, positions that stay, of how many, reason)
     mixed:tuple[tuple[str,str],...]=() # (group, operator): removing units here changes the statistics of others
-    held:tuple[tuple[str,int,str],...]=() # (group, units, reason): they are silent, and stay
+    dead_but_kept:tuple[tuple[str,int,str],...]=() # (group, units, reason)
     # (layer, size of its kernel before, after), where rows or columns of it are cut off
     kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=()
     branches:tuple[Branch,...]=() # They go before anything is cut; of their parameters, `edits` keep nothing
@@ -189,9 +189,9 @@ def __repr__(self:Plan):
         + [f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels])
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
     mixed = [f"  {n:<{w}}  statistics change, so this is not equal to the model before: {why}" for n,why in self.mixed]
-    held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
+    kept = [f"  {n:<{w}}  {k} are dead, but kept: {why}" for n,k,why in self.dead_but_kept]
     unseen = [f"  {n:<{w}}  did not run, is not cut along, and may not fit any more" for n in self.unseen]
-    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *held, *unseen])
+    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *kept, *unseen])
 
 def with_branches(
     plan:Plan, # Of the model without them
@@ -224,12 +224,12 @@ def uses_of(
     "Who uses each tensor"
     res = {}
     for n in c.labels.trace.nodes:
-        for r in set(Site(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
+        for r in set(OpCall(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
     return res
 
 def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     t,node = c.labels.trace,c.labels.trace.nodes[r.node]
-    s = Site(node, t, c.labels.env)
+    s = OpCall(node, t, c.labels.env)
     once = lambda ref: (ref is not None and t.name_of(ref)
         and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]})) # once in each run
     bias = s['bias'] if 'convolution' in node.op else s['self'] if node.op=='addmm' else None
@@ -238,7 +238,7 @@ def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     if node.op not in ('mm','convolution'): return None
     behind = uses.get(node.outs[0], [])
     if len(behind)==1 and 'batch_norm' in behind[0].op and node.outs[0] not in t.outputs:
-        mean = Site(behind[0], t, c.labels.env)['running_mean']
+        mean = OpCall(behind[0], t, c.labels.env)['running_mean']
         if once(mean): return ('mean', t.name_of(mean))
     m = c.model.get_submodule(node.module)
     if (runs[c.run_of(node.index),node.module,node.op]==1
@@ -264,10 +264,10 @@ def folds_of(
         if not v.any(): continue
         k = np.einsum('goi,gi->go', f.fold, v.reshape(f.fold.shape[0], -1)).reshape(-1)
         total[to] = total.get(to, 0)+k
-    return signed(c.model, tuple(Fold(kind, name, tuple(k.tolist())) for (kind,name),k in total.items()))
+    return with_checksums(c.model, tuple(Fold(kind, name, tuple(k.tolist())) for (kind,name),k in total.items()))
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #0000000d
-def taker(
+def fold_tensor(
     model:nn.Module,
     kind:str, # As in a `Fold`
     name:str,
@@ -277,19 +277,20 @@ def taker(
     m,k = module_of(model, name)
     return getattr(m, k)
 
-def total(
+def checksum(
     t:Tensor,
 )->float:
     "The sum of a tensor in double precision, without a copy of all of it"
     t = t.detach()
     return sum(p.double().sum().item() for p in t.split(max(1, (1<<20)//max(t[:1].numel(), 1))))
 
-def signed(
+def with_checksums(
     model:nn.Module,
     folds:tuple, # `Fold`s
 )->tuple:
     "The same, and each knows the sum of what is there now"
-    return tuple(f if f.seen is not None else replace(f, seen=total(taker(model, f.kind, f.name))) for f in folds)
+    of = lambda f: checksum(fold_tensor(model, f.kind, f.name))
+    return tuple(f if f.seen is not None else replace(f, seen=of(f)) for f in folds)
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #0000000f
 def wider(
@@ -307,7 +308,7 @@ def wider(
         gone[rows[order[:max(short, 0)]]] = False
     return gone
 
-def spare(
+def ensure_nonempty(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
@@ -319,11 +320,11 @@ def spare(
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
         # asked again: another may have saved it
         if a.n and not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False
-    for a in [a for *_,parts in l.even for a in parts]:
+    for a in [a for *_,parts in l.equal_parts for a in parts]:
         if not l.keeps(a, gone).any(): gone[l.rows(a)[0]] = False
     for g in c.groups:
         if g.flow is not None and gone[g.labels].any(): gone[g.flow.labels] = ~g.flow.cover(~gone[g.flow.labels])
-    while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.even]): pass
+    while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.equal_units]): pass
     return wider(c, gone)
 
 def _evened(gone, g, parts): # Leave each part as many as the others; was there anything to leave?
@@ -337,11 +338,11 @@ def dead_and_spared(
     facts:dict, # From `observe`
     foldable:list, # As for `dead_labels`
 )->np.ndarray: # By label: True = goes
-    "Find what is dead, again whenever `spare` gives something back: what such a unit reads is needed"
+    "Find what is dead, again whenever `ensure_nonempty` gives something back: what such a unit reads is needed"
     stay = np.zeros(c.labels.size, bool)
     while True:
         gone = dead_labels(c, facts, foldable, stay=stay)
-        back = gone&~spare(c, gone)
+        back = gone&~ensure_nonempty(c, gone)
         if not back.any(): return gone
         stay |= back
 

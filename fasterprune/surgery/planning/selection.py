@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ...allocation import allocate, check_allocation
-from ...core import PruningWarning, no_such
+from ...core import PruningWarning, unknown_name
 from ...criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ...criteria.base import Criterion, as_criterion, ranking, reductions
 from ...criteria.normalize import as_normalizer
 from ...criteria.evidence import Evidence
 from .budget import Budget, within
-from ..analysis.scores import alike, check_where, group_scores, sides
+from ..analysis.scores import isomorphic_sets, check_where, group_scores, sides
 from ..analysis.cost import unit_costs
 from ..coupling.groups import Group
 from ..coupling.couple import Coupling
@@ -66,10 +66,10 @@ class Choice:
             raise ValueError(
                 f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
         if self.per is not None and self.per not in currencies:
-            raise ValueError(f"per: {no_such('cost', self.per, currencies)}, or None for scores as they are")
+            raise ValueError(f"per: {unknown_name('cost', self.per, currencies)}, or None for scores as they are")
         if self.normalizer is not None: as_normalizer(self.normalizer)
         if self.reduce is not None and self.reduce not in reductions:
-            raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
+            raise ValueError(f"reduce: {unknown_name('reduction', self.reduce, reductions)}")
         if self.per is not None and self.criterion.selector:
             raise ValueError(
                 f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; "
@@ -129,7 +129,7 @@ def groups_of(
     if role=='read' and layers: raise ValueError(_reads_what_stays(name))
     for layer,_,_,why in c.pins():
         if layer==name or layer.startswith(f"{name}."): raise ValueError(f"{name!r} cannot be pruned: {why}")
-    raise ValueError(no_such('group', name, list(c.by_name)))
+    raise ValueError(unknown_name('group', name, list(c.by_name)))
 
 def _reads_what_stays(name):
     zeros = (f"Sparsifier(model, x, granularity='shared_kernel').sparsify({{{name!r}: .5}}) "
@@ -216,18 +216,18 @@ def choose(
         if not share: return {}
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
-    parts,classes = {g.name:g.even for g in groups},{g.name:g.classes for g in groups}
+    parts,classes = {g.name:g.equal_units for g in groups},{g.name:g.classes for g in groups}
     keep = {n:int(k.sum()) for n,k in allocate(
         {g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps,
     ).items()} if how.criterion.selector else None
     scores,sets = (
         scores_for(model, c, groups, how, pooled, keep),
-        alike(model, groups) if how.context=='isomorphic' else None)
+        isomorphic_sets(model, groups) if how.context=='isomorphic' else None)
     if how.budget is not None:
         return within(
             c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, classes=classes, **how.caps)
-    stays = {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
+    stays = {n:c.by_name[n].balance(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
     return widened(c, stays, scores)
 
 # %% ../../../nbs/surgery/04_planning/06_selection.ipynb #00000010
@@ -271,8 +271,8 @@ def layers_of(
         if not found and isinstance(s, type):
             raise ValueError(
                 f"{what}: "
-                f"{no_such('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n}))}")
-        if not found: raise ValueError(f"{what}: {no_such('layer', s, sorted(names))}")
+                + unknown_name('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n})))
+        if not found: raise ValueError(f"{what}: {unknown_name('layer', s, sorted(names))}")
         res += found
     return res
 

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ...core import NoEffectWarning, layer_types, wide
+from ...core import NoEffectWarning, layer_types, to_double
 from ...criteria.activation import contributions, drawn_entries, thinet_rescale
 from ...criteria.listen import Place
 from ...criteria.statistic import Statistic
@@ -61,7 +61,7 @@ def losing(
 # %% ../../../nbs/surgery/07_recovery/02_rescale.ipynb #0000000a
 def _looked(b, centred):
     pick,out = drawn_entries(b.layer, b.x, seed=b.i)
-    x,out = wide(contributions(b.layer, b.x, b.index, pick=pick)),out.flatten()
+    x,out = to_double(contributions(b.layer, b.x, b.index, pick=pick)),out.flatten()
     res = dict(gram=x.T@x, rows=torch.tensor(len(x), device=x.device))
     if not centred: return res
     n = b.layer.out_features if isinstance(b.layer, nn.Linear) else b.layer.out_channels
