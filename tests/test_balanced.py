@@ -78,7 +78,7 @@ def build(name):
     for p in m.parameters(): p.normal_(generator=g).mul_(.3)
     return awake(m, x),n
 
-def equal_units(m, plan, before=x):
+def even(m, plan, before=x):
     "Does a plan leave equally many in each part?"
     cuts = {c.name:set(c.keep) for c in plan.cuts}
     return all(len({len(cuts[g.name]&set(p.tolist())) for p in parts})==1 for g in couple(m, before).groups for parts in g.equal_units)
