@@ -147,7 +147,7 @@ def plan(self:Pruner,
     # None: as the criterion says, mostly the mean
     reduce:str|None=None,
 )->Plan:
-    "What `prune` would do; nothing is changed"
+    "Plan what `prune` would do; nothing is changed"
     how = _choice(self, sparsity, budget, criterion, granularity, context, normalizer, min_keep, max_ratio,
         round_to, per, reduce, (data, n_batches, loss_func))
     _check_values(self.model, how)

@@ -69,7 +69,7 @@ def reference(
     training:tuple|None=None, # Modules in training mode; None: as the run had them
     steady:bool=False, # As for `outputs`
 )->tuple: # Tensors, and what they were computed in: None is the model's own precision
-    "Outputs by the law, in double precision if the model can, else in its own"
+    "Compute outputs by the law, in double precision if the model can, else in its own"
     training = (w or c).trace.training if training is None else training
     kw = dict(training=training, steady=steady, around=decisions and decisions.note,
         **(dict(c=c, gone=gone, w=w) if law=='readers' else {}))
@@ -83,7 +83,7 @@ def without_taps(
     model:nn.Module,
     plan:Plan, # Of it, or of a model of which it is a copy
 )->dict: # Name → weight, for those whose kernels become smaller
-    "Weights with zeros where a plan cuts kernels"
+    "Give weights with zeros where a plan cuts kernels"
     names,res = {f"{n}.weight".lstrip('.') for n,*_ in plan.kernels},{}
     for e in plan.edits:
         if e.param not in names or e.dim<2: continue
@@ -148,7 +148,7 @@ class Check:
 
     @property
     def exact(self)->bool:
-        "Is this where the law is checked in double precision?"
+        "Tell whether this is where the law is checked in double precision"
         return self.instead and self.dtype==torch.float64
 
     def note_reference(self, model, c, gone, law, plan)->bool:
@@ -197,7 +197,7 @@ def on_device_of(
     x, # Any nest of tensors
     model:nn.Module,
 ):
-    "The same on the device of a model"
+    "Move a nest of tensors to the device of a model"
     t = next(iter(model.parameters()), None)
     return x if t is None else tree_map(lambda v: v.to(t.device) if isinstance(v, Tensor) else v, x)
 
@@ -284,7 +284,7 @@ class Transaction:
 
     @property
     def done(self)->Plan:
-        "What was carried out on the model, with all constants"
+        "Give what was carried out on the model, with all constants"
         return replace(self.plan, folds=self.plan.folds+self.later)
 
 # %% ../../nbs/surgery/09_transaction.ipynb #0000000e
@@ -298,7 +298,7 @@ def constants(self:Transaction, model:nn.Module)->tuple:
 
 @patch
 def means(self:Transaction, model:nn.Module, law:str, factors:tuple=())->tuple:
-    "What is missing on average in this model, without what is folded exactly"
+    "Measure what is missing on average in this model, without what is folded exactly"
     if not self.options.compensate: return ()
     exact = exact_constants(observe(model, on_device_of(self.x, model), self.c)) if law=='masks' else None
     return removed_means(model, self.c, self.gone, self.examples(model, 'compensate'), exact,
@@ -306,19 +306,19 @@ def means(self:Transaction, model:nn.Module, law:str, factors:tuple=())->tuple:
 
 @patch
 def scales(self:Transaction, model:nn.Module, law:str)->tuple:
-    "By what the weights of readers are multiplied; what is dead leaves nothing to make up for"
+    "Solve for the factors of readers' weights; what is dead leaves nothing to make up for"
     if not self.options.rescale or law=='masks': return ()
     return factors_of(model, self.c, self.gone, self.examples(model, 'rescale'), constant=bool(self.options.compensate))
 
 @patch
 def examples(self:Transaction, model:nn.Module, what:str):
-    "Inputs with values, batch by batch"
+    "Give inputs with values, batch by batch"
     return examples(self.data[what], on_device_of(self.x, model), model, what=what)
 
 # %% ../../nbs/surgery/09_transaction.ipynb #0000000f
 @patch(as_prop=True)
 def goes_on(self:Transaction)->bool:
-    "Is anything done after the cut, so that the cut alone would be half of it?"
+    "Tell whether anything is done after the cut, so that the cut alone would be half of it"
     e = self.options
     return bool(e.also or self.later or self.factors[0] or self.first) or self.batches is not None
 

@@ -37,7 +37,7 @@ class Silent:
 
     @staticmethod
     def outermost(o)->'Silent|None':
-        "What the outermost branch says, of all that is said in a nest of arguments"
+        "Find what the outermost branch gives, of all branches in a nest of arguments"
         return max((a for a in tree_leaves(o) if isinstance(a, Silent)), key=lambda a: a.level, default=None)
 
     def _added(self, x, inplace=False):
@@ -148,7 +148,7 @@ class DeadNodes:
         index:int, # Of a node that adds
         stays:Ref, # The term that it passes on
     )->list: # Indices
-        "The nodes that nobody needs any more when nothing is added there"
+        "Find the nodes that nobody needs any more when nothing is added there"
         n = self.t.nodes[index]
         lost = self._takes(tensors_of(n))-self._takes([stays])
         sealed = self._takes(n.outs) if n.mutates and n.mutates[0]!=stays else set()
@@ -158,7 +158,7 @@ class DeadNodes:
         return self.last[-1]
 
     def undo(self):
-        "As it was before the last `drop`"
+        "Take the last `drop` back"
         index,lost,sealed,found = self.last
         for k in lost: insort(self.users[k], index)
         for k in sealed: self.seals[k].remove(index)
@@ -168,7 +168,7 @@ class DeadNodes:
     def modules(self,
         nodes, # Indices of some that nobody needs
     )->list: # Paths, in the order in which they first run
-        "The outermost modules of these nodes of which no node is needed"
+        "Find the outermost modules of these nodes of which no node is needed"
         free = (next((p for p in _around(self.t.nodes[i].module) if not self.busy[p]), None) for i in nodes)
         return sorted(set(free)-{None}, key=self.first.get)
 
@@ -192,7 +192,7 @@ class Owners:
     def only(self,
         paths:list, # Of modules
     )->tuple: # (name, length)
-        "Parameters and buffers that are in these modules only"
+        "List parameters and buffers that are in these modules only"
         inside = {id(m):m for p in paths for m in self.model.get_submodule(p).modules()}
         tensors = {
             id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values())
@@ -218,7 +218,7 @@ def branch_at(
     dead:DeadNodes|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
     owners:Owners|None=None, # Of the model
 )->Branch|str|None: # Or why not; None where no module would go
-    "What goes when one term of a sum does"
+    "Find what goes when one term of a sum does"
     dead = dead or DeadNodes(c.trace)
     s = OpCall(c.trace.nodes[index], c.trace, {})
     stays = s['other' if term.name=='self' else 'self']
@@ -336,7 +336,7 @@ def dead_branches(
     terms:dict, # From `observe`
     may=None, # `(path of a module)` → bool: may it be touched? None: all may
 )->tuple: # `Branch`es, and (where, modules, why) of what stays
-    "The branches of a model that add the same to everything, and can be taken out"
+    "Find the branches of a model that add the same to everything, and can be taken out"
     if not terms: return (),()
     given,no,n = {},{},0 # no: key of the node that adds → why it did not work; of so many it is known that they do
     look = lambda: _candidates(c, terms, may, given, no)

@@ -69,7 +69,7 @@ def _const(a): return a.rows[:,0].astype(bool)
 
 @patch
 def broadcast(self:Constants, s, refs, shape):
-    "Constant where every operand is; a product or quotient also where it begins with a constant zero"
+    "Mark as constant where every operand is; a product or quotient also where it begins with a constant zero"
     if s.node.op=='clone' and refs and refs[0].id in self.dep: return list(s.axes(refs[0]))
     res = []
     for i,n in enumerate(shape):
@@ -102,7 +102,7 @@ def reaches(
     transposed:bool=False,
     groups:int=1,
 )->np.ndarray:
-    "Bool `(groups, out per group, in per group)`: True where a weight is not zero"
+    "Find where a weight is not zero: bool `(groups, out per group, in per group)`"
     if not conv: return _cpu((w!=0).flatten(0,-3).any(0) if w.ndim>2 else w!=0).T[None]
     nz = _cpu((w!=0).flatten(2).any(2))
     if not transposed: return nz.reshape(groups, -1, nz.shape[1])
@@ -228,7 +228,7 @@ def constant_values(
     dim:int, # Its dimension that is looked at
     const:np.ndarray, # Bool: these positions do not depend on the input
 )->np.ndarray:
-    "The value of each constant position; NaN where it is not the same everywhere, 0 where there is no constant"
+    "Read the value of each constant position; NaN where it differs from place to place, 0 where there is no constant"
     value,at = np.zeros(len(const)),np.flatnonzero(const)
     if not len(at): return value
     p = v.detach().index_select(dim, torch.as_tensor(at, device=v.device)).movedim(dim, 0).reshape(len(at), -1).double()
@@ -277,7 +277,7 @@ def constant_term(
     d:Constants, # That walked so far
     s:OpCall, # A sum, with real values
 )->ConstantTerm|None: # None where both change with the input, or none does
-    "The term of a sum that does not depend on the input, all of it"
+    "Find the term of a sum that does not depend on the input, all of it"
     found = {}
     for k in ('self','other'):
         if not isinstance(s[k], Ref) or s[k].id not in d.dep or not isinstance(s.values.get(k), Tensor): return None
@@ -296,7 +296,7 @@ def observe(
     terms:dict|None=None,
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
 )->dict:
-    "By index of each `Reader` of the coupling: its `ReaderFacts`"
+    "Compute the `ReaderFacts` of each `Reader` of the coupling, by its index"
     res = {}
     for w in c.walked:
         first = w is c.witnesses[0]
@@ -430,7 +430,7 @@ def needed(
     foldable:bool, # Can a constant other than zero be folded there?
     all_constants:bool=False, # Let every constant go, whether it can be folded or not
 )->np.ndarray:
-    "Bool by position: must it stay because of this reader?"
+    "Tell for each position whether it must stay because of this reader"
     l = c.labels
     n = r.axis.n
     need = np.ones(n, bool)
@@ -448,7 +448,7 @@ def dead_labels(
     all_constants:bool=False,
     stay:np.ndarray|None=None, # By label: these stay in any case, and what they read is needed
 )->np.ndarray:
-    "Bool by label: the units that can be removed without changing anything"
+    "Find the units that can be removed without changing anything: bool by label"
     l = c.labels
     may = np.zeros(l.size, bool)
     for g in c.groups: may[g.labels] = True
@@ -498,7 +498,7 @@ def dead_but_kept(
     foldable:list, # For each read: can a constant other than zero be folded there?
     gone:np.ndarray, # By label: what is removed
 )->list[tuple]:
-    "`(group, units, reason)` of units that are dead, and kept"
+    "List `(group, units, reason)` of units that are dead, and kept"
     stay,read = dead_labels(c, facts, foldable, all_constants=True) & ~gone,np.zeros(c.labels.size, bool)
     for r in c.labels.reads: read[c.labels.rows(r.axis)[c.labels.keeps(r.axis, gone)]] = True
     stay &= read

@@ -85,7 +85,7 @@ def _by_unit(criterion, s, m, n): # From positions of a dimension to units; seve
 def rows_of(
     unit:np.ndarray, # The unit of each position; -1 for none
 )->list: # (units, their positions `(n, k)`), for each number `k` of positions that a unit has
-    "Which positions are a unit"
+    "Find which positions are a unit"
     at = np.flatnonzero(unit>=0)
     at = at[np.argsort(unit[at], kind='stable')]
     units,counts = np.unique(unit[at], return_counts=True)
@@ -129,7 +129,7 @@ def readers(
     model:nn.Module,
     g:Group,
 )->tuple: # `Place`s
-    "Where the units of a group are read by a layer"
+    "Find where the units of a group are read by a layer"
     res = []
     for m in g.role('read'):
         name = layer_of(model, m.param)
@@ -144,7 +144,7 @@ def places_of(
     g:Group,
     at:str, # 'input', 'norm' or 'group'
 )->tuple: # `Place`s
-    "Where statistics of a group's units are taken"
+    "Find where statistics of a group's units are taken"
     if at=='norm':
         return tuple(
             Place('norm', m.param.rpartition('.')[0], index, units)
@@ -171,7 +171,7 @@ def evidence_for(
     loss_func=None, # `(out, y)` → loss
     found:dict|None=None, # What is known already, from a training
 )->Evidence:
-    "All that a criterion can find out about a model; refuses what it lacks"
+    "Collect all that a criterion can find out about a model; refuses what it lacks"
     if isinstance(data, Evidence):
         data.check(model); check_needs(criterion, data.data, data.x)
         return data
@@ -190,7 +190,7 @@ def wanted_of(
     groups:list, # `Group`s
     *, granularity:str='filter', # As for `group_scores`
 )->list: # (`Statistic`, `Place`)
-    "What a criterion needs to know about the units of these groups"
+    "List what a criterion needs to know about the units of these groups"
     state = state_of(model)
     if criterion.channel is None:
         return wanted_of_weights(
@@ -203,7 +203,7 @@ def wanted_of_weights(
     model:nn.Module,
     params:list, # Names of weights
 )->list: # (`Statistic`, `Place`)
-    "What a criterion needs to know about weights"
+    "List what a criterion needs to know about weights"
     at = {n:layer_of(model, n) for n in dict.fromkeys(params)}
     return [
         (s, Place('weight', n) if s.at=='weight' else Place('input', l))
@@ -216,7 +216,7 @@ def weight_stats(
     params:list, # Names of weights
     evidence:Evidence|None, # By `evidence_for`
 )->dict: # Name → statistic → tensor that broadcasts to the weight; None for a criterion without statistics; weights of which nothing is known are left out
-    "What was found out about weights"
+    "Collect what was found out about weights"
     if not criterion.stats: return dict.fromkeys(params)
     found,res,state = evidence(wanted_of_weights(criterion, model, params)),{},state_of(model)
     for n in dict.fromkeys(params):
@@ -233,7 +233,7 @@ def over_weight(
     layer:nn.Module|None, # Says whether it is grouped or transposed
     w:Tensor, # Its weight
 )->Tensor: # Broadcasts to the weight
-    "Numbers of input channels, where the weight meets them"
+    "Spread numbers of input channels to where the weight meets them"
     g = getattr(layer, 'groups', 1)
     if getattr(layer, 'transposed', False): return v.view(-1, *[1]*(w.dim()-1))
     return (
@@ -256,7 +256,7 @@ def combined(
     n:int, # Units
     how:str='mean', # 'mean', 'sum', 'max', 'prod' or 'first'
 )->Tensor: # (n,); NaN where no member sees a unit
-    "One score for each unit from those of its members"
+    "Combine the scores of a unit's members into one"
     if how not in reductions: raise ValueError(f"reduce: {unknown_name('reduction', how, reductions)}")
     t = torch.full((len(scores), n), torch.nan, dtype=torch.float64)
     for row,(units,s) in zip(t, scores):
@@ -278,7 +278,7 @@ def group_scores(
     reduce:str|None=None, # How the scores of a unit's members combine; None: as the criterion says, mostly the mean
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → (n,) scores, high = keep
-    "One score for each unit of each group, from all the layers that it runs through"
+    "Score each unit of each group, by all the layers that it runs through"
     check_where(criterion, granularity)
     if criterion.stats and evidence is None: evidence = evidence_for(criterion, model) # refuses what needs data
     score = _Scoring(model, groups, criterion, granularity, {} if pooled is None else pooled, evidence, keep or {})
@@ -380,7 +380,7 @@ def isomorphic_sets(
     model:nn.Module,
     groups:list, # `Group`s of its coupling
 )->dict: # Group name → name of the first group of its shape
-    "Which groups have the same shape"
+    "Find which groups have the same shape"
     state,first = state_of(model),{}
     shape = lambda g: (g.n, tuple(sorted(
         (str(m.role), m.dim, tuple(state[m.param].shape), int((m.unit>=0).sum())) for m in g.members)))

@@ -190,13 +190,13 @@ def structural_copy(
     finally: c.clear()
 
 def cloned(t:Tensor)->Tensor:
-    "A tensor of its own with the same values, and without a subclass that only wraps"
+    "Copy a tensor, without a subclass that only wraps"
     return drop_subclass(t).detach().clone()
 
 def drop_subclass(
     t, # A tensor, or anything else
 ):
-    "A tensor without the subclass of `Tensor` that it is of, unless that has operators of its own"
+    "Take a tensor out of its subclass of `Tensor`, unless that has operators of its own"
     return (t.as_subclass(Tensor)
         if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) and _ordinary(type(t)) else t)
 

@@ -49,7 +49,7 @@ class Runner(TorchDispatchMode):
 
     @property
     def modes(self)->list:
-        "What is entered while the copy runs"
+        "List the modes that are entered while the copy runs"
         return [PlainNorms()]*(not self.exact) + [self]*(self.run is not run_exact)
 
     def key(self, op:str)->tuple:
@@ -60,9 +60,9 @@ class Runner(TorchDispatchMode):
         return (*where, n)
 
     again = False # Has the copy been called before?
-    def forget(self): "Be told that what ran so far was another call"
-    def begin(self, state:dict, call): "Be told the tensors of the copy, by name, and what it is called with"
-    def end(self, model:nn.Module, copy:nn.Module, state:dict, found:list): "Be told the tensors that it returned"
+    def forget(self): "Forget what ran so far: it was another call"
+    def begin(self, state:dict, call): "Note the tensors of the copy, by name, and what it is called with"
+    def end(self, model:nn.Module, copy:nn.Module, state:dict, found:list): "Note the tensors that it returned"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(self.key(func.overloadpacket.__name__), func, args, kwargs or {})
@@ -100,7 +100,7 @@ class Recorder(Runner):
         self.trace.outputs = [self.ref(t) for t in found]
 
     def ref(self, t:Tensor)->Ref:
-        "The number of tensor `t`"
+        "Give the `Ref` of tensor `t`"
         # a fake tensor is ours, and can carry its number
         r = t.__dict__.get('ref') if type(t) is FakeTensor else self.refs.get(t)
         return self._new(t) if r is None else r
@@ -121,7 +121,7 @@ class Recorder(Runner):
         self.at[where] = [*live, weakref.ref(t)]
 
     def as_refs(self, o):
-        "Arguments with a `Ref` for each tensor"
+        "Give arguments with a `Ref` for each tensor"
         if isinstance(o, Tensor): return self.ref(o)
         if type(o) in (list, tuple): return type(o)(self.as_refs(i) for i in o)
         return {k:self.as_refs(v) for k,v in o.items()} if type(o) is dict else o
@@ -161,7 +161,7 @@ def numbers_in(
     t:Tensor, # A real tensor
     most:int=16, # Larger ones are no numbers
 )->tuple:
-    "The numbers of a small tensor"
+    "Read the numbers of a small tensor"
     with _disable_current_modes(): return tuple(t.flatten().tolist()) if t.numel()<=most else ()
 
 def run_exact(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
@@ -180,7 +180,7 @@ def mutated(
     args:tuple, # Its arguments, as `Ref`s
     kwargs:dict, # Its keyword arguments
 )->tuple[Ref,...]:
-    "The arguments that an operator writes to, by its schema"
+    "Find the arguments that an operator writes to, by its schema"
     vs = [args[i] if i<len(args) else kwargs.get(name) for i,name in _written(func)]
     return tuple(o for v in vs for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref))
 
@@ -252,7 +252,7 @@ class Frame(str):
     "The path of a running module, and how often each of its places has called"
     def __init__(self, _): self.calls = {}
     def next(self, place, name)->tuple:
-        "Which call this is: (code, instruction, name, how many were made there before)"
+        "Tell which call this is: (code, instruction, name, how many were made there before)"
         key = (id(place.f_code), place.f_lasti, name)
         n = self.calls[key] = self.calls.get(key, -1)+1
         return (*key, n)
@@ -318,7 +318,7 @@ def random_like(
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
     seed:int=0,
 ):
-    "The same nest of tensors with other values of their kind; integers are unchanged"
+    "Make the same nest of tensors with other values of their kind; integers are unchanged"
     gen,seen = torch.Generator().manual_seed(seed),{} # a tensor that is passed twice stays one
     def one(t):
         if not isinstance(t, Tensor) or not t.is_floating_point(): return t
@@ -351,7 +351,7 @@ def in_precision(
     x, # What the model is called with
     dtype:torch.dtype|None, # For floating point tensors; None keeps theirs
 ):
-    "The same values in another precision"
+    "Convert the same values to another precision"
     return tree_map(lambda t: t.to(dtype or t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
 def clones(
@@ -410,7 +410,7 @@ def capture(
     *, training:tuple=(), # Names of modules to put in training mode; the others are in eval mode
     base:int=0, # As in a `Trace`
 )->Trace:
-    "The operators of one forward pass of `model`, without running it if that can be done"
+    "Capture the operators of one forward pass of `model`, without running it if that can be done"
     try: return fake_trace(model, x, rec=Recorder(training=training, base=base))
     # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
     except Exception: pass
@@ -424,7 +424,7 @@ def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with
 )->Trace:
-    "As `capture`, with the branches that run in training mode only"
+    "Capture as `capture` does, with the branches that run in training mode only"
     trace = capture(model, x)
     unused = {n for n,t in state_of(model).items() if isinstance(t, nn.Parameter)} - trace.used
     around = lambda path: {path.rpartition('.')[0], *around(path.rpartition('.')[0])} if path else {''}

@@ -41,7 +41,7 @@ class Comparison:
         self.apart,self.trusted = None,False
 
     def partner(self, new:Node, shapes:dict)->Node|None:
-        "The node of the original that this one stands for; where values decide what runs, by its order in a module"
+        "Find the original's node that this one stands for; where values decide what runs, by its order in a module"
         if not self.t.fake: return self.by_key.get(new.key)
         if _passes(new, lambda r: list(shapes[r.id])) or new.module==self.apart: return None
         old = next((n for n in self.left if n.module!=self.apart and not _passes(n, self.sizes)), None)
@@ -61,7 +61,7 @@ class Comparison:
         return [n if (k := self.kept.count(a))==a.n else k*n//a.n for a,n in zip(self.axes(r), self.t.shapes[r.id])]
 
     def ends(self, small:Trace)->list: # As `__call__`, in a list
-        "Where operators were not compared, the outputs still are"
+        "Compare the outputs, where operators were not compared"
         if [list(small.shapes[r.id]) for r in small.outputs]==[self.sizes(r) for r in self.t.outputs]: return []
         return [([a for r in self.t.outputs for a in self.axes(r)], 'the outputs would have other shapes', '')]
 
@@ -168,7 +168,7 @@ def numbers_of(
     # Only those that are no whole numbers, for the values may have decided how many there are of something
     fractions:bool=False,
 )->list[str]: # Nine digits
-    "What an operator computes with, such as the scale of an attention, but no sizes"
+    "List what an operator computes with, such as the scale of an attention, but no sizes"
     if not (names := _numeric(node.func)) and not node.value: return []
     args = {n:node.kwargs.get(n, node.args[i] if i<len(node.args) else None) for i,n in names}
     return [f"{a:.9g}" for a in [*args.values(), *node.value]
@@ -190,7 +190,7 @@ def notices(
     kept:Kept, # What stays
     plan:Plan,
 )->bool:
-    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one"
+    "Tell whether the code could notice that something is smaller: it says a size that changes, or asks for one"
     return _asks_a_layer(c.model) or any(_notices(c, kept, plan, w) for w in c.walked)
 
 _sizes_of_layers = {'in_features', 'out_features', 'in_channels', 'out_channels', 'num_features', 'num_channels',
@@ -223,7 +223,7 @@ def predicted(
     c:Coupling,
     kept:Kept,
 )->Trace:
-    "What the smaller network runs, if its code does not notice"
+    "Predict what the smaller network runs, if its code does not notice"
     shapes = {i:tuple(kept.count(a) for a in axes) for i,axes in c.labels.env.items() if i in c.trace.shapes}
     return Trace(c.trace.nodes, {**c.trace.shapes, **shapes}, names=c.trace.names,
         inputs=c.trace.inputs, outputs=c.trace.outputs)

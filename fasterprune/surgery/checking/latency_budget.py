@@ -40,7 +40,7 @@ class Measured:
 
     @property
     def met(self)->bool:
-        "Is it within 5 % of the target, or below because of another limit?"
+        "Tell whether it is within 5 % of the target, or below because of another limit"
         return self.ratio<=self.target*(1+TOLERANCE)
     def __repr__(self):
         return (f"{self.pruned_ms:.4g} ms of {self.dense_ms:.4g} ms, {self.ratio:.3f} of the time "
@@ -51,7 +51,7 @@ def clock_of(
     model:nn.Module,
     threads:int, # CPU threads
 )->dict: # Arguments for a `Timer`; none is the wall's
-    "The clock that a model is measured by"
+    "Choose the clock that a model is measured by"
     return own_clock(next((p.device for p in model.parameters()), 'cpu'), threads)
 
 def time_pair(
@@ -83,9 +83,9 @@ class LatencyModel:
         self.counts = Costs(c, [k for k in kinds if k in how.budget.given])
         self.whole = self.table(np.zeros(c.labels.size, bool))
 
-    def part(self, gone): "Of the original time, by the table"; return self.table(gone)/self.whole
+    def part(self, gone): "Compute the part of the original time, by the table"; return self.table(gone)/self.whole
     def least(self)->float:
-        "The part when all is removed that may go"
+        "Compute the part when all is removed that may go"
         return self.part(labels_of(self.c, choose(self.model, self.c, replace(self.how, sparsity=1., budget=None))))
 
     def attempt(self,
@@ -102,7 +102,7 @@ def next_part(
     seen:list, # (part by the table, part measured) of each round
     target:float, # What should be measured
 )->float:
-    "What to ask of the table next"
+    "Compute what to ask of the table next"
     slow = sorted({(1.,1.), *(p for p in seen if p[1]>target)})
     fast = [p for p in seen if p[1]<=target and p[0]<slow[0][0]]
     a,b = (max(fast),slow[0]) if fast else slow[:2] if len(slow)>1 else ((0.,0.),slow[0])
@@ -117,7 +117,7 @@ def solve_latency(
     c:Coupling, # Changed: what cannot be cut is pinned
     how:Choice, # With a budget that limits the latency
 )->tuple: # Plan, what goes by label, the smaller network's trace, `Measured`
-    "The largest plan that meets a budget in time, measured"
+    "Find the largest plan that meets a budget in time, measured"
     latency,limit = LatencyModel(model, x, c, how),float(how.budget.latency)
     part,least,seen,made = min(limit, 1.) if limit<=1 else None,latency.least(),[],[]
     if part is None: part = min(limit/time_pair(model, Plan(()), x, seconds=1.)[0].median, 1.)
@@ -150,6 +150,6 @@ def plan_for(
     c:Coupling, # Changed: what cannot be cut is pinned
     how:Choice,
 )->tuple: # Plan, what goes by label, the smaller network's trace, and `Measured` for a budget in time, else None
-    "The plan of a choice"
+    "Make the plan of a choice"
     if how.budget is None or how.budget.latency is None: return *_solved(model, x, c, how),None
     return solve_latency(model, x, c, how)

@@ -35,7 +35,7 @@ def outputs(
     instead:dict|None=None, # Name → tensor, where it shall compute with another one
     steady:bool=False, # Let dropout keep everything, as where the law is checked in training mode
 )->list[Tensor]:
-    "All output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
+    "Compute all output tensors, in eval mode; with `gone`, those of a network in which nobody reads these channels"
     missed = set()
     run = _precisely(run_exact if c is None else _unread(c, gone, missed, w or c.witnesses[0]), dtype)
     run = _steadily(run) if steady else run
@@ -175,7 +175,7 @@ def relative_error(
     a:list, # Tensors
     b:list, # As many; the reference
 )->float: # 0 also where there is nothing to compare
-    "Largest difference over all outputs, each relative to the scale of the values that it is among"
+    "Compute the largest difference over all outputs, each relative to the scale of the values that it is among"
     return max(map(_difference, a, b), default=0.) if len(a)==len(b) else math.inf
 
 def _difference(x, y): # Of two tensors
@@ -196,7 +196,7 @@ def scales(
     y:Tensor, # The reference, in double precision
     noise:float=1e-10, # What is smaller by so much is rounding
 ): # A function from values of it to the scale of each
-    "What a difference is to be compared with, for values of each size"
+    "Find what a difference is to be compared with, for values of each size"
     m = y[y.isfinite()&(y!=0)].abs()
     m = m[::max(1, len(m)//_most)].unique()
     if not len(m): return lambda v: v.abs().clamp(min=1e-30)
@@ -217,7 +217,7 @@ def _usual(heaps, noise): # The scale of what the model computes: not that of a 
 def tolerance(
     dtype:torch.dtype, # That was computed in
 )->float:
-    "The error that counts as rounding"
+    "Give the error that counts as rounding"
     return {torch.float64:1e-8, torch.float32:1e-3}.get(dtype, 3e-2)
 
 # %% ../../../nbs/surgery/06_checking/05_verify.ipynb #0000001c
@@ -239,7 +239,7 @@ def failed(
     limit:float, # The error that counts as rounding
     text:str, # What is to be said of a model that repeats itself
 )->VerificationError: # To be raised
-    "Why a law does not hold: the model is another one each time, or it was cut wrongly"
+    "Say why a law does not hold: the model is another one each time, or it was cut wrongly"
     e = relative_error(again(), got)
     if e<=limit: return VerificationError(text)
     return VerificationError(f"two runs of this model on the same input differ by {e:.1e} (relative), "

@@ -166,11 +166,11 @@ class Coupling:
 
     @property
     def walked(self)->tuple:
-        "The runs whose operators were walked through: the others run the same"
+        "List the runs whose operators were walked through: the others run the same"
         return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
 
     def run_of(self, node:int)->int:
-        "Which of the runs that were walked through an operator belongs to"
+        "Find which of the runs that were walked through an operator belongs to"
         return bisect_right(self._begins, node)-1
 
     def axes_in(self, w:Witness): # Function `(Ref)` → axes, or None
@@ -179,7 +179,7 @@ class Coupling:
         return lambda ref: env.get(ref.id-base if ref.id>=base else ref.id)
 
     def axes_of(self, name:str)->list:
-        "The axes of a parameter or buffer"
+        "Find the axes of a parameter or buffer"
         if self._ids is None: self._ids = {n:i for i,n in reversed(self.trace.names.items())}
         return self.labels.env[self._ids[name]]
 
@@ -197,7 +197,7 @@ def couple(
 # %% ../../../nbs/surgery/02_coupling/06_couple.ipynb #0000000b
 @patch
 def pins(self:Coupling)->list[tuple]:
-    "`(layer, positions that stay, of how many, reason)` for each written axis that is pinned"
+    "List `(layer, positions that stay, of how many, reason)` for each written axis that is pinned"
     d,res = self.labels,{}
     for a,layer,_ in d.writes:
         rows = d.rows(a)

@@ -109,8 +109,8 @@ class CouplingDomain(Labels):
         for a in axes:
             self.rows(a) # a weight that is met for the first time: the pin keeps its reason
             self.pin_axis(a, f"{s} computes a norm of all of it; remove {what} from the layer first")
-    def is_used(self, ref): "Does an operator or the caller take it?"; return ref in self.taken
-    def is_param(self, ref): "Does it not depend on the input?"; return ref.id not in self.dep
+    def is_used(self, ref): "Tell whether an operator or the caller takes it"; return ref in self.taken
+    def is_param(self, ref): "Tell whether it does not depend on the input"; return ref.id not in self.dep
     def written(self, s, a:Axis, connect=True)->Axis:
         "Note that a layer writes along this axis; `connect`: do its positions hang together, 'part': those of a part"
         self.rows(a)

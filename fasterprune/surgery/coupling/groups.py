@@ -43,20 +43,20 @@ class Group:
 
     @property
     def layers(self)->tuple:
-        "Names of the layers that write it"
+        "List names of the layers that write it"
         return tuple(dict.fromkeys(m.param.rpartition('.')[0] or m.param for m in self.members if m.role=='write'))
     @property
-    def equal_units(self)->tuple: "Its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
+    def equal_units(self)->tuple: "Give its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
     @property
     def classes(self)->np.ndarray|None:
-        "A number for each unit, the same for those that the same layers write; None where they all are"
+        "Number each unit, the same for those that the same layers write; None where they all are"
         writes = np.zeros((self.n, len(self.layers)), bool)
         of = {l:i for i,l in enumerate(self.layers)}
         for m in self.role('write'): writes[m.unit[m.unit>=0],of[m.param.rpartition('.')[0] or m.param]] = True
         return None if (writes==writes[:1]).all() else np.unique(writes, axis=0, return_inverse=True)[1].reshape(-1)
     @property
     def flow_order(self)->np.ndarray:
-        "The units in the order in which its flow counts them"
+        "Order the units as its flow counts them"
         at = np.argsort(self.labels)
         return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
 
@@ -65,7 +65,7 @@ class Group:
         scores, # By unit; -inf = has gone
         round_to:int=1, # What stays in a part is a multiple of this, or all
     )->np.ndarray: # Bool by unit
-        "Equally many units, and of each kind as many as there will be"
+        "Choose equally many units in each part, and of each kind as many as there will be"
         if self.flow is None: return stays
         at,s,res = self.flow_order,np.asarray(scores, float),stays.copy()
         parts,gone = self.flow.shares.sum(),np.isneginf(s[at])
@@ -75,7 +75,7 @@ class Group:
         return stays
 
     def role(self, *roles)->tuple:
-        "Its members of these roles"
+        "List its members of these roles"
         return tuple(m for m in self.members if m.role in roles)
     def __repr__(self):
         return f"Group({self.name!r}, {self.n} units, {len(self.layers)} writers, {len(self.role('read'))} readers)"
@@ -127,7 +127,7 @@ def _up(comp, a): # The number of the component of each; the way there is one st
 def make_groups(
     d:CouplingDomain, # After the walk
 )->tuple:
-    "The groups of units that can go, in the order in which the network writes them"
+    "Form the groups of units that can go, in the order in which the network writes them"
     comp,tables = _components(d, d.writes)
     units,names = {},{}
     for (a,layer,_),t in zip(d.writes, tables):
@@ -222,7 +222,7 @@ def layer_of(
     d:CouplingDomain,
     a:Axis, # Any axis
 )->str|None:
-    "Name of the layer whose parameter has this axis"
+    "Name the layer whose parameter has this axis"
     if not hasattr(d, 'layers'):
         d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
     return d.layers.get(id(a))

@@ -43,7 +43,7 @@ class OpCall:
     def __repr__(self): return f"{self.node.op} in {self.node.module or 'the model'}"
 
     def axes(self, a)->list:
-        "The axes of an argument, by name or `Ref`; a tensor from outside is fixed"
+        "Find the axes of an argument, by name or `Ref`; a tensor from outside is fixed"
         r = self[a] if isinstance(a, str) else a
         if r is None: return None
         if r.id not in self.env: self.env[r.id] = [fixed(n) for n in self.trace.shapes[r.id]]
@@ -51,13 +51,13 @@ class OpCall:
 
     @property
     def numbers(self)->list:
-        "`Ref`s of results that are numbers of positions, such as where the largest value stands"
+        "List `Ref`s of results that are numbers of positions, such as where the largest value stands"
         if self.node.op in ('argmax','argmin'): return list(self.node.outs)
         if 'max_pool' in self.node.op: return list(self.node.outs[1:])
         return [r for r,k in zip(self.node.outs, self.node.func._schema.returns) if k.name=='indices']
 
     @property
-    def tensors(self)->list: "`Ref`s of all tensor arguments, those in lists too"; return tensors_of(self.node)
+    def tensors(self)->list: "List `Ref`s of all tensor arguments, those in lists too"; return tensors_of(self.node)
 
 @lru_cache(maxsize=None)
 def signature(func): # An `OpOverload` → names of its arguments, and their defaults
@@ -67,7 +67,7 @@ def signature(func): # An `OpOverload` → names of its arguments, and their def
 def tensors_of(
     node:Node,
 )->list[Ref]:
-    "All tensor arguments, those in lists too, in the order of the operator's schema"
+    "List all tensor arguments, those in lists too, in the order of the operator's schema"
     args = node.args if not node.kwargs else [
         node.args[i] if i<len(node.args) else node.kwargs.get(n) for i,n in enumerate(signature(node.func)[0])]
     return [r for v in args for r in ([v] if isinstance(v, Ref) else _flat(v) if isinstance(v, (list,tuple)) else ())]
@@ -90,7 +90,7 @@ def rule(
 def rule_for(
     node:Node, # Any node
 )->Callable|None:
-    "The rule of an operator, or None; elementwise operators are known by PyTorch's own tag"
+    "Find the rule of an operator, or None; elementwise operators are known by PyTorch's own tag"
     for name in (node.op, node.op.rstrip('_')):
         if name in RULES: return RULES[name]
     return pointwise if torch.Tag.pointwise in node.func.tags else None
@@ -105,7 +105,7 @@ def alias(d, s): return [list(s.axes('self'))]
       'elu', 'selu', 'celu', 'relu6', 'softplus', 'leaky_relu', 'complex', 'polar', 'rrelu_with_noise', 'threshold',
       'log_sigmoid_forward', 'softshrink', 'hardshrink')
 def pointwise(d, s):
-    "Positions that meet are the same"
+    "Join positions that meet"
     refs = [r for r in s.tensors if len(s.trace.shapes[r.id])]
     return [d.broadcast(s, refs, shape) for shape in s.out_shapes]
 
@@ -114,7 +114,7 @@ def aligned(
     refs:list, # Tensors that are broadcast together
     shape:tuple, # The common shape
 )->list:
-    "For each dimension of `shape`: the axes that meet there"
+    "Find the axes that meet at each dimension of `shape`"
     res = []
     for i,n in enumerate(shape):
         at = [s.axes(r)[i-len(shape)] for r in refs if len(s.axes(r))>=len(shape)-i]
@@ -371,7 +371,7 @@ def regroup(
     old:tuple, # A shape
     new:tuple, # Another with as many elements
 )->list[tuple[list,list]]:
-    "The smallest runs of dimensions of `old` and `new` that hold the same elements"
+    "Find the smallest runs of dimensions of `old` and `new` that hold the same elements"
     res,i,j = [],0,0
     while i<len(old) or j<len(new):
         a,b = [],[]
@@ -504,7 +504,7 @@ def _dims(s, n):
     return {i%n for i in ([dims] if isinstance(dims, int) else dims)} if n else set()
 
 def numbered(d, s, axes):
-    "Where somebody takes numbers of positions, such as the largest one's, they keep their numbers"
+    "Pin positions of which somebody takes the numbers, such as the largest one's"
     if any(map(d.is_used, s.numbers)):
         for a in axes: d.pin_axis(a, f"{s} says positions by number")
 

@@ -33,7 +33,7 @@ def planned_shapes(
     plan:Plan,
     state:dict|None=None, # Of the model, by `state_of`
 )->dict[str,tuple]: # Parameter or buffer name → shape, for those that change
-    "The shapes that a plan leads to"
+    "Compute the shapes that a plan leads to"
     state,res = state_of(model) if state is None else state,{}
     for e in plan.slices:
         shape = list(res.get(e.param, state[e.param].shape))
@@ -90,7 +90,7 @@ def new_attributes(
     model:nn.Module,
     plan:Plan,
 )->list[tuple]: # (path of a module, attribute, value), those that change
-    "Attributes that a plan changes: those of standard layers follow from their shapes"
+    "List attributes that a plan changes: those of standard layers follow from their shapes"
     state,counts,res = state_of(model),{},[]
     by_tensor = {id(state[n]):shape for n,shape in planned_shapes(model, plan, state).items()}
     for a in plan.attrs: counts.setdefault(a.module, {})[a.name] = a.value
@@ -150,7 +150,7 @@ def unwrap_for(
     model:nn.Module, # Possibly an average, a compiled or a distributed wrapper of the model that the plan was made for
     plan:Plan,
 )->nn.Module:
-    "The module that a plan's names begin at"
+    "Find the module that a plan's names begin at"
     names = [e.param for e in plan.edits]
     while not set(names)<=set(state_of(model)):
         inner = [m for k in ('module','_orig_mod') if isinstance(m := getattr(model, k, None), nn.Module)]
@@ -217,7 +217,7 @@ def _hold_(t, v): t.data = v
 def edits_of(
     plan:Plan,
 )->dict: # Parameter or buffer name → its `Edit`s
-    "The edits of each parameter"
+    "Collect the edits of each parameter"
     res = {}
     for e in plan.slices: res.setdefault(e.param, []).append(e)
     return res
@@ -233,7 +233,7 @@ def outputs_kept(
     n:int, # Outputs before
     keep:dict, # For dimensions 0 and 1 of its weight (positions before, those that stay)
 )->list: # Of the outputs
-    "The outputs of a layer that stay; those of a grouped transposed convolution stand in its weight for one group only"
+    "Find the outputs of a layer that stay; a grouped transposed convolution's stand in its weight for one group only"
     if not getattr(m, 'transposed', False): return keep[0][1]
     (inputs,rows),(each,cols) = keep[0],keep[1]
     return [g*each+c for g in sorted({i*n//(each*inputs) for i in rows}) for c in cols]
@@ -384,7 +384,7 @@ def other_weights(
     model:nn.Module,
     plan:Plan, # That fits it
 )->list[tuple]: # (name, sum here, sum when the plan was made)
-    "Where the constants of a plan would go that were made of other weights"
+    "Find where constants of a plan would go that were made of other weights"
     sums = [(f.name, checksum(fold_tensor(model, f.kind, f.name)), f.seen) for f in plan.folds if f.seen is not None]
     return [(n, now, then) for n,now,then in sums if not abs(now-then)<=1e-6*max(abs(now), abs(then))]
 

@@ -43,13 +43,13 @@ class Budget:
 
     @property
     def given(self)->dict:
-        "What is limited"
+        "List what is limited"
         return {f.name:v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
     def limits(self,
         whole:dict, # Cost of the original
     )->dict:
-        "The largest cost of each kind that is in `whole`"
+        "Compute the largest cost of each kind that is in `whole`"
         return {
             k: v if v>1 or isinstance(v, Integral) and v!=1 else float(v)*whole[k]
             for k,v in self.given.items() if k in whole}

@@ -85,15 +85,15 @@ class Plan:
     apart:tuple[str,...]=() # Layers that are cut and of which code uses some tensors only: the others stay as they are
 
     @property
-    def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
+    def removed(self)->int: "Count units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
     @property
-    def units(self)->int: "Number of units that could go"; return sum(c.n for c in self.cuts)
+    def units(self)->int: "Count units that could go"; return sum(c.n for c in self.cuts)
     @property
-    def slices(self)->tuple: "The edits of parameters that stay"; return tuple(e for e in self.edits if e.keep)
-    def to_json(self)->str: "As text; `Plan.from_json` reads it"; return to_text(self, plan_version)
+    def slices(self)->tuple: "List the edits of parameters that stay"; return tuple(e for e in self.edits if e.keep)
+    def to_json(self)->str: "Write as text; `Plan.from_json` reads it"; return to_text(self, plan_version)
     @classmethod
     def from_json(cls, text:str)->'Plan':
-        "The plan that was written by `to_json`"
+        "Read the plan that was written by `to_json`"
         return check_values(from_text(cls, text, plan_version))
 
 plan_version = 1 # of the text; a plan that says other things than before has the next one
@@ -168,11 +168,11 @@ def _named(plan): # What must be there once
         'module of a branch':[g.module for b in plan.branches for g in b.modules]}
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #00000008
-def size_text(shape:tuple)->str: "A shape in words: 3×3"; return '×'.join(map(str, shape))
+def size_text(shape:tuple)->str: "Write a shape in words: 3×3"; return '×'.join(map(str, shape))
 
 @patch
 def rows(self:Plan)->list[tuple]:
-    "(group, units before, units after) for each group that changes"
+    "List (group, units before, units after) for each group that changes"
     return [(c.name, c.n, len(c.keep)) for c in self.cuts if len(c.keep)<c.n]
 
 @patch
@@ -197,7 +197,7 @@ def with_branches(
     plan:Plan, # Of the model without them
     branches, # `Branch`es
 )->Plan:
-    "A plan by which branches go first"
+    "Add branches to a plan, which go first"
     return replace(plan, branches=tuple(branches),
         edits=tuple(Edit(name, 0, n, ()) for b in branches for name,n in b.params)+plan.edits)
 
@@ -205,7 +205,7 @@ def with_branches(
 def diff(self:Plan,
     other:Plan, # Of the same model
 )->dict:
-    "Group name → (units that only stay here, units that only stay there)"
+    "Compare two plans: group name → (units that only stay here, units that only stay there)"
     a,b = ({c.name:set(c.keep) for c in p.cuts} for p in (self, other))
     return {k:(sorted(a.get(k, set())-b.get(k, set())), sorted(b.get(k, set())-a.get(k, set())))
         for k in {**a, **b} if a.get(k)!=b.get(k)}
@@ -214,14 +214,14 @@ def diff(self:Plan,
 def fold_targets(
     c:Coupling,
 )->list: # For each read (kind, name), or None where only zeros can be folded
-    "Where the constants that are read at each place can go"
+    "Find where the constants that are read at each place can go"
     uses,runs = uses_of(c),Counter((c.run_of(n.index), n.module, n.op) for n in c.labels.trace.nodes)
     return [_target(c, r, uses, runs) for r in c.labels.reads]
 
 def uses_of(
     c:Coupling,
 )->dict: # Tensor of the trace → nodes
-    "Who uses each tensor"
+    "Find who uses each tensor"
     res = {}
     for n in c.labels.trace.nodes:
         for r in set(OpCall(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
@@ -252,7 +252,7 @@ def folds_of(
     targets:list, # From `fold_targets`
     gone:np.ndarray, # By label
 )->tuple:
-    "The constants of removed channels, added up at their readers"
+    "Add up the constants of removed channels at their readers"
     total,seen = {},set()
     for i,r in enumerate(c.labels.reads):
         f,to = facts.get(i),targets[i]
@@ -272,7 +272,7 @@ def fold_tensor(
     kind:str, # As in a `Fold`
     name:str,
 )->Tensor:
-    "The tensor that a constant goes to: a bias, a running mean, or the weight of a layer that gets a bias"
+    "Find the tensor that a constant goes to: a bias, a running mean, or the weight of a layer that gets a bias"
     if kind=='new': return model.get_submodule(name).weight
     m,k = module_of(model, name)
     return getattr(m, k)
@@ -280,7 +280,7 @@ def fold_tensor(
 def checksum(
     t:Tensor,
 )->float:
-    "The sum of a tensor in double precision, without a copy of all of it"
+    "Sum a tensor in double precision, without a copy of all of it"
     t = t.detach()
     return sum(p.double().sum().item() for p in t.split(max(1, (1<<20)//max(t[:1].numel(), 1))))
 
@@ -288,7 +288,7 @@ def with_checksums(
     model:nn.Module,
     folds:tuple, # `Fold`s
 )->tuple:
-    "The same, and each knows the sum of what is there now"
+    "Give each fold the sum of what is there now"
     of = lambda f: checksum(fold_tensor(model, f.kind, f.name))
     return tuple(f if f.seen is not None else replace(f, seen=of(f)) for f in folds)
 
@@ -352,7 +352,7 @@ def cuts_of(
     gone:np.ndarray, # By label: these go
     folds:tuple=(), # `Fold`s
 )->Plan:
-    "Which positions of which parameters stay when these labels go"
+    "Find which positions of which parameters stay when these labels go"
     l,kept = c.labels,Kept(c.labels, gone)
     cuts = tuple(Cut(g.name, g.n, tuple(np.flatnonzero(~gone[g.labels]).tolist())) for g in c.groups)
     edits,order = [],{}
@@ -375,7 +375,7 @@ def with_code(
     attrs:dict, # Module path → {attribute: value}
     recoded:tuple=(), # `Recoded`s
 )->Plan:
-    "The same plan, and what changes in code that has sizes written in it"
+    "Add to a plan what changes in code that has sizes written in it"
     new = tuple(Attr(m, k, v) for m,values in attrs.items() for k,v in values.items())
     cut,types = {e.param.rpartition('.')[0] for e in plan.edits},dict(c.model.named_modules())
     # these can be smaller in their adapter only
@@ -418,7 +418,7 @@ def score_of(
     c:Coupling,
     scores:dict, # Group name → a number for each unit
 )->np.ndarray: # By label; infinite where there is none
-    "The scores of units, by their labels"
+    "Give the scores of units, by their labels"
     res = np.full(c.labels.size, np.inf)
     for n,s in scores.items(): res[c.by_name[n].labels] = np.asarray(s.cpu(), float)
     return res
@@ -428,7 +428,7 @@ def widened(
     keep:dict, # Group name → bool by unit: stays
     scores:dict, # Group name → a number for each unit
 )->dict: # The same, and what `wider` gives back
-    "What stays, where a width must stay larger than another"
+    "Keep more, where a width must stay larger than another"
     if not c.labels.smaller: return keep
     gone = wider(c, labels_of(c, keep), score_of(c, scores))
     return {n:~gone[c.by_name[n].labels] for n in keep}
@@ -437,7 +437,7 @@ def labels_of(
     c:Coupling,
     keep:dict, # Group name → bool or indices of the units that stay
 )->np.ndarray: # By label: True = goes
-    "Labels of the units that are not kept"
+    "Mark the labels of the units that are not kept"
     gone = np.zeros(c.labels.size, bool)
     for name,k in keep.items():
         if name not in c.by_name: raise ValueError(f"no group {name!r}; the groups are {', '.join(c.by_name)}")

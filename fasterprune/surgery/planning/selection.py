@@ -79,12 +79,12 @@ class Choice:
 
     @property
     def caps(self)->dict:
-        "What no group may lose"
+        "List what no group may lose"
         return dict(min_keep=self.min_keep, max_ratio=self.max_ratio, round_to=self.round_to)
 
     @property
     def normal(self):
-        "The normaliser of a ranking over several groups; None within one"
+        "Give the normaliser of a ranking over several groups; None within one"
         if self.budget is None and self.context=='local': return None
         return ranking(
             self.criterion, self.normalizer, alike=self.context=='isomorphic',
@@ -95,7 +95,7 @@ def layers_with(
     g:Group,
     role:str, # 'write' or 'read'
 )->tuple: # Names
-    "The layers that write a group, or read it"
+    "List the layers that write a group, or read it"
     return tuple(dict.fromkeys(m.param.rpartition('.')[0] or m.param for m in g.role(role)))
 
 def groups_named(
@@ -122,7 +122,7 @@ def groups_of(
     name:str, # As for `groups_named`
     role:str='write', # The same
 )->tuple: # (`Group`s, is it the name of a block?)
-    "What a name means in a model; refuses one that means nothing, and says why"
+    "Find what a name means in a model; refuses one that means nothing, and says why"
     found = groups_named(c.groups, name, role)
     if found[0]: return found
     layers = {n for n in c.trace.names.values() if n.startswith(f"{name}.")}
@@ -142,7 +142,7 @@ def fractions_by_group(
     find:Callable, # Name → (names of groups, is it the name of a block?)
     verb:str='writes', # What a layer does to the channels that its name means
 )->dict: # Name of group → fraction
-    "What the names of a sparsity mean: a layer counts before its block, a block before one that is around it"
+    "Find what the names of a sparsity mean: a layer counts before its block, a block before one around it"
     res = {}
     for n,v in sparsity.items():
         names,block = find(n)
@@ -161,7 +161,7 @@ def shares_of(
     c:Coupling,
     how:Choice,
 )->list|None: # For each group that is named (its labels, fraction); None where none is
-    "What the names of a choice mean"
+    "Find what the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
     def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
     return [
@@ -177,7 +177,7 @@ def per_cost(
     cost:Tensor, # What each unit costs
     name:str, # Of the group
 )->Tensor: # A unit that costs nothing goes last
-    "Importance per cost"
+    "Compute importance per cost"
     if (s<0).any():
         raise ValueError(
             f"per= divides importances by costs, and those of {name!r} go down to {s.min().item():.4g}; "
@@ -192,7 +192,7 @@ def scores_for(
     pooled:dict|None=None, # As for `group_scores`
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → scores that can be ranked in the choice's context
-    "Scores as a choice ranks them"
+    "Compute scores as a choice ranks them"
     scores = group_scores(
         model, groups, how.criterion, granularity=how.granularity, pooled=pooled, evidence=how.evidence,
         reduce=how.reduce, keep=keep)
@@ -209,7 +209,7 @@ def choose(
     shares:list|None=None, # From `shares_of`, before anything was pinned; None looks names up now
     pooled:dict|None=None, # As for `group_scores`
 )->dict: # Group name → bool, True = stays
-    "The units that stay, by a criterion"
+    "Choose the units that stay, by a criterion"
     share = how.sparsity
     if isinstance(share, dict):
         share = _by_group(c, shares_of(c, how) if shares is None else shares)
@@ -234,7 +234,7 @@ def choose(
 def nearly_emptied(
     plan:Plan,
 )->list: # `Cut`s
-    "The groups that keep next to nothing while others stay"
+    "Find the groups that keep next to nothing while others stay"
     kept = sum(len(k.keep) for k in plan.cuts)/max(sum(k.n for k in plan.cuts), 1)
     few = lambda k: len(k.keep)<.1*k.n or len(k.keep)==1 and k.n>=4
     return [k for k in plan.cuts if few(k) and len(k.keep)/k.n<kept/3]
@@ -259,7 +259,7 @@ def layers_of(
     specs, # A name or type of layers, or several; None is None
     what:str, # Name of the argument, for errors
 )->list|None: # Names of modules and parameters
-    "Layers by name or type"
+    "Find layers by name or type"
     if specs is None: return None
     modules = dict(model.named_modules(remove_duplicate=False))
     names,res = {n for n in modules if n} | {n for n,_ in model.named_parameters()},[]
@@ -280,7 +280,7 @@ def is_of(
     g:Group,
     names:list, # From `layers_of`
 )->bool:
-    "Is a group written by one of these layers, or by one inside them?"
+    "Tell whether a group is written by one of these layers, or by one inside them"
     return any(l==n or l.startswith(f"{n}.") for l in g.layers for n in names)
 
 def groups_left(
@@ -289,6 +289,6 @@ def groups_left(
     only=None, # Names or types of layers; None is all
     ignore=None, # The same, to leave out
 )->list: # `Group`s that can be chosen from: one for each way in which channels can be divided
-    "The groups that a pruner chooses from, as far as these names leave them"
+    "Find the groups that a pruner chooses from, as far as these names leave them"
     only,ignore = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
     return [g for g in groups if g.primary and (only is None or is_of(g, only)) and not is_of(g, ignore)]

@@ -84,7 +84,7 @@ makers = ('zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty'
 def implicit_scale(
     call:Call, # Of `scaled_dot_product_attention`
 )->bool:
-    "Does PyTorch make the scale from the width of the heads?"
+    "Tell whether PyTorch makes the scale from the width of the heads"
     return (call.kwargs.get('scale') if len(call.args)<7 else call.args[6]) is None
 
 
@@ -512,7 +512,7 @@ def candidates(
     gone, # Bool by label
     module:str, # Path
 )->list[dict]: # Attribute → new value, the likeliest first
-    "Numbers on a module that could be sizes that change"
+    "Find numbers on a module that could be sizes that change"
     l,m = c.labels,c.model.get_submodule(module)
     new,kept = {},Kept(l, gone)
     # of all, where others call its methods

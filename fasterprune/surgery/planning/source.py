@@ -47,7 +47,7 @@ class Recoded:
 
     @property
     def changes(self)->list:
-        "Its changes, with those in functions that it calls"
+        "List its changes, with those in functions that it calls"
         res,todo = [],list(self.methods)
         for e in todo: # grows
             res += [c for c in e.changes if c.kind!='call']
@@ -67,10 +67,10 @@ class FunctionSource:
     @property
     def digest(self)->str: return hashlib.sha256(b''.join(self.lines)).hexdigest()[:16]
     def span(self, node:ast.AST)->tuple:
-        "Where an expression stands, in lines of the function"
+        "Say where an expression stands, in lines of the function"
         return node.lineno-self.first, node.col_offset, node.end_lineno-self.first, node.end_col_offset
     def text(self, span:tuple)->str:
-        "What stands there"
+        "Read what stands there"
         a,i,b,j = span
         if a==b: return self.lines[a][i:j].decode()
         return b''.join([self.lines[a][i:], *self.lines[a+1:b], self.lines[b][:j]]).decode()
@@ -515,7 +515,7 @@ def with_inner(
     inner:types.FunctionType, # One that it wraps
     new:types.FunctionType, # What shall run instead
 ):
-    "The same method around another function"
+    "Wrap the same method around another function"
     if f is inner: return new
     if isinstance(f, (staticmethod, classmethod)): return type(f)(with_inner(f.__func__, inner, new))
     cells = tuple(types.CellType(with_inner(c.cell_contents, inner, new)) if _leads(c, inner) else c
@@ -594,7 +594,7 @@ def _again(base, stages): # An instance without its state
 def read_in_forward(
     cls:type, # Of a module
 )->set: # Names
-    "What the code may look up that runs when a module of this class is called"
+    "Find what the code may look up that runs when a module of this class is called"
     names,seen,todo = set(),set(),[getattr(cls, 'forward', None)]
     for f in todo: # grows
         f = getattr(f, 'fget', None) or getattr(f, '__func__', None) or getattr(f, '__wrapped__', None) or f

@@ -56,7 +56,7 @@ def removed_means(
     exact:dict|None=None, # Index of a read → bool by position: those that are folded exactly, and do not count here
     factors:dict|None=None, # Layer → what is left of each of its input channels, if these are scaled: `rescale` says it
 )->tuple: # `Fold`s
-    "The mean contribution of removed channels, for each layer that can take it"
+    "Measure the mean contribution of removed channels, for each layer that can take it"
     m = _Means(c, gone, fold_targets(c), exact, factors)
     for x in batches if m.reads else ():
         rec = Recorder(m.listen)
@@ -70,7 +70,7 @@ def added(
     folds:tuple, # `Fold`s
     more:tuple, # Others, perhaps into the same layers
 )->tuple:
-    "Two sets of constants as one"
+    "Add two sets of constants"
     res = {}
     for f in (*folds, *more): res[f.kind,f.name] = np.add(res.get((f.kind,f.name), 0.), f.value)
     return tuple(Fold(k, n, tuple(v.tolist())) for (k,n),v in res.items())
@@ -80,7 +80,7 @@ def treat_as_foldable(
     facts:dict, # From `observe`
     targets:list, # From `fold_targets`
 )->dict: # Facts, by which more is dead
-    "As if a constant could be folded wherever a mean can go"
+    "Treat each constant as foldable wherever a mean can go"
     return {
         i: f if targets[i] is None
         else replace(f, fold=np.zeros(()) if f.fold is None else f.fold, value=np.nan_to_num(f.value, nan=1.))
@@ -89,7 +89,7 @@ def treat_as_foldable(
 def exact_constants(
     facts:dict, # From `observe`
 )->dict: # Index of a read → bool by position
-    "The constants that are folded as they are"
+    "Find the constants that are folded as they are"
     return {i: f.const & ~np.isnan(f.value) & (f.fold is not None) for i,f in facts.items()}
 
 # %% ../../../nbs/surgery/07_recovery/01_compensate.ipynb #0000000e
@@ -106,14 +106,14 @@ def model_outputs(
     model:nn.Module, # Not changed
     x, # What it is called with; its values matter
 )->list: # Tensors
-    "All outputs of a model, in eval mode and in its own precision"
+    "Compute all outputs of a model, in eval mode and in its own precision"
     return [t.detach().clone() for t in tensors_in(record(model, x, Runner(), clones(model))) if t.is_floating_point()]
 
 def relative_l2(
     a:list, # Tensors
     b:list, # As many; the reference
 )->float:
-    "‖a-b‖/‖b‖ over all of them"
+    "Compute ‖a-b‖/‖b‖ over all of them"
     return (sum((x.double()-y.double()).square().sum().item() for x,y in zip(a, b))
         /max(sum(y.double().square().sum().item() for y in b), 1e-300))**.5
 
@@ -125,7 +125,7 @@ def examples(
     n:int=50, # Batches, at most
     what:str='compensate', # Name of the argument, for the error
 ):
-    "What to call a model with, batch by batch"
+    "Give what to call a model with, batch by batch"
     args,kwargs = as_call(x)
     batches = ([(*args, None)] if data is True and not kwargs else [kwargs] if data is True
         else batches_of(data, n, what)[0])

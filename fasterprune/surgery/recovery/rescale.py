@@ -43,7 +43,7 @@ def losing(
     c:Coupling,
     gone:np.ndarray, # By label: what will be removed
 )->list: # (`Place` of its input, bool by unit: does it stay?)
-    "The layers that lose a part of their input, and can make up for it"
+    "Find the layers that lose a part of their input, and can make up for it"
     reads,res = {r.node:r for r in c.labels.reads},[]
     for name,i in _alone(c):
         if (r := reads.get(i)) is None: continue
@@ -92,7 +92,7 @@ def factors_of(
     batches, # Of what the model is called with: tuples of arguments or dicts
     *, constant:bool=False, # Do means move into biases as well?
 )->tuple: # `Factors`
-    "By how much each layer that loses a part of its input should listen more to what stays"
+    "Solve for the factors of what stays, for each layer that loses a part of its input"
     found,stat = losing(c, gone),LOOKED[constant]
     batches = (b if isinstance(b, dict) else (*b, None) for b in batches)
     seen,res = gather(
