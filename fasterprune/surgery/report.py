@@ -120,7 +120,9 @@ class Report:
     @property
     def removed(self)->int: "Count the units removed"; return self.plan.removed
     @property
-    def compression_ratio(self)->float: "Divide parameters before by after"; return self.params[0]/max(self.params[1], 1)
+    def compression_ratio(self)->float:
+        "Divide parameters before by after"
+        return self.params[0]/max(self.params[1], 1)
     @property
     def theoretical_speedup(self)->float:
         "Divide multiply-accumulates before by after"

@@ -29,7 +29,7 @@ __all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'DeadNodes', 'Owners', 'branch
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #00000005
 class Silent:
-    "What a branch says that says nothing: whatever is done with it gives the same, and what it is added to stays"
+    "Stand for the output of a dead branch: whatever is done with it gives the same, and what it is added to stays"
     __slots__ = ('value','copy','level')
     def __init__(self, value:Tensor|None=None, copy:bool=False, level:int=0):
         self.value,self.level = value,level # the level of a branch is higher than those of branches inside it
@@ -104,7 +104,7 @@ class Branch:
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #0000000b
 class DeadNodes:
-    "The nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
+    "Find the nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
     def __init__(self, t:Trace):
         # nodes by index; seals: sums from which on a tensor or its memory is the other term's
         self.t,self.nodes,self.seals = t,set(),{}
@@ -183,7 +183,7 @@ def _banks(model, paths): # Layers inside that are wholly zero
         if isinstance(m._parameters.get('weight'), Tensor) and not m.weight.any())
 
 class Owners:
-    "Which modules hold which tensor of a model"
+    "Tell which modules have which tensor of a model"
     def __init__(self, model:nn.Module):
         self.model,self.of,self.names = model,{},{id(t):(i,n) for i,(n,t) in enumerate(state_of(model).items())}
         for _,m in modules_of(model):

@@ -1,4 +1,4 @@
-"""What removed channels said on average moves into the bias of those who listened
+"""The mean of what removed channels contributed moves into the bias of the layers that read them
 
 Docs: https://fasterprune.github.io/fasterprune/surgery/07_recovery/compensate.html.md"""
 
