@@ -7,7 +7,7 @@ OUTPUT = 'the output of the model keeps its shape'
 def rank(v): return [False, 'output', True].index(v)
 
 def products(c)->dict:
-    "Module path → its products of two tensors that both depend on the input, as `Read`s"
+    "Module path → its products of two tensors that both depend on the input, as `Reader`s"
     l,res = c.labels,{}
     for r in l.reads:
         if r.weight is not None and not l.is_param(r.weight) and not l.is_param(r.data) and 'convolution' not in c.labels.trace.nodes[r.node].op:

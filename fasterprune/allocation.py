@@ -15,7 +15,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from torch import Tensor
-from .core import check_fraction, check_sparsity, n_removed, no_such, wide
+from .core import check_fraction, check_sparsity, n_removed, unknown_name, to_double
 
 # %% ../nbs/03_allocation.ipynb #00000006
 def _flat(scores, name='scores'): # 1-D scores that can be ranked
@@ -23,7 +23,7 @@ def _flat(scores, name='scores'): # 1-D scores that can be ranked
     if scores.is_complex():
         raise TypeError(f"{name} has complex scores, which have no order; a score is a real number, high = keep")
     s = scores.detach().flatten()
-    s = s if s.dtype == torch.float64 else s.float() if s.is_floating_point() else wide(s)
+    s = s if s.dtype == torch.float64 else s.float() if s.is_floating_point() else to_double(s)
     if s.device.type != 'cpu': s = s + 0. # -0 ties with 0, and a GPU would sort it before
     if s.sum().isnan() and s.isnan().any():
         raise ValueError(f"{name}: {int(s.isnan().sum())} of {s.numel()} scores are NaN; "
@@ -93,7 +93,8 @@ def _check_context(context, sets):
     if context == 'isomorphic' and sets is None:
         raise ValueError("context='isomorphic' ranks channels of the same shape together, and only a Pruner knows "
                          f"which these are; here choose from {', '.join(map(repr, contexts))}")
-    if context not in rankings: raise ValueError(no_such('context', context, contexts if sets is None else rankings))
+    if context not in rankings:
+        raise ValueError(unknown_name('context', context, contexts if sets is None else rankings))
 
 def check_allocation(
     sparsity:float|dict, # Part to remove; a dict of layer name → part where the context is 'local'
@@ -107,7 +108,7 @@ def check_allocation(
 )->float|dict: # The sparsity, as floats
     "Refuse what `allocate` could not follow, before there are any scores"
     _check_context(context, sets)
-    if count not in counts: raise ValueError(no_such('count', count, counts))
+    if count not in counts: raise ValueError(unknown_name('count', count, counts))
     _check_units(min_keep)
     _check_units(round_to, 'round_to', 1)
     check_fraction(max_ratio, 'max_ratio')
@@ -219,7 +220,7 @@ def _costs(costs, s, n): # The cost of each unit of a layer, 1-D
     if costs is None or n not in costs:
         raise ValueError(f"count='params' needs costs[{n!r}]: the number of parameters of one unit, "
                          "or a tensor with one number a unit")
-    c = torch.as_tensor(costs[n], dtype=wide(s).dtype, device=s.device).flatten()
+    c = torch.as_tensor(costs[n], dtype=to_double(s).dtype, device=s.device).flatten()
     if c.numel() not in (1, s.numel()):
         raise ValueError(f"costs[{n!r}] has {c.numel()} numbers for {s.numel()} units; give one, or one a unit")
     if not (c >= 0).all(): raise ValueError(f"costs[{n!r}] must be numbers ≥ 0, not {costs[n]!r}")

@@ -18,7 +18,7 @@ from itertools import combinations
 from numbers import Integral
 import torch
 from torch import nn, Tensor
-from .core import Registry, layer_types, no_such
+from .core import Registry, layer_types, unknown_name
 
 # %% ../nbs/02_granularity.ipynb #00000006
 layer_axes = dict(Conv1d='oiw', Conv2d='oihw', Conv3d='oidhw', Linear='oi',
@@ -290,7 +290,7 @@ def as_granularity(
     if isinstance(x, Granularity): return x
     name = aliases.get(x, x) if isinstance(x, str) else ''
     found = granularities.get(name) or families.get(name) or _written(name)
-    if found is None: raise ValueError(no_such('granularity', x, [*granularities, *families]))
+    if found is None: raise ValueError(unknown_name('granularity', x, [*granularities, *families]))
     return found
 
 # %% ../nbs/02_granularity.ipynb #00000026
@@ -352,7 +352,7 @@ def reduce_units(
     tiles:tuple=(), # As from `unit_tiles`
 )->Tensor: # A score for each unit, size 1 along `dims`
     "Pool the scores of the weights of each unit"
-    if pool not in pools: raise ValueError(no_such('pool', pool, pools))
+    if pool not in pools: raise ValueError(unknown_name('pool', pool, pools))
     s = _pooled(scores, tuple(dims), pool)
     if not tiles: return s
     s,_,inside = in_tiles(s, (), tiles)

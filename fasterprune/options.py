@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from types import FunctionType
 from fastcore.docments import docments
-from .core import no_such
+from .core import unknown_name
 
 # %% ../nbs/04_options.ipynb #00000005
 def takes(
@@ -60,5 +60,5 @@ def given(
     own = [set(inspect.signature(o).parameters)-{'self', *but} for o in to]
     for n in options:
         if not any(n in names for names in own):
-            raise TypeError(f"{of}: {no_such('option', n, sorted(set().union(*own)))}")
+            raise TypeError(f"{of}: {unknown_name('option', n, sorted(set().union(*own)))}")
     return [{n:v for n,v in options.items() if n in names} for names in own]

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Callable
 from fastcore.basics import patch
-from .core import Registry, check_fraction, no_such
+from .core import Registry, check_fraction, unknown_name
 
 # %% ../nbs/01_schedule.ipynb #00000006
 def _sparsity(s, name, p): # `s` as a float in [0, 1], refused where it is none
@@ -129,7 +129,7 @@ def iterative(
     kinds = dict(linear=_linear, geometric=_exponential)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"iterative takes a whole number of rounds, at least 1, not n={n!r}")
-    if kind not in kinds: raise ValueError(no_such('kind of iterative schedule', kind, list(kinds)))
+    if kind not in kinds: raise ValueError(unknown_name('kind of iterative schedule', kind, list(kinds)))
     return Schedule(_stairs, start, end, initial, 'iterative' if kind == 'linear' else 'iterative_geometric',
                     (('n', n), ('of', kinds[kind])))
 
@@ -258,7 +258,7 @@ def as_schedule(
     "Make a schedule from a name or from a function"
     if isinstance(x, Schedule): return x
     if isinstance(x, str):
-        if x not in schedules: raise ValueError(no_such('schedule', x, schedules))
+        if x not in schedules: raise ValueError(unknown_name('schedule', x, schedules))
         return schedules[x]()
     if not callable(x):
         raise TypeError(f"a schedule is a name, a Schedule or a function of progress, not {x!r}; "

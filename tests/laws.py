@@ -106,14 +106,14 @@ def silence(m, coupling, fraction, roles=WRITTEN, seed=0):
     for group in coupling.groups:
         if not group.primary: continue
         units = torch.randperm(group.n, generator=g)[:min(int(group.n*fraction+1e-9), group.n-1)]
-        if group.even: # code that cuts it into equal parts can do so with equally many
-            kinds = torch.tensor([[next((i for i,p in enumerate(parts) if u in p.tolist()), -1) for parts in group.even] for u in range(group.n)])
+        if group.equal_units: # code that cuts it into equal parts can do so with equally many
+            kinds = torch.tensor([[next((i for i,p in enumerate(parts) if u in p.tolist()), -1) for parts in group.equal_units] for u in range(group.n)])
             units = torch.cat([(at := (kinds==k).all(1).nonzero()[:,0])[torch.randperm(len(at), generator=g)][:int(len(at)*fraction)] for k in kinds.unique(dim=0)])
         if group.flow is not None: # code that shuffles it can do so with so many of each kind
             scores = torch.rand(group.n, generator=g).numpy()
             stays = np.ones(group.n, bool)
             stays[scores.argsort()[:int(group.n*fraction+1e-9)]] = False
-            units = torch.as_tensor(np.flatnonzero(~group.arranged(stays, scores)))
+            units = torch.as_tensor(np.flatnonzero(~group.balance(stays, scores)))
         for member in group.members:
             at = torch.isin(torch.as_tensor(member.unit), units).nonzero()[:,0]
             if member.role in roles: own[member.param].index_fill_(member.dim, at, 0)

@@ -460,7 +460,7 @@ def test_silent_channels_that_cannot_be_folded_exactly_go_too():
     whole = deepcopy(m)
     with pytest.warns(NoEffectWarning, match='zeros of its padding'): Pruner(m, x).prune()
     r = Pruner(m, x).prune(compensate=True)
-    assert r.removed==4 and r.law=='readers' and r.error<1e-10 and not r.plan.held
+    assert r.removed==4 and r.law=='readers' and r.error<1e-10 and not r.plan.dead_but_kept
     inside = lambda net: run(net, x)[:,:,1:-1,1:-1]
     assert r.compensation.compensated<r.compensation.without and rel(inside(m), inside(whole))<rel(inside(unread(whole, r.plan)), inside(whole))
 

@@ -81,7 +81,7 @@ def build(name):
 def even(m, plan, before=x):
     "Does a plan leave equally many in each part?"
     cuts = {c.name:set(c.keep) for c in plan.cuts}
-    return all(len({len(cuts[g.name]&set(p.tolist())) for p in parts})==1 for g in couple(m, before).groups for parts in g.even)
+    return all(len({len(cuts[g.name]&set(p.tolist())) for p in parts})==1 for g in couple(m, before).groups for parts in g.equal_units)
 
 @pytest.mark.parametrize('name', NETS)
 def test_units(name):
@@ -129,7 +129,7 @@ def test_more_that_is_dead_in_one_part_stays_and_is_said():
     small = deepcopy(m)
     r = Pruner(small, x).prune()
     assert small.a.out_channels==10 and small.c.in_channels==small.d.in_channels==5
-    assert any(n=='a' and k==2 and 'fewer are silent' in why for n,k,why in r.plan.held), r.plan
+    assert any(n=='a' and k==2 and 'fewer are dead' in why for n,k,why in r.plan.dead_but_kept), r.plan
     for y in (x, other(x)): assert rel(run(small, y), run(m, y))<1e-10
 
 @pytest.mark.parametrize('context', ['local','global'])
@@ -140,7 +140,7 @@ def test_what_a_sparsifier_silences_goes(name, context):
     for part in (.25, .5): s.sparsify(part)
     masked,small = deepcopy(m),deepcopy(m)
     r = Pruner(small, x).prune()
-    assert r.error<1e-10 and not r.plan.held and r.removed==sum(z for z,_ in s.measured().values())
+    assert r.error<1e-10 and not r.plan.dead_but_kept and r.removed==sum(z for z,_ in s.measured().values())
     for y in (x, other(x)): assert rel(run(small, y), run(masked, y))<1e-10
 
 def test_the_best_of_each_part_stay():

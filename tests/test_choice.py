@@ -12,7 +12,7 @@ from fasterprune.criteria.base import as_criterion
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.planning.budget import Budget, within
 from fasterprune.surgery.planning.selection import Selection, PruningWarning, choose, is_of, layers_of, nearly_emptied
-from fasterprune.surgery.analysis.scores import alike, group_scores
+from fasterprune.surgery.analysis.scores import isomorphic_sets, group_scores
 from fasterprune.surgery.analysis.cost import Costs, unit_costs
 from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.planning.plan import labels_of
@@ -106,7 +106,7 @@ def test_isomorphic_ranks_the_same_shapes_together():
     m = nn.Sequential(*[l for i in range(4) for l in (nn.Conv2d(3 if i==0 else 24, 24, 3, padding=1), nn.ReLU())], nn.Conv2d(24,5,1)).eval()
     with torch.no_grad(): m[2].weight *= .01
     c = couple(m, X)
-    sets = alike(m, c.groups)
+    sets = isomorphic_sets(m, c.groups)
     assert sets=={'0':'0', '2':'2', '4':'2', '6':'6'} # the first reads images, the last is read by another kind of layer
     keep = choose(m, c, Selection(.5, l1, context='isomorphic'))
     for k in set(sets.values()):

@@ -34,8 +34,8 @@ def test_fraction_of_another_type_refused(x):
 
 # names
 def test_no_such():
-    assert no_such('layer', 'cnov', ['conv', 'fc']) == "no layer 'cnov'; did you mean 'conv'? choose from 'conv', 'fc'"
-    assert no_such('layer', 'x', []) == "no layer 'x'; choose from nothing: there are none"
+    assert unknown_name('layer', 'cnov', ['conv', 'fc']) == "no layer 'cnov'; did you mean 'conv'? choose from 'conv', 'fc'"
+    assert unknown_name('layer', 'x', []) == "no layer 'x'; choose from nothing: there are none"
 
 def test_registry():
     r = Registry('thing', ('dtype', 'ndim'))
@@ -114,7 +114,7 @@ def test_as_call():
     with pytest.raises(TypeError, match='not NoneType None'): as_call(None)
 
 def test_wide():
-    assert {wide(torch.ones(1, dtype=d)).dtype for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32)} == {torch.float64}
+    assert {to_double(torch.ones(1, dtype=d)).dtype for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32)} == {torch.float64}
 
 def test_errors():
     assert issubclass(PruningError, RuntimeError) and issubclass(VerificationError, PruningError) and issubclass(NoEffectWarning, UserWarning)

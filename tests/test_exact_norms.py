@@ -194,7 +194,7 @@ def test_masks_law(name):
     gone = some(width)
     m = silenced(ready(make), gone, width, writes)
     sparse = deepcopy(m)
-    with pytest.warns(NoEffectWarning, match='exact_norms=True'): held = Pruner(m, x()).prune().plan.held
+    with pytest.warns(NoEffectWarning, match='exact_norms=True'): held = Pruner(m, x()).prune().plan.dead_but_kept
     assert [(g,k) for g,k,_ in held]==[(group,len(gone))] and all('exact_norms=True' in why for *_,why in held)
     r = Pruner(m, x(), exact_norms=True).prune()
     assert r.law=='masks' and r.error<1e-10 and r.rows()==[(group,width,width-len(gone))] and kept(r.plan, group).keep==tuple(c for c in range(width) if c not in gone)

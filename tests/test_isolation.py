@@ -587,7 +587,7 @@ def test_checked_by_the_parent(make, n):
 # ---- interrupts
 
 class Residual(nn.Module):
-    "Dead channels, a branch that is silent as a whole, BatchNorms"
+    "Dead channels, a branch that is dead as a whole, BatchNorms"
     def __init__(self):
         super().__init__()
         block = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),

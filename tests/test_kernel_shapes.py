@@ -86,14 +86,14 @@ def test_what_is_zero_and_what_is_cut(rows, mode, size):
     if len(rows)==3: net[0].weight.data[0,0,1,0] = 1.; net[0].weight.data[1,0,1,2] = 1.; net[0].weight.data[2:,1,1,1] = 1.
     p = Pruner(net, x).plan()
     assert [k[2] for k in p.kernels if k[0]=='0']==([] if size==(3,3) else [size])
-    if size==(3,3): assert len(p.held)==1 and ('both ends' in p.held[0][2] if sum(mode) else 'its padding is' in p.held[0][2])
+    if size==(3,3): assert len(p.dead_but_kept)==1 and ('both ends' in p.dead_but_kept[0][2] if sum(mode) else 'its padding is' in p.dead_but_kept[0][2])
 
 def test_a_row_at_one_end_and_a_gap():
     torch.manual_seed(0)
     net,x = nn.Sequential(nn.Conv2d(3,4,3,padding=1), nn.ReLU(), nn.Conv2d(4,2,1)).double(),torch.randn(2,3,9,9, dtype=torch.float64)
     silent(net[0].weight, 0, 0, 1)
     small,r = pruned(net, x)
-    assert (small[0].kernel_size,small[0].dilation,small[0].padding)==((2,3),(2,1),(1,1)) and [h[:2] for h in r.plan.held]==[('0',1)]
+    assert (small[0].kernel_size,small[0].dilation,small[0].padding)==((2,3),(2,1),(1,1)) and [h[:2] for h in r.plan.dead_but_kept]==[('0',1)]
 
 def test_even_kernel_of_a_layer_that_keeps_the_size():
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_what_stays_and_why(net, why):
     w = next(net.parameters())
     for j in (0,1): silent(w, j, 0, 2)
     p = Pruner(nn.Sequential(net.double()), torch.randn(1,3,8,8, dtype=torch.float64)).plan()
-    assert not p.kernels and any(why in h[2] for h in p.held), p
+    assert not p.kernels and any(why in h[2] for h in p.dead_but_kept), p
 
 def test_shared_weights_and_stars():
     torch.manual_seed(0)
@@ -258,7 +258,7 @@ def test_a_branch_stays_and_why(kind, why):
     net,x = nn.Sequential(nn.Conv2d(3,6,3), kind(), nn.Conv2d(6,2,3)).double(),torch.randn(2,3,8,8, dtype=torch.float64)
     with torch.no_grad(): net[1].b.weight.zero_()
     small,r = pruned(net, x)
-    assert not r.plan.branches and any(n=='1' and why in w for n,_,w in r.plan.held), r.plan.held
+    assert not r.plan.branches and any(n=='1' and why in w for n,_,w in r.plan.dead_but_kept), r.plan.dead_but_kept
 
 def test_branches_that_are_left_alone_on_request():
     net,x = nn.Sequential(nn.Conv2d(3,6,3), Basic('plain'), nn.Conv2d(6,2,3)).eval(),torch.randn(2,3,8,8)

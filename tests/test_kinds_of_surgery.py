@@ -109,7 +109,7 @@ def test_a_layer_that_is_silent_as_a_whole(name):
     small,r = dead(m, X(2,3,8,8))
     assert r.error < 1e-10
 
-# --- silent branches that run modules several times
+# --- dead branches that run modules several times
 
 def nested(s, x):
     x = s.a(x)

@@ -62,7 +62,7 @@ def silence(model, x, part=.5, roles=('write','bias','scale','shift')):
     state = state_of(model)
     for g in couple(model, x).groups:
         if not g.primary: continue
-        gone = ~g.arranged(np.arange(g.n)>=int(g.n*part), np.arange(g.n)) # of channels that are shuffled, so many of each kind
+        gone = ~g.balance(np.arange(g.n)>=int(g.n*part), np.arange(g.n)) # of channels that are shuffled, so many of each kind
         for m in g.role(*roles):
             at = torch.as_tensor((m.unit>=0)&gone[m.unit]).nonzero()[:,0]
             state[m.param].index_fill_(m.dim, at, 0)

@@ -19,7 +19,7 @@ def silent(): # with constants, a smaller kernel and a layer that gets a bias
         m[1].weight[:4],m[1].bias[:3] = 0,.5
         m[3].weight[:,:,:,2] = 0
     return m
-class Residual(nn.Module): # with a branch that is silent
+class Residual(nn.Module): # with a branch that is dead
     def __init__(self):
         super().__init__()
         self.a,self.b,self.c,self.d = nn.Linear(6,8),nn.Linear(8,12),nn.Linear(12,8),nn.Linear(8,3)

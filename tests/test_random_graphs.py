@@ -70,7 +70,7 @@ def test_both_laws(graph, fraction, roles, seed):
     if res is None: return
     r,zeroed,r2 = res
     assert r.error is None or r.error < 1e-10
-    if not r2.plan.held and all(len(c.keep)>1 for c in r2.plan.cuts): assert cut(r2.plan) == zeroed, r2 # neither a constant in the way, nor a group that would be empty
+    if not r2.plan.dead_but_kept and all(len(c.keep)>1 for c in r2.plan.cuts): assert cut(r2.plan) == zeroed, r2 # neither a constant in the way, nor a group that would be empty
 
 def test_examples_are_of_every_kind(): # the graphs above are not all trivial
     kinds,some = set(),0
@@ -214,7 +214,7 @@ def many(n, **kw):
         tally.update(['all', way, *cuts, *['norms'][:len(norms)], *['recurrent'][:len(rnns)], *['positions'][:len(cuts&{'ClassToken','Positions'})]])
         tally.update({f"has {type(p).__name__}" for p in Mixed(*graph).modules()} | {f"input {graph[2]}", f"output {graph[1][3]%4}"})
         if r.plan.mixed: tally['mixed'] += 1
-        elif readers and not r2.plan.held: # what nobody writes and nobody reads is found
+        elif readers and not r2.plan.dead_but_kept: # what nobody writes and nobody reads is found
             tally['found'] += 1
             assert all(v<=cut(r2.plan).get(k, set()) for k,v in cut(r.plan).items()), r2
     check()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest, torch
 from torch import nn
 from fasterprune.all import *
-from fasterprune.surgery.capture.tracer import probe
+from fasterprune.surgery.capture.tracer import random_like
 from fasterprune.surgery.capture.isolation import fixed_seeds, preserved
 from fasterprune.surgery.checking.verify import relative_error
 
@@ -62,19 +62,19 @@ def test_as_before_where_there_is_one_kind_of_value():
 
 @pytest.mark.parametrize('x', [torch.rand(4,5)+.1, -torch.rand(4,5), torch.rand(4,5)*255//1, (torch.rand(4,5)>.5).float(), torch.ones(4,5)*3, torch.rand(4,5)*2-1, torch.rand(4,5).half(), torch.rand(4,5).bfloat16()])
 def test_values_of_the_kind_of_the_example(x):
-    y = probe(x)
+    y = random_like(x)
     assert y.dtype==x.dtype and y.shape==x.shape and not torch.equal(x, y)
     if x.min()!=x.max(): assert y.min()>=x.min() and y.max()<=x.max()
     assert torch.equal(y.sign().unique(), x.sign().unique()) if x.unique().numel()>2 and (x!=0).all() else True
     if torch.equal(x, x.round()) and x.min()!=x.max(): assert torch.equal(y, y.round())
-    assert torch.equal(probe(x), y) and not torch.equal(probe(x, seed=1), y)
+    assert torch.equal(random_like(x), y) and not torch.equal(random_like(x, seed=1), y)
 
 def test_zeros_stand_for_a_shape():
-    for x in (torch.zeros(3,40), torch.full((3,40), torch.nan)): assert .5<probe(x).std()<1.5
-    assert probe(torch.zeros(3, device='meta')).is_meta
+    for x in (torch.zeros(3,40), torch.full((3,40), torch.nan)): assert .5<random_like(x).std()<1.5
+    assert random_like(torch.zeros(3, device='meta')).is_meta
     x = torch.rand(3,40)
-    a,b = probe((x, x))
-    assert a is b and torch.equal(probe(torch.arange(3)), torch.arange(3))
+    a,b = random_like((x, x))
+    assert a is b and torch.equal(random_like(torch.arange(3)), torch.arange(3))
 
 class Log(nn.Module):
     def __init__(self):

@@ -348,7 +348,7 @@ def test_silent_units_that_stay_have_a_reason():
     m = Padded()
     silence(m, couple(m, x), .5)
     with pytest.warns(NoEffectWarning, match='zeros of its padding'): r = Pruner(m, x).prune()
-    assert r.removed==0 and r.plan.held[0][:2]==('a',4) and 'silent' in repr(r) and 'silent' in repr(r.plan) and 'silent' in r._repr_html_()
+    assert r.removed==0 and r.plan.dead_but_kept[0][:2]==('a',4) and 'dead, but' in repr(r) and 'dead, but' in repr(r.plan) and 'dead, but' in r._repr_html_()
 
 # ---- twice
 
@@ -454,9 +454,9 @@ class Boxes(nn.Module):
 
 def test_values_that_do_not_matter_are_not_computed(monkeypatch):
     "Of 41 boxes, capture and dry run convolve eight; shapes are those of all, and the check computes all"
-    seen,conv,roughly = [],torch.ops.aten.convolution.default,capture_module.roughly
+    seen,conv,run_subsampled = [],torch.ops.aten.convolution.default,capture_module.run_subsampled
     def spied(key, func, args, kwargs):
-        out = roughly(key, func, args, kwargs)
+        out = run_subsampled(key, func, args, kwargs)
         if func is conv: seen.append((args[0].shape[0], torch.equal(out, conv(*args, **kwargs))))
         return out
     for m in (capture_module, dryrun_module): monkeypatch.setattr(m, 'roughly', spied)

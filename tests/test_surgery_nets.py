@@ -261,7 +261,7 @@ def test_masks_law(name, roles):
     with warnings.catch_warnings(record=True): r = Pruner(small, k.x).prune()
     if fate=='all': assert cut(r.plan) == zeroed, r
     else: assert all(v <= zeroed[p] for p,v in cut(r.plan).items()) and cut(r.plan) != zeroed
-    assert bool(r.plan.held) == (fate=='held')
+    assert bool(r.plan.dead_but_kept) == (fate=='held')
     assert not r.removed or r.error < 1e-10
     for y in (k.x, other(k.x)):
         assert rel(run(small.eval(), y), run(m.eval(), y)) < 1e-10
@@ -309,7 +309,7 @@ def test_constants(name):
     small = deepcopy(m)
     with warnings.catch_warnings(record=True): r = Pruner(small, x).prune()
     assert r.removed==removed and sorted(k.kind for k in r.plan.folds)==folds, r
-    assert removed or r.plan.held or name in ('to_groups', 'to_a_reused_reader'), r.plan # there they are not silent everywhere
+    assert removed or r.plan.dead_but_kept or name in ('to_groups', 'to_a_reused_reader'), r.plan # there they are not dead everywhere
     for y in (x, other(x)):
         assert rel(run(small, y), run(m, y)) < 1e-10
         if folds in ([],['mean']): assert rel(run(deepcopy(small).train(), y), run(deepcopy(m).train(), y)) < 1e-10

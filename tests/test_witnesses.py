@@ -471,21 +471,21 @@ class Area(nn.Module):
         return self.o(h.mean((2,3))*(h.shape[2]*h.shape[3]))
 
 class Summed(nn.Module):
-    "A silent channel carries .5 for each token, and the sum counts them"
+    "A dead channel carries .5 for each token, and the sum counts them"
     def __init__(self):
         super().__init__()
         self.a,self.o = nn.Linear(3, 8),nn.Linear(8, 4)
     def forward(self, x): return self.o(self.a(x).sigmoid().sum(1))
 
 class OfBatch(nn.Module):
-    "What a silent channel carries depends on the batch"
+    "What a dead channel carries depends on the batch"
     def __init__(self):
         super().__init__()
         self.a,self.o = nn.Linear(3, 8),nn.Linear(8, 4)
     def forward(self, x): return self.o(self.a(x).sigmoid()/len(x)+self.a(x).cosh().cumsum(0)[-1:])
 
 class Grid(nn.Module):
-    "Coordinates are added before a layer that is silent: what it carries depends on the place"
+    "Coordinates are added before a layer that is dead: what it carries depends on the place"
     def __init__(self):
         super().__init__()
         self.a,self.b,self.o = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1),nn.Linear(8, 4)

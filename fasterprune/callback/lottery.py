@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from .base import example_batch, is_training
 from .keep_zeros import keeper_of
 from .sparsify import SparsifyCallback
-from ..core import check_fraction, no_such, unwrap
+from ..core import check_fraction, unknown_name, unwrap
 from ..schedule import n_rounds
 from ..sparse.sparsifier import Sparsifier
 
@@ -146,7 +146,7 @@ def _check(learn, fraction, rewind, fit, n_epoch, epoch, step):
     if not 0<check_fraction(fraction, 'fraction')<1:
         raise ValueError(f"fraction is the part of what is left that a round removes, in (0, 1), not {fraction!r}")
     if rewind not in ('weights','lr'):
-        raise ValueError(f"rewind: {no_such('way to go back', rewind, ['weights', 'lr'])}")
+        raise ValueError(f"rewind: {unknown_name('way to go back', rewind, ['weights', 'lr'])}")
     if not callable(getattr(learn, fit, None)):
         raise ValueError(f"fit is a method of the learner that trains, such as 'fit' or 'fit_one_cycle', not {fit!r}")
     Remember(step, epoch=epoch) # refuses what is no step

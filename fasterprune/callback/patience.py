@@ -10,7 +10,7 @@ __all__ = ['Patience', 'Waiting', 'schedule_for']
 # %% ../../nbs/callback/03_patience.ipynb #00000002
 from dataclasses import dataclass
 import math
-from ..core import check_fraction, no_such
+from ..core import check_fraction, unknown_name
 from ..schedule import Schedule, as_schedule, linear
 
 # %% ../../nbs/callback/03_patience.ipynb #00000005
@@ -82,7 +82,7 @@ class Waiting:
         r = learn.recorder
         names = list(r.metric_names[1:])
         if self.how.monitor not in names:
-            raise ValueError(f"monitor: {no_such('column', self.how.monitor, [n for n in names if n!='time'])}")
+            raise ValueError(f"monitor: {unknown_name('column', self.how.monitor, [n for n in names if n!='time'])}")
         seen,at = r.values[-1] if r.values else (),names.index(self.how.monitor)
         if at<len(seen): self.see(float(seen[at])) # an epoch that was skipped has none
         return self.due(math.ceil(self.how.end*(learn.n_epoch-1))-learn.epoch+1)

@@ -30,7 +30,7 @@ from ..surgery.planning.budget import Budget
 from ..surgery.planning.selection import calibration, scores_for, selection, shares_of
 from ..surgery.transaction import cut_options
 from ..options import given, takes
-from ..surgery.analysis.scores import alike, evidence_for
+from ..surgery.analysis.scores import isomorphic_sets, evidence_for
 from ..surgery.analysis.cost import Costs, kinds, n_params
 from ..surgery.pruner import Pruner
 
@@ -175,7 +175,7 @@ def _fractions(self:PruneCallback, want, data)->dict:
             n_batches=self.n_batches, loss_func=self._loss) if h.criterion.stats else None
         scores = scores_for(pruner.model, c, groups, replace(h, evidence=seen))
     return next_cut(scores, self.whole['units'], want, context=h.context, min_keep=h.min_keep, max_ratio=h.max_ratio,
-        round_to=h.round_to, sets=alike(pruner.model, groups) if h.context=='isomorphic' else None)
+        round_to=h.round_to, sets=isomorphic_sets(pruner.model, groups) if h.context=='isomorphic' else None)
 
 # %% ../../nbs/callback/06_prune_callback.ipynb #0000000f
 @patch

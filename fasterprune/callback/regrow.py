@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..allocation import keep_top
 from .base import TrainingCallback
 from .keep_zeros import agreed, keeper_of
-from ..core import check_fraction, n_removed, no_such, select_layers, unwrap
+from ..core import check_fraction, n_removed, unknown_name, select_layers, unwrap
 from ..sparse.masks import Masks
 from ..surgery.cutting.optimizer import plain_optimizer
 
@@ -77,9 +77,9 @@ class RegrowCallback(TrainingCallback):
         seed:int=0, # Of the places that are random
     ):
         if grow not in ('gradient','random'):
-            raise ValueError(f"grow: {no_such('way to grow', grow, ['gradient', 'random'])}")
+            raise ValueError(f"grow: {unknown_name('way to grow', grow, ['gradient', 'random'])}")
         if density not in ('erk','uniform'):
-            raise ValueError(f"density: {no_such('way to share out', density, ['erk', 'uniform'])}")
+            raise ValueError(f"density: {unknown_name('way to share out', density, ['erk', 'uniform'])}")
         if isinstance(every, bool) or not isinstance(every, int) or every<1:
             raise ValueError(f"every is a number of optimizer steps, not {every!r}")
         self.sparsity,self.fraction,self.end = (

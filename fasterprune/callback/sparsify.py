@@ -19,7 +19,7 @@ from ..allocation import check_allocation
 from .base import TrainingCallback, check_every, example_batch, forget_best
 from .keep_zeros import agreed, keeper_of
 from .patience import Patience, schedule_for
-from ..core import no_such, unwrap
+from ..core import unknown_name, unwrap
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
 from ..criteria.listen import Listener
@@ -68,7 +68,7 @@ class SparsifyCallback(TrainingCallback):
         if context=='global': ranking(self.criterion, normalizer)
         check_n_batches(n_batches)
         if reduce is not None and reduce not in reductions:
-            raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+            raise ValueError(f"reduce: {unknown_name('reduction', reduce, reductions)}")
         (self.context,self.every,self.regrow,self.normalizer,self.only,self.ignore,self.count,self.x,self.n_batches,
             self.reduce) = context,every,regrow,normalizer,only,ignore,count,x,n_batches,reduce
         self._log,self._by_layer,self._last,self.masks,self._firm,self._loss,self._wait = (

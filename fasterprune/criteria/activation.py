@@ -12,7 +12,7 @@ __all__ = ['MOMENTS', 'LOUDNESS', 'zero_share', 'apoz', 'moments', 'pooled_entro
 from functools import partial
 import torch
 from torch import nn, Tensor
-from ..core import layer_types, wide
+from ..core import layer_types, to_double
 from .base import Criterion, criteria, register
 from .statistic import Seen, Statistic
 
@@ -22,10 +22,10 @@ def zero_share(
     eps:float=0., # What counts as zero: up to this, either sign
 )->Tensor: # (n,), from 0 to 1
     "How often each unit is zero"
-    return wide((a.abs()<=eps).sum((0, 2)))/(a.shape[0]*a.shape[2])
+    return to_double((a.abs()<=eps).sum((0, 2)))/(a.shape[0]*a.shape[2])
 
 # %% ../../nbs/criteria/07_activation.ipynb #0000000d
-def _zeros(b, eps): return dict(share=zero_share(b.a, eps)*len(b.a), n=wide(torch.tensor(len(b.a))))
+def _zeros(b, eps): return dict(share=zero_share(b.a, eps)*len(b.a), n=to_double(torch.tensor(len(b.a))))
 def _per_sample(d): return d['share']/d['n']
 
 def _only(s): return next(iter(s.values()))
@@ -57,9 +57,9 @@ def moments(
 )->dict: # What adds up over batches; 'max' does not
     "Count, sums and maximum of each unit"
     n,m = a.shape[0]*a.shape[2],a.mean((0, 2), keepdim=True)
-    off,around,m = wide((a-m).sum((0, 2))),wide((a-m).square().sum((0, 2))),wide(m.flatten())
-    return dict(n=wide(torch.tensor(n)), sum=off+n*m, square=around+2*m*off+n*m**2, abs=wide(a.abs().sum((0, 2))),
-                max=wide(a.amax((0, 2))))
+    off,around,m = to_double((a-m).sum((0, 2))),to_double((a-m).square().sum((0, 2))),to_double(m.flatten())
+    return dict(n=to_double(torch.tensor(n)), sum=off+n*m, square=around+2*m*off+n*m**2,
+                abs=to_double(a.abs().sum((0, 2))), max=to_double(a.amax((0, 2))))
 
 def _moments(b): return moments(b.a)
 MOMENTS = Statistic('moments', _moments, merge=dict(n='sum', sum='sum', square='sum', abs='sum', max='max'))
@@ -83,7 +83,7 @@ def pooled_entropy(
     bins:int=100, # Of equal width, from a unit's smallest number to its largest
 )->Tensor: # (n,), in nats
     "Entropy of what each unit says"
-    z = wide(z)
+    z = to_double(z)
     low,width = z.amin(0),z.amax(0)-z.amin(0)
     b = ((z-low)/width.clamp(min=torch.finfo(z.dtype).tiny)*bins).long().clamp(max=bins-1)
     p = torch.zeros(z.shape[1], bins).to(z).scatter_add_(1, b.T, torch.ones_like(z.T))/len(z)
@@ -119,11 +119,11 @@ def map_ranks(
 # %% ../../nbs/criteria/07_activation.ipynb #00000021
 def _ranks(b, tol):
     if len(b.shape)==2 and b.shape[0]==1 and b.shape[1]>1: # tokens
-        return dict(share=wide(torch.full((b.a.shape[1],), torch.nan, device=b.a.device)),
-                    n=wide(torch.tensor(len(b.a))))
+        return dict(share=to_double(torch.full((b.a.shape[1],), torch.nan, device=b.a.device)),
+                    n=to_double(torch.tensor(len(b.a))))
     shape = b.shape[-2:] if len(b.shape)>2 else (1, b.a.shape[2])
     r = map_ranks(b.a.unflatten(2, (-1, shape[0]*shape[1])), shape)
-    return dict(share=wide(r.sum((0, 2)))/r.shape[2], n=wide(torch.tensor(len(r))))
+    return dict(share=to_double(r.sum((0, 2)))/r.shape[2], n=to_double(torch.tensor(len(r))))
 
 def _mean_rank(s):
     if _only(s).isnan().any():
@@ -148,7 +148,7 @@ def hrank(
 register(hrank());
 
 # %% ../../nbs/criteria/07_activation.ipynb #00000026
-def _loudness(b): return dict(x=wide(b.a.square().sum((0, 2))))
+def _loudness(b): return dict(x=to_double(b.a.square().sum((0, 2))))
 def _root(d): return d['x'].sqrt()
 LOUDNESS = Statistic('loudness', _loudness, finish=_root)
 
@@ -180,7 +180,7 @@ def thinet_order(
     gram:Tensor, # [n, n]: contributions times contributions, summed over entries
 )->Tensor: # (n,), the unit that goes first comes first
     "Order in which units go so that the reader misses least"
-    gram = wide(gram)
+    gram = to_double(gram)
     rise,order = gram.diagonal().clone(),[]
     for _ in range(len(gram)):
         order.append(int(rise.argmin()))
@@ -194,7 +194,7 @@ def thinet_rescale(
     keep:Tensor, # Indices of the units that stay
 )->Tensor: # A factor for each of them
     "Factors with which the units that stay make up best for those that go"
-    gram,stays = wide(gram),torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    gram,stays = to_double(gram),torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     stays[keep] = True
     return 1+torch.linalg.pinv(gram[keep][:,keep], hermitian=True)@gram[keep][:,~stays].sum(1)
 
@@ -260,7 +260,7 @@ def contributions(
 
 # %% ../../nbs/criteria/07_activation.ipynb #0000003c
 def _gram(b, entries):
-    x = wide(contributions(b.layer, b.x, b.index, entries=entries, seed=b.i))
+    x = to_double(contributions(b.layer, b.x, b.index, entries=entries, seed=b.i))
     return dict(gram=x.T@x)
 
 def _thinet(s, k): # the order does not depend on how many stay
@@ -289,7 +289,7 @@ def nisp_step(
     transposed:bool=False, # Is it a transposed convolution?
 )->Tensor: # (I,) scores of what it reads
     "Hand importance back through one layer"
-    m = wide(w.detach()).abs()
+    m = to_double(w.detach()).abs()
     if m.dim()>2: m = m.flatten(2).sum(2)
     m = m.transpose(0, 1) if transposed and groups==1 else m
     if groups==1: return s.to(m)@m
@@ -297,7 +297,7 @@ def nisp_step(
                         s.to(m).view(groups, -1)).flatten()
 
 # %% ../../nbs/criteria/07_activation.ipynb #00000048
-def _handed_back(b): return dict(s=wide(b.g.sum((0, 2)))/len(b.g))
+def _handed_back(b): return dict(s=to_double(b.g.sum((0, 2)))/len(b.g))
 
 register(Criterion('nisp', channel=_only, stats=(Statistic('handed_back', _handed_back, by='linear'),), reduce='sum',
                    family='activation', source='Yu 2018, arXiv 1711.05908',

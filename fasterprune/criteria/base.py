@@ -17,7 +17,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from ..core import Registry, no_such, wide
+from ..core import Registry, unknown_name, to_double
 from ..granularity import granularities, pools, reduce_units
 from .normalize import as_normalizer
 from .statistic import Statistic
@@ -69,15 +69,16 @@ class Criterion:
 
     def __post_init__(self):
         _check_functions(self)
-        if self.pool not in pools: raise ValueError(f"criterion {self.name!r}: {no_such('pool', self.pool, pools)}")
+        if self.pool not in pools:
+            raise ValueError(f"criterion {self.name!r}: {unknown_name('pool', self.pool, pools)}")
         if self.reads not in ('weight', 'norm', 'readers'):
             raise ValueError(f"criterion {self.name!r} reads 'weight', 'norm' or 'readers', not {self.reads!r}")
         if self.reduce not in reductions:
-            raise ValueError(f"criterion {self.name!r}: {no_such('reduction', self.reduce, reductions)}")
+            raise ValueError(f"criterion {self.name!r}: {unknown_name('reduction', self.reduce, reductions)}")
         if self.normalizer not in (None, 'mean'): as_normalizer(self.normalizer)
         for g in self.where or ():
             if g not in granularities:
-                raise ValueError(f"criterion {self.name!r}: {no_such('granularity', g, granularities)}")
+                raise ValueError(f"criterion {self.name!r}: {unknown_name('granularity', g, granularities)}")
         object.__setattr__(self, 'needs',
                            tuple(dict.fromkeys([*self.needs, *[d for s in self.stats for d in s.demands]])))
 
@@ -128,7 +129,7 @@ def as_criterion(
     "Make a criterion from a name or from a function"
     if isinstance(x, Criterion): return x
     if isinstance(x, str):
-        if x not in criteria: raise ValueError(no_such('criterion', x, criteria))
+        if x not in criteria: raise ValueError(unknown_name('criterion', x, criteria))
         return criteria[x]
     if not callable(x) or isinstance(x, type):
         raise TypeError(f"a criterion is a name, a Criterion or a function (weight) → scores, not {x!r}; "
@@ -159,8 +160,8 @@ def element_scores(
 )->Tensor: # Shape of `w`, double precision
     "Score every weight"
     if not criterion.reads_values:
-        return wide(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
-    ask = lambda x: wide(_asked(
+        return to_double(torch.zeros((), device=w.device if has_values(w) else 'cpu')).expand(w.shape)
+    ask = lambda x: to_double(_asked(
         criterion, criterion.element, x if criterion.element is as_found else _copied(criterion, x), x.shape,
         f"for a weight of shape {tuple(w.shape)}; it must return a real score for each weight", s, nan=nan))
     if (not criterion.pointwise or s or w.numel()<=PART or w.device.type!='cpu'
@@ -174,7 +175,7 @@ def _copied(criterion, w): # In double precision, and not the user's
     if not has_values(w):
         raise ValueError(f"criterion {criterion.name!r} reads weights, and this one of shape {tuple(w.shape)} has no "
                          f"values (device {w.device}); load the weights first, or choose by 'first_k' or 'random'")
-    x = wide(w.detach())
+    x = to_double(w.detach())
     return x.clone() if x.dtype==w.dtype else x
 
 def _asked(criterion, f, x, shape, must, *args, nan=False): # Call a criterion's function, and check what it says
@@ -252,7 +253,7 @@ def vector_scores(
     check_compared(criterion, n)
     must = f"for {n} units; it must return a real score for each of them"
     f = partial(criterion.vectors, k=k) if criterion.selector else criterion.vectors
-    return wide(_asked(criterion, f, _copied(criterion, v), (n,), must, s))
+    return to_double(_asked(criterion, f, _copied(criterion, v), (n,), must, s))
 
 def channel_scores(
     criterion:Criterion, # Whose `channel` is used
@@ -262,7 +263,8 @@ def channel_scores(
 )->Tensor: # (n,), double precision
     "Score units by what was seen of them"
     f = partial(criterion.channel, k=k) if criterion.selector else criterion.channel
-    return wide(_asked(criterion, f, None, (n,), f"for {n} units; it must return a real score for each of them", s))
+    must = f"for {n} units; it must return a real score for each of them"
+    return to_double(_asked(criterion, f, None, (n,), must, s))
 
 # %% ../../nbs/criteria/02_base.ipynb #00000021
 def ranking(

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import all_finite, no_such, wide
+from ..core import all_finite, unknown_name, to_double
 from .base import Criterion, register
 from .statistic import Statistic
 
@@ -23,7 +23,7 @@ def _units(v, what='units are a matrix [n, D] of weights', dim=2): # Checked, do
     if not isinstance(v, Tensor): raise TypeError(f"{what}, not {v!r}")
     if v.is_complex(): raise TypeError(f"{what}; complex numbers have no place in it")
     if v.dim()<dim or 0 in v.shape: raise ValueError(f"{what}, not of shape {tuple(v.shape)}")
-    v = wide(v.detach())
+    v = to_double(v.detach())
     if not all_finite(v):
         raise ValueError(f"{what}; {int((~v.isfinite()).sum())} of its {v.numel()} numbers are NaN or infinite")
     return v.flatten(dim-1)
@@ -139,7 +139,7 @@ def redundancy_scores(
     top:int=3, # For 'topk'
 )->Tensor: # (n,), in [0, 1], or in [0, 2] if signed; rows of zeros 0
     "How unlike all others a unit is"
-    if mode not in modes: raise ValueError(no_such('mode', mode, modes))
+    if mode not in modes: raise ValueError(unknown_name('mode', mode, modes))
     if isinstance(top, bool) or not isinstance(top, int) or top<1:
         raise ValueError(f"top is a whole number of units, at least 1, not {top!r}")
     v = _units(v)
@@ -163,7 +163,7 @@ def redundancy(
     top:int=3, # For 'topk'
 )->Criterion:
     "A criterion by how parallel units are"
-    if measure not in measures: raise ValueError(no_such('measure', measure, measures))
+    if measure not in measures: raise ValueError(unknown_name('measure', measure, measures))
     f = partial(redundancy_scores, centre=measure=='pearson', signed=signed, mode=mode, top=top)
     f(torch.eye(2)) # refuses what it would refuse later
     note = (f"1 - {'' if signed else '|'}{measure}{'' if signed else '|'} of the most similar pair, "
@@ -214,7 +214,7 @@ def cop_importance(
     "COP's scores with its terms for what a layer costs"
     for what,d in (('macs', macs), ('params', params)):
         for n in scores:
-            if n not in d: raise ValueError(f"{what}: {no_such('layer', n, d)}")
+            if n not in d: raise ValueError(f"{what}: {unknown_name('layer', n, d)}")
             if not d[n]>1:
                 raise ValueError(f"{what}[{n!r}] is {d[n]!r}; its logarithm must be positive, so it must be above 1")
     part = lambda d, n: 1-math.log2(d[n])/max(math.log2(d[k]) for k in scores)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Callable
 import torch
 from torch import Tensor
-from ..core import wide
+from ..core import to_double
 from .base import Criterion, as_found, criteria, register
 from .statistic import Seen, Statistic
 
@@ -41,7 +41,7 @@ def products_with(
 
 # %% ../../nbs/criteria/10_curvature.ipynb #0000000a
 def _hessian_gradient(loss, params, i, temperature): return hessian_vector(loss(temperature), params)
-def _weighted(b): return dict(s=wide(b.w*b.g), n=wide(torch.ones((), device=b.w.device)))
+def _weighted(b): return dict(s=to_double(b.w*b.g), n=to_double(torch.ones((), device=b.w.device)))
 def _mean(d): return d['s']/d['n']
 
 def grasp(
@@ -111,7 +111,7 @@ def gauss_newton(
 def _diagonal(loss, params, i, probes, seed): return hutchinson(loss(), params, probes=probes, seed=1_000_003*seed+i)
 def _gauss_newton(loss, params, i, probes, seed):
     return gauss_newton(*loss.outputs(), params, probes=probes, seed=1_000_003*seed+i)
-def _average(b): return dict(s=wide(b.g), n=wide(torch.ones((), device=b.g.device)))
+def _average(b): return dict(s=to_double(b.g), n=to_double(torch.ones((), device=b.g.device)))
 def _obd(w, s): return w.square()*next(iter(s.values()))/2
 def _not_negative(s): return s.clamp(min=0) # the estimate's noise may be, what it estimates is not
 
@@ -160,7 +160,7 @@ def hap_trace(
 register(hap_trace());
 
 # %% ../../nbs/criteria/10_curvature.ipynb #00000020
-def _flowing(b): return dict(s=wide(b.w*b.g))
+def _flowing(b): return dict(s=to_double(b.w*b.g))
 
 register(Criterion('synflow', as_found, stats=(Statistic('flow', _flowing, at='weight', by='flow'),),
                    family='curvature', source='Tanaka 2020, arXiv 2006.05467',

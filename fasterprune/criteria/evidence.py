@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from fastprogress.fastprogress import progress_bar
-from ..core import as_call, eval_mode, wide, unwrap
+from ..core import as_call, eval_mode, to_double, unwrap
 from .base import Criterion
 from .listen import Listener, described
 
@@ -231,7 +231,8 @@ def _linear(model): # Norms and activation functions let everything through
 def _sum(out): return sum(t.sum() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point())
 
 def _magnitudes(l, asked): # Parameters and buffers of a flow by name; tied weights stay tied
-    size = lambda t: x.abs() if (x := wide(t.detach())).dtype==t.dtype else x.abs_() # in its own copy, if there is one
+    # in its own copy, if there is one
+    size = lambda t: x.abs() if (x := to_double(t.detach())).dtype==t.dtype else x.abs_()
     leaf = lambda p: size(p).requires_grad_(id(p) in asked) if p.is_floating_point() else p
     own = {id(p):leaf(p) for p in l.params.values()}
     return {**{n:own[id(p)] for n,p in l.params.items()},
@@ -251,7 +252,7 @@ def _flow(l, x, by): # the sum of all paths
                      next((p.device for p in l.model.parameters()), None))
     ones = lambda t: (
         t if not isinstance(t, Tensor)
-        else torch.ones_like(wide(t.as_subclass(Tensor)), device=device, requires_grad=by=='flow')
+        else torch.ones_like(to_double(t.as_subclass(Tensor)), device=device, requires_grad=by=='flow')
         if t.is_floating_point() else t.to(device))
     args,kwargs = tree_map(ones, as_call(x))
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad]

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import all_finite, no_such, wide
+from ..core import all_finite, unknown_name, to_double
 from .base import Criterion, register
 from .statistic import Statistic
 from .correlation import greedy_redundancy, similarity
@@ -23,7 +23,7 @@ from .correlation import greedy_redundancy, similarity
 def _matrix(z, what, dim): # Checked, double precision
     if not isinstance(z, Tensor) or z.is_complex(): raise TypeError(f"{what}, not {z!r}")
     if z.dim()!=dim or 0 in z.shape: raise ValueError(f"{what}, not of shape {tuple(z.shape)}")
-    z = wide(z.detach())
+    z = to_double(z.detach())
     if not all_finite(z):
         raise ValueError(f"{what}; {int((~z.isfinite()).sum())} of its {z.numel()} numbers are NaN or infinite")
     return z
@@ -71,9 +71,9 @@ def binned_information(
     if n<5*bins*k:
         warnings.warn(f"{n} samples of {k} classes are few for {bins} bins: noise will seem to say something; "
                       f"take {5*bins*k} or more (n_batches=...)", stacklevel=2)
-    res, (hy, my) = [], _entropy(wide(torch.bincount(y)), n)
+    res, (hy, my) = [], _entropy(to_double(torch.bincount(y)), n)
     for p in z.split(max(1, (1<<23)//(bins*k+n)), 1): # channels, some at a time
-        t = wide(_table(_bins(p, bins), y, bins, k))
+        t = to_double(_table(_bins(p, bins), y, bins, k))
         (hb, mb), (hby, mby) = _entropy(t.sum(2), n), _entropy(t.flatten(1), n)
         i = hb+hy-hby+((mb+my-mby-1).to(hb)/(2*n) if corrected else 0)
         if clipped: i = i.clamp(0, hy.item())
@@ -95,7 +95,7 @@ def mi_binned(
     "A criterion by what a channel says about the class, in bins"
     if bins is not None and (isinstance(bins, bool) or not isinstance(bins, int) or bins<2):
         raise ValueError(f"bins is a whole number from 2 on, or None, not {bins!r}")
-    if pool not in _pools: raise ValueError(no_such('pool', pool, _pools))
+    if pool not in _pools: raise ValueError(unknown_name('pool', pool, _pools))
     s = _samples(pool)
     return Criterion('mi_binned', channel=partial(_binned, key=s.name, bins=bins), stats=(s,), family='information',
                      source='Miller 1955; as relevance: Sarvani 2022, arXiv 2202.10716',
@@ -171,7 +171,7 @@ def gauss_information(
     if not isinstance(rho, Tensor): raise TypeError(f"correlations are a tensor, not {rho!r}")
     if not (rho.abs()<=1+1e-6).all():
         raise ValueError(f"correlations are in [-1, 1], and found {rho.min().item():.4g} to {rho.max().item():.4g}")
-    return -.5*torch.log1p(-wide(rho).square().clamp(max=1-1e-12))
+    return -.5*torch.log1p(-to_double(rho).square().clamp(max=1-1e-12))
 
 # %% ../../nbs/criteria/08_information.ipynb #0000002c
 def gauss_scores(
@@ -179,12 +179,12 @@ def gauss_scores(
     var:Tensor, # (n,), variances; 0 is a channel that says nothing
 )->Tensor: # (n,), in [0, 1]
     "The part of a channel's variance that no other explains, pair by pair"
-    live, s = var>0, wide(torch.zeros_like(var))
+    live, s = var>0, to_double(torch.zeros_like(var))
     if live.any(): s[live] = (-2*greedy_redundancy(gauss_information(rho[live][:, live]), var[live])).exp().to(s)
     return s
 
 def _sums(b):
-    z = wide(b.a.mean(2))
+    z = to_double(b.a.mean(2))
     return dict(n=_count(len(z), b), s=z.sum(0), ss=z.T@z)
 
 def _covariance(s):
@@ -211,7 +211,7 @@ def mrmr_scores(
     if redundancy.shape!=(n, n):
         raise ValueError(f"{n} channels do not fit a redundancy of shape {tuple(redundancy.shape)}; "
                          "it must have a row and a column for each")
-    r, m, s = wide(relevance).cpu().numpy(), wide(redundancy).cpu().numpy(), np.zeros(n)
+    r, m, s = to_double(relevance).cpu().numpy(), to_double(redundancy).cpu().numpy(), np.zeros(n)
     said, left = np.zeros(n), np.where(r>0, 0., -1e9) # after all others
     for k in range(n):
         worth = r-said/max(k, 1)+left

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Callable
 import torch
 from torch import Tensor
-from ..core import Registry, no_such, wide
+from ..core import Registry, unknown_name, to_double
 
 # %% ../../nbs/criteria/00_normalize.ipynb #00000007
 normalizers = Registry('normalizer', ('__doc__',))
@@ -22,7 +22,7 @@ def _normalizer(negative=False): # Register a function of the scores of the unit
     def deco(f):
         @wraps(f)
         def g(s):
-            s = wide(s)
+            s = to_double(s)
             live = s != -torch.inf
             t = s if live.all() else s[live] # mostly nothing has gone
             if not negative and (t < 0).any():
@@ -99,7 +99,7 @@ def as_normalizer(
 )->Callable: # 1-D scores → 1-D scores
     "Look up a normaliser"
     if isinstance(x, str):
-        if x not in normalizers: raise ValueError(no_such('normalizer', x, normalizers))
+        if x not in normalizers: raise ValueError(unknown_name('normalizer', x, normalizers))
         return normalizers[x]
     if not callable(x) or isinstance(x, type):
         raise TypeError(f"a normalizer is a name or a function of 1-D scores, not {x!r}; "

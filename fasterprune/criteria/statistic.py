@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..core import no_such
+from ..core import unknown_name
 
 # %% ../../nbs/criteria/01_statistic.ipynb #00000005
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Statistic:
     cap: int = 4096 # Rows of 'cat', at most
 
     def __post_init__(self):
-        if self.at not in places: raise ValueError(f"statistic {self.name!r}: {no_such('place', self.at, places)}")
+        if self.at not in places: raise ValueError(f"statistic {self.name!r}: {unknown_name('place', self.at, places)}")
         if not callable(self.by) and self.by not in runs:
-            raise ValueError(f"statistic {self.name!r}: {no_such('run', self.by, runs)}, or give a function")
+            raise ValueError(f"statistic {self.name!r}: {unknown_name('run', self.by, runs)}, or give a function")
         if (self.by=='sample' or callable(self.by)) and self.at!='weight':
             raise ValueError(f"statistic {self.name!r} is of a gradient by {self.by!r}, which there is for weights "
                              f"only, not at {self.at!r}")
         for r in self.merge.values() if isinstance(self.merge, dict) else [self.merge]:
-            if r not in rules: raise ValueError(f"statistic {self.name!r}: {no_such('rule', r, rules)}")
+            if r not in rules: raise ValueError(f"statistic {self.name!r}: {unknown_name('rule', r, rules)}")
         if no := set(self.needs)-{'labels','training'}:
             raise ValueError(f"statistic {self.name!r} needs 'labels' or 'training', or nothing; "
                              f"{sorted(no)[0]!r} is no such thing")

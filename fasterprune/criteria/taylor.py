@@ -11,7 +11,7 @@ __all__ = ['products', 'taylor_act']
 from functools import partial
 import torch
 from torch import Tensor
-from ..core import wide
+from ..core import to_double
 from .base import Criterion, criteria, register
 from .statistic import Seen, Statistic
 
@@ -21,10 +21,10 @@ def products(
     g:Tensor, # Gradient of the sum of the losses of the samples, the same shape
 )->Tensor: # [N, n], double precision
     "Activation times gradient, summed over the positions of each unit"
-    return wide((a*g).sum(2))
+    return to_double((a*g).sum(2))
 
-def _by_sample(b): return dict(s=products(b.a, b.g).abs().sum(0)/b.a.shape[2], n=wide(torch.tensor(len(b.a))))
-def _signed(b): return dict(s=products(b.a, b.g).sum(0)/b.a.shape[2], n=wide(torch.tensor(len(b.a))))
+def _by_sample(b): return dict(s=products(b.a, b.g).abs().sum(0)/b.a.shape[2], n=to_double(torch.tensor(len(b.a))))
+def _signed(b): return dict(s=products(b.a, b.g).sum(0)/b.a.shape[2], n=to_double(torch.tensor(len(b.a))))
 def _size_of_mean(d): return d['s'].abs()/d['n']
 def _only(s): return next(iter(s.values()))
 
@@ -43,8 +43,8 @@ def taylor_act(
 register(taylor_act());
 
 # %% ../../nbs/criteria/09_taylor.ipynb #00000014
-def _square(b): return dict(s=wide(b.w*b.g).square(), n=wide(torch.ones((), device=b.w.device)))
-def _size(b): return dict(s=wide(b.w*b.g).abs(), n=wide(torch.ones((), device=b.w.device)))
+def _square(b): return dict(s=to_double(b.w*b.g).square(), n=to_double(torch.ones((), device=b.w.device)))
+def _size(b): return dict(s=to_double(b.w*b.g).abs(), n=to_double(torch.ones((), device=b.w.device)))
 def _mean(d): return d['s']/d['n']
 def _taylor_w(w, s): return s['weight_grad_square']
 def _taylor_abs(w, s): return s['weight_grad_size']
@@ -58,7 +58,7 @@ register(Criterion('taylor_abs', _taylor_abs,
                    family='taylor', source='Blalock 2020, arXiv 2003.03033', note='absolute weight times gradient'));
 
 # %% ../../nbs/criteria/09_taylor.ipynb #00000018
-def _gate(b): return dict(s=wide(b.w*b.g).sum(1).square(), n=wide(torch.ones((), device=b.w.device)))
+def _gate(b): return dict(s=to_double(b.w*b.g).sum(1).square(), n=to_double(torch.ones((), device=b.w.device)))
 
 register(Criterion('taylor_gate', channel=_only,
                    stats=(Statistic('gate_square', _gate, finish=_mean, at='norm', by='gradient'),), needs=('norm',),
@@ -66,8 +66,8 @@ register(Criterion('taylor_gate', channel=_only,
                    note='gradient of a gate behind the normalisation, squared'));
 
 # %% ../../nbs/criteria/09_taylor.ipynb #0000001c
-def _act_square(b): return dict(s=products(b.a, b.g).square().sum(0), n=wide(torch.tensor(len(b.a))))
-def _grad_square(b): return dict(s=wide(b.g).square(), n=wide(torch.ones((), device=b.g.device)))
+def _act_square(b): return dict(s=products(b.a, b.g).square().sum(0), n=to_double(torch.tensor(len(b.a))))
+def _grad_square(b): return dict(s=to_double(b.g).square(), n=to_double(torch.ones((), device=b.g.device)))
 def _fisher_act(s): return s['act_grad_square']/2
 def _fisher_w(w, s): return w.square()*s['fisher']/2
 
@@ -81,14 +81,14 @@ register(Criterion('fisher_w', _fisher_w,
                    note='squared weights times squared gradients of each sample'));
 
 # %% ../../nbs/criteria/09_taylor.ipynb #00000021
-def _together(b): return dict(s=wide(b.p).square().sum(0))
+def _together(b): return dict(s=to_double(b.p).square().sum(0))
 
 register(Criterion('group_fisher', channel=_only, stats=(Statistic('group', _together, at='group', by='gradient'),),
                    family='taylor', source='Liu 2021, arXiv 2108.00708',
                    note='activation times gradient over all readers together, squared by sample'));
 
 # %% ../../nbs/criteria/09_taylor.ipynb #00000026
-def _signed_product(b): return dict(s=wide(b.w*b.g), n=wide(torch.ones((), device=b.w.device)))
+def _signed_product(b): return dict(s=to_double(b.w*b.g), n=to_double(torch.ones((), device=b.w.device)))
 def _snip(w, s): return s['weight_grad'].abs()
 
 register(Criterion('snip', _snip,
@@ -97,7 +97,7 @@ register(Criterion('snip', _snip,
                    note='absolute weight times gradient of all batches together, meant for initialisation'));
 
 # %% ../../nbs/criteria/09_taylor.ipynb #00000029
-def _away(b): return dict(s=-wide(b.w*b.g))
+def _away(b): return dict(s=-to_double(b.w*b.g))
 def _start(b): return dict(w=b.w.clone())
 def _movement(w, s): return s['away_from_zero']
 def _weight_change(w, s): return (w-s['start']).abs()

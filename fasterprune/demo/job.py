@@ -26,7 +26,7 @@ from ..allocation import check_allocation
 from ..callback import prune # adds learn.prune
 from ..callback.base import example_batch
 from ..callback.sparsify import SparsifyCallback
-from ..core import NoEffectWarning, PruningError, PruningWarning, eval_mode, no_such
+from ..core import NoEffectWarning, PruningError, PruningWarning, eval_mode, unknown_name
 from ..criteria.base import as_criterion
 from ..data import image_dls, small_resnet
 from ..granularity import as_granularity
@@ -96,7 +96,7 @@ def limits(
     pairs,names = [p.partition('=') for p in text.split(',')],[f.name for f in fields(Budget)]
     for k,_,v in pairs:
         if k.strip() not in names:
-            raise ValueError(f"budget: {no_such('cost', k.strip(), names)}; "
+            raise ValueError(f"budget: {unknown_name('cost', k.strip(), names)}; "
                              "write it as macs=0.5 or params=0.5,latency=0.6")
         try: float(v)
         except ValueError: raise ValueError(f"budget: {k.strip()} is a number, as in macs=0.5, not {v!r}") from None

@@ -17,7 +17,7 @@ from ..surgery.analysis.cost import macs_of
 from ..surgery.cutting.optimizer import sliced
 from ..surgery.planning.plan import labels_of
 from ..surgery.pruner import Pruner
-from ..surgery.coupling.rules import Site, rule_for
+from ..surgery.coupling.rules import OpCall, rule_for
 
 # %% auto #0
 __all__ = ['LayerCost', 'Left', 'n_nonzero', 'Tally', 'effective_entries', 'new_bias', 'layer_cost']
@@ -67,7 +67,7 @@ class Left:
     def twin(self,
         node:Node, # One of the model as it is
     )->Node|None: # None where a branch goes with it
-        "The same node in the model without its silent branches"
+        "The same node in the model without its dead branches"
         if self.twins is None: return self.trace.nodes[node.index] if node.index<len(self.trace.nodes) else None
         return self.twins.get(node.key)
 
@@ -125,7 +125,7 @@ class Tally:
         if not self.dep:
             self.dep |= {r.id for r in t.inputs}
             self.origin |= {i:n for i,n in t.names.items() if n in self.own}
-        s = Site(node, t, {}, dict(zip([a.name for a in node.func._schema.arguments], args)))
+        s = OpCall(node, t, {}, dict(zip([a.name for a in node.func._schema.arguments], args)))
         ids = [r.id for r in s.tensors]
         param = next((self.origin[i] for i in ids if i in self.origin), None)
         new = {r.id for r in (*node.outs, *node.mutates)}
@@ -138,7 +138,7 @@ class Tally:
 
 # %% ../../nbs/measure/01_counts.ipynb #0000000a
 @patch
-def count(self:Tally, s:Site)->tuple:
+def count(self:Tally, s:OpCall)->tuple:
     "(layer, MACs, nonzero MACs, effective MACs) of one operator"
     t,left,node = s.trace,self.left,s.node
     macs = macs_of(node, t)
@@ -155,7 +155,7 @@ def count(self:Tally, s:Site)->tuple:
                          'effective=False counts without propagation')
     effective = macs_of(twin, left.small)
     if k is None or not effective: return layer,macs,multiplied,effective
-    keeps = left.keeps(Site(twin, left.trace, {})[k].id)
+    keeps = left.keeps(OpCall(twin, left.trace, {})[k].id)
     size = torch.Size(int(i.sum()) for i in keeps).numel()
     return layer,macs,multiplied,effective*n_nonzero(w, keeps)//size
 

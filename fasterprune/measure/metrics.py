@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..core import as_call, no_such, prunable_layers, unwrap
+from ..core import as_call, unknown_name, prunable_layers, unwrap
 from ..surgery.capture.trace import tensors_in
 from ..surgery.analysis.cost import n_params
 from .counts import Left, Tally, layer_cost, n_nonzero
@@ -270,10 +270,10 @@ def compare(
     given = latency if isinstance(latency, LatencyComparison) else None
     for what,names in (('dense',[dense]), ('accuracy',accuracy)):
         for n in names:
-            if n not in models: raise ValueError(f"{what}: {no_such('model', n, list(models))}")
+            if n not in models: raise ValueError(f"{what}: {unknown_name('model', n, list(models))}")
     if given and set(models)-set(given.latencies):
         raise ValueError('latency: '
-                         f"{no_such('model', min(set(models)-set(given.latencies)), list(given.latencies))}")
+                         f"{unknown_name('model', min(set(models)-set(given.latencies)), list(given.latencies))}")
     evaluations = {n:evaluate(m, x, effective=effective) for n,m in models.items()}
     times = given or (compare_latency(models, x) if latency else None)
     return Comparison(evaluations, dense, accuracy, {n:file_size(m) for n,m in models.items()}, times)

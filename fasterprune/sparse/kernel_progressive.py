@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..allocation import allocate
-from ..core import NoEffectWarning, as_call, check_fraction, n_removed, no_such, select_layers, wide, unwrap
+from ..core import NoEffectWarning, as_call, check_fraction, n_removed, unknown_name, select_layers, to_double, unwrap
 from ..granularity import kind_of
 from ..schedule import as_schedule
 from ..surgery.capture.tracer import capture
@@ -30,7 +30,7 @@ def participation(
     dim:int|None=None, # Dimension along which they are counted, which then has size 1; None counts all
 )->Tensor: # Between 1 and the number of norms; 0 where all are zero
     "Count how many norms take part: `(Σv)²/Σv²`"
-    v = wide(v.detach()).abs()
+    v = to_double(v.detach()).abs()
     if dim is None: v,dim = v.flatten(),0
     v = v/v.amax(dim, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) # their squares stay finite
     total,square = v.sum(dim, keepdim=True),v.square().sum(dim, keepdim=True)
@@ -46,7 +46,7 @@ def kernel_norms(
     if kind_of(layer)=='Linear':
         raise TypeError("a linear layer has no kernels; progressive kernel pruning takes convolutions")
     if p not in (1, 2): raise ValueError(f"p is 1 or 2, not {p!r}")
-    return by_group(torch.linalg.vector_norm(wide(layer.weight.detach()).flatten(2), p, dim=2), layer)
+    return by_group(torch.linalg.vector_norm(to_double(layer.weight.detach()).flatten(2), p, dim=2), layer)
 
 # %% ../../nbs/sparse/05_kernel_progressive.ipynb #0000000e
 def by_group(
@@ -181,11 +181,11 @@ def check_options(
     silence:bool=False, count:str='units', # As for `PKP`
 ):
     "Refuse options that `PKP` could not follow"
-    if mode not in modes: raise ValueError(no_such('mode', mode, modes))
+    if mode not in modes: raise ValueError(unknown_name('mode', mode, modes))
     if p not in (1, 2): raise ValueError(f"p is 1 or 2, not {p!r}")
     for n,v in dict(protect_out=protect_out, silence=silence).items():
         if not isinstance(v, bool): raise TypeError(f"{n} is True or False, not {v!r}")
-    if count not in ('units','params','macs'): raise ValueError(no_such('count', count, ('units','params','macs')))
+    if count not in ('units','params','macs'): raise ValueError(unknown_name('count', count, ('units','params','macs')))
     if isinstance(protect_until, bool) or not isinstance(protect_until, int) or protect_until<2:
         check_fraction(protect_until, 'protect_until')
 

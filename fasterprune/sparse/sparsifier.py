@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..allocation import allocate, allocate_rising, check_allocation
-from ..core import NoEffectWarning, as_call, no_such, unwrap
+from ..core import NoEffectWarning, as_call, unknown_name, unwrap
 from ..criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
@@ -57,7 +57,7 @@ class Sparsifier:
         if normalizer is not None: as_normalizer(normalizer)
         check_allocation(0., [], context=context, count=count)
         if reduce is not None and reduce not in reductions:
-            raise ValueError(f"reduce: {no_such('reduction', reduce, reductions)}")
+            raise ValueError(f"reduce: {unknown_name('reduction', reduce, reductions)}")
         check_where(self.criterion, self.granularity.like)
         if context=='global': ranking(self.criterion, normalizer)
         if self.criterion.stats and evidence is None:
@@ -165,7 +165,7 @@ def masks(self:Sparsifier,
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
     keep = (allocate_rising(s, sparsity, self.criterion.rising) if plain is not None and self.context=='global'
         else allocate(s, sparsity, **how))
-    keep = self.units.arranged(keep, s)
+    keep = self.units.balance(keep, s)
     # more than the rule takes had gone already
     if self.rule is not None: keep.update({n:keep[n]&~z.to(keep[n].device) for n,z in gone.items()})
     return Masks(self.units.spread(keep), {n:(k.numel()-int(k.count_nonzero()), k.numel()) for n,k in keep.items()})

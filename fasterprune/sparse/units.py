@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core import layer_types, no_such, select_layers
+from ..core import layer_types, unknown_name, select_layers
 from ..criteria.base import check_compared, element_scores, layer_scores, unit_scores
 from ..granularity import (
     Granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
@@ -25,7 +25,7 @@ from ..surgery.coupling.couple import couple
 from ..surgery.coupling.groups import Group, Member
 from ..surgery.capture.isolation import state_of
 from ..surgery.analysis.dead import AVERAGES
-from ..surgery.coupling.rules import Site
+from ..surgery.coupling.rules import OpCall
 
 # %% ../../nbs/sparse/02_units.ipynb #00000005
 class LayerUnits:
@@ -83,7 +83,7 @@ class LayerUnits:
             if name in self.layers: return [name],False
             inside = [n for n in self.layers if n.startswith(f"{name}.")]
             if not inside:
-                raise ValueError(f"sparsity: {no_such('layer', name, list(self.layers))}"
+                raise ValueError(f"sparsity: {unknown_name('layer', name, list(self.layers))}"
                     +(f": {self.skipped[name]}" if name in self.skipped else ''))
             return inside,True
         return fractions_by_group(sparsity, find)
@@ -152,7 +152,7 @@ def _scores_of(c, w, dims, tiles, key, s, k): # As `unit_scores`, also for units
     return layer_scores(c, t if c.finish is None else c.finish(t), key)
 
 @patch
-def arranged(self:LayerUnits, keep, scores)->dict: "Any units can stay together"; return keep
+def balance(self:LayerUnits, keep, scores)->dict: "Any units can stay together"; return keep
 
 @patch
 def may_go(self:LayerUnits,
@@ -203,7 +203,7 @@ class CoupledUnits:
     @property
     def parts(self)->dict:
         "Group name → the parts of which equally many have to stay"
-        return {g.name:g.even for g in self.groups}
+        return {g.name:g.equal_units for g in self.groups}
     @property
     def classes(self)->dict:
         "Group name → a number for each unit, the same for those that the same layers write"
@@ -260,7 +260,7 @@ def _kept(c, groups, role): # a divisor can be kept where what is averaged is ze
         for g in groups if g.mixed}
     for r in c.labels.reads if role=='read' else ():
         if r.weight is not None and c.labels.is_param(r.weight): continue
-        rows,who = np.unique(c.labels.rows(r.axis)),str(Site(c.labels.trace.nodes[r.node], c.labels.trace, {}))
+        rows,who = np.unique(c.labels.rows(r.axis)),str(OpCall(c.labels.trace.nodes[r.node], c.labels.trace, {}))
         for g in groups:
             if np.isin(g.labels, rows).any():
                 res.setdefault(g.name, (f"{who} reads them, too, and has no weights", False))
@@ -301,7 +301,7 @@ def fractions(self:CoupledUnits,
 @patch
 def _unknown(self:CoupledUnits, name):
     why = next((f": {w}" for n,_,_,w in self.pins if n==name or n.startswith(f"{name}.")), '')
-    return no_such('group of channels', name,
+    return unknown_name('group of channels', name,
         list(dict.fromkeys(l for g in self.groups for l in (g.name, *g.layers))))+why
 
 # %% ../../nbs/sparse/02_units.ipynb #0000000d
@@ -325,12 +325,12 @@ def scores(self:CoupledUnits,
         granularity=self.granularity.like, evidence=evidence, reduce=reduce, keep=keep)
 
 @patch
-def arranged(self:CoupledUnits,
+def balance(self:CoupledUnits,
     keep:dict, # Group name → bool
     scores:dict, # Group name → score
 )->dict: # As `keep`
     "As many units, and such as can stay together where code shuffles them"
-    more = {g.name:g.arranged(keep[g.name].cpu().numpy(), scores[g.name].cpu())
+    more = {g.name:g.balance(keep[g.name].cpu().numpy(), scores[g.name].cpu())
         for g in self.groups if g.flow is not None}
     return {**keep, **{n:torch.as_tensor(k) for n,k in more.items()}}
 

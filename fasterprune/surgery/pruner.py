@@ -16,28 +16,42 @@ from ..core import NoEffectWarning
 from ..options import given, takes
 from .capture.checks import as_example, check_model
 from ..criteria.base import has_values
-from .analysis.branch import Removed, silent_branches
+from .analysis.branch import Removed, dead_branches
 from .capture.caches import searched_once
 from .capture.tracer import capture
 from .planning.selection import calibration, is_of, layers_of, selection, warn_of_emptied
-from .checking.latency_budget import chosen
-from .recovery.compensate import softened
+from .checking.latency_budget import plan_for
+from .recovery.compensate import treat_as_foldable
 from .analysis.cost import n_params, trace_macs
 from .coupling.groups import Group, Member
 from .capture.isolation import collector_paused, put_back_
 from .coupling.couple import Coupling, couple
 from .checking.kernel_shape import shrink_kernels
-from .analysis.dead import held, observe
-from .transaction import Operation, Removal, cut_options
+from .analysis.dead import dead_but_kept, observe
+from .transaction import Transaction, BranchTransaction, cut_options
 from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
-from .checking.solve import settle
+from .checking.solve import solve_plan
 from .checking.stale import never_ran, stale_sizes
 from .planning.sizes import keep_divisors
 
 # %% ../../nbs/surgery/10_pruner.ipynb #00000006
 class Pruner:
-    "Remove channels from a model, in place"
+    """Remove channels from a model, in place
+
+    `prune` calls:
+
+        couple             capture the model and other calls of it, find its groups     coupling.couple
+        dead_branches      residual branches that add nothing go first                  analysis.branch
+        observe, plan_for  what is dead, or what a criterion ranks lowest               analysis.dead, planning.selection
+          solve_plan       plans, tried on fake tensors, until one runs                 checking.solve
+        shrink_kernels     rows and columns of kernels that are zero at the border      checking.kernel_shape
+        stale_sizes        numbers that would still say an old size                     checking.stale
+        Transaction.run_   cut, check the laws, recover; or put everything back         transaction
+          steps_of         slices of weights, optimizer memory, attributes, source      cutting.apply
+          check_reference  the law, at the example, at each witness, in training mode   checking.verify
+        Report             what was measured                                            report
+    """
     def __init__(self,
         model:nn.Module, # Any module that runs
         # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments;
@@ -75,25 +89,26 @@ class Pruner:
 
 # %% ../../nbs/surgery/10_pruner.ipynb #00000008
 @patch
-def _silent(self:Pruner): # Branches that go, those that stay with a reason, and what was seen
+def _dead_branches(self:Pruner): # Branches that go, those that stay with a reason, and what was seen
     terms = {}
     facts = observe(self.model, self.x, self.coupling, terms)
-    return *silent_branches(self.coupling, self.x, terms, self._may_layer),facts
+    return *dead_branches(self.coupling, self.x, terms, self._may_layer),facts
 
 @patch
 def _dead(self:Pruner, facts=None, soft:bool=False): # `soft`: constants that cannot be folded exactly go as well
     c = self.coupling
     facts,targets = facts or observe(self.model, self.x, c),fold_targets(c)
-    seen = softened(facts, targets) if soft else facts
+    seen = treat_as_foldable(facts, targets) if soft else facts
     foldable = [t is not None for t in targets]
-    plan,gone,trace = settle(c,
+    plan,gone,trace = solve_plan(c,
         lambda: (dead_and_spared(c, seen, foldable), lambda gone: folds_of(c, facts, targets, gone)))
-    plan = replace(plan, held=tuple(held(c, seen, foldable, gone)), unseen=never_ran(c, self.model, plan))
+    stay = tuple(dead_but_kept(c, seen, foldable, gone))
+    plan = replace(plan, dead_but_kept=stay, unseen=never_ran(c, self.model, plan))
     return shrink_kernels(c, self.x, plan, trace, self._may_layer),gone,trace
 
 @patch
 def _chosen(self:Pruner, how):
-    plan,gone,small,self.measured = chosen(self.model, self.x, self.coupling, how)
+    plan,gone,small,self.measured = plan_for(self.model, self.x, self.coupling, how)
     if how.context!='local' or how.budget is not None: warn_of_emptied(plan, stacklevel=4)
     return replace(plan, unseen=never_ran(self.coupling, self.model, plan)),gone,small
 
@@ -103,7 +118,7 @@ def _selected(p, of, sparsity, options, *more): # How units are chosen, and the 
     how = calibration(**seen).evidence_of(p.model, selection(sparsity, **own), p.x)
     return how,*(f(**o) for f,o in zip(more, rest))
 
-def _check_values(model, how, extras=None): # a network that is too large for this machine can be planned, and no more
+def _check_values(model, how, options=None): # a network that is too large for this machine can be planned, and no more
     bare = next((p for p in model.parameters() if not has_values(p)), None)
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
@@ -113,7 +128,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
     if how.dead:
         raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, "
             "or give a sparsity and criterion='first_k'")
-    if extras and (extras.verify or extras.compensate or extras.recalibrate or extras.rescale):
+    if options and (options.verify or options.compensate or options.recalibrate or options.rescale):
         raise ValueError(f"{what}, so nothing can be run; make a plan(...) and apply_ it to the model "
             "with its weights, or pass verify=False")
 
@@ -133,14 +148,14 @@ def plan(self:Pruner,
 
 @patch
 def _clean(self:Pruner)->Plan: # What is dead, branches first
-    branches,left,facts = self._silent()
+    branches,left,facts = self._dead_branches()
     out = Removed(self.model, branches)
     try:
         out.take_out_()
         if branches: self.couple(loose=True)
         plan = self._dead(None if branches else facts)[0]
     finally: put_back_([out])
-    return with_branches(replace(plan, held=plan.held+left), branches)
+    return with_branches(replace(plan, dead_but_kept=plan.dead_but_kept+left), branches)
 
 # %% ../../nbs/surgery/10_pruner.ipynb #0000000d
 @patch
@@ -151,9 +166,9 @@ def prune(self:Pruner,
     **options,
 )->Report:
     "Remove what is dead, or what a criterion ranks lowest, in place"
-    how,extras = _selected(self, 'prune', sparsity, options, cut_options)
-    _check_values(self.model, how, extras)
-    if extras.rescale and how.dead:
+    how,cut = _selected(self, 'prune', sparsity, options, cut_options)
+    _check_values(self.model, how, cut)
+    if cut.rescale and how.dead:
         warnings.warn('rescale: what is dead leaves nothing to make up for; give a sparsity or a budget',
             NoEffectWarning, stacklevel=2)
     with searched_once(), collector_paused():
@@ -161,14 +176,14 @@ def prune(self:Pruner,
         before,first,left = self._counts(),None,()
         try:
             if how.dead:
-                branches,left,facts = self._silent()
+                branches,left,facts = self._dead_branches()
                 if branches:
-                    first = Removal(self.model, self.x, self.coupling, branches, extras)
+                    first = BranchTransaction(self.model, self.x, self.coupling, branches, cut)
                     first.run_(); self.couple(loose=True)
-                plan,gone,small = self._dead(None if branches else facts, bool(extras.compensate))
+                plan,gone,small = self._dead(None if branches else facts, bool(cut.compensate))
             else: plan,gone,small = self._chosen(how)
-            return self._carry_out(replace(plan, held=plan.held+left), gone, small,
-                'masks' if how.dead else 'readers', extras, before, first)
+            return self._carry_out(replace(plan, dead_but_kept=plan.dead_but_kept+left), gone, small,
+                'masks' if how.dead else 'readers', cut, before, first)
         except BaseException:
             if first is not None: put_back_([first])
             raise
@@ -181,7 +196,7 @@ def _counts(self:Pruner): # What the model is now: its trace, parameters, multip
     return whole,n_params(self.model),trace_macs(whole),layer_sizes(self.model, whole)
 
 @patch
-def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
+def _carry_out(self:Pruner, plan, gone, small, law, options, before, first=None):
     t,(whole,*before) = self.coupling.trace,before
     inputs = tuple(t.shapes[r.id] for r in t.inputs)
     if not plan.edits and first is None:
@@ -190,7 +205,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
             sizes_before_after(before[2], before[2]), uncounted(whole), measured=self.measured)
     mended,stale = stale_sizes(self.model, plan)
     plan = replace(plan, attrs=(*plan.attrs, *mended))
-    op = Operation(self.model, self.x, self.coupling, plan, gone, law, extras, first)
+    op = Transaction(self.model, self.x, self.coupling, plan, gone, law, options, first)
     try:
         done = op.run_()
         small = capture(self.model, self.x) if t.training or plan.kernels or first else small
@@ -205,7 +220,7 @@ def _carry_out(self:Pruner, plan, gone, small, law, extras, before, first=None):
 
 def _nothing(plan, law):
     why = f" (left alone: {'; '.join(f'{n}: {w}' for n,_,_,w in plan.pins[:3])})" if plan.pins else ''
-    if plan.held: why += f" (silent, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.held[:3])})"
+    if plan.dead_but_kept: why += f" (dead, but: {'; '.join(f'{n}: {w}' for n,_,w in plan.dead_but_kept[:3])})"
     return ('nothing is dead in this model: no channel is without a writer or a reader; sparsify it first, '
             'or give a sparsity' if law=='masks'
         else 'no unit was removed: the fraction rounds to none in every group' if plan.units

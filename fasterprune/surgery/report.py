@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import nn
 from fastcore.basics import patch
-from ..core import no_such
+from ..core import unknown_name
 from .capture.adapters import ADAPTERS
 from .capture.trace import Ref, Trace
 from .analysis.cost import macs_of
@@ -43,7 +43,7 @@ def layer_sizes(
     model:nn.Module,
     trace:Trace, # Of it, from `capture`
 )->tuple: # `LayerSize`s, in the order of the model
-    "What each module holds and computes, where it is anything"
+    "List what each module holds and computes, where it is anything"
     macs,own,seen = {},dict(model.named_parameters()),set()
     for n in trace.nodes:
         if not (k := macs_of(n, trace)): continue
@@ -66,7 +66,7 @@ _lookups = ('index', 'index_select', 'gather', 'take_along_dim') # they only tak
 def uncounted(
     trace:Trace, # From `capture`
 )->tuple: # 'operator in module'
-    "Operators that use a parameter, and of which the multiply-accumulates are not known"
+    "List operators that use a parameter, and of which the multiply-accumulates are not known"
     dep,res = {r.id for r in trace.inputs},{}
     for n in trace.nodes:
         refs = [r for a in (*n.args, *n.kwargs.values())
@@ -118,22 +118,24 @@ class Report:
     stale:tuple=() # (module, attribute, number): what still says an old size
 
     @property
-    def removed(self)->int: "Units removed"; return self.plan.removed
+    def removed(self)->int: "Count the units removed"; return self.plan.removed
     @property
-    def compression_ratio(self)->float: "Parameters before / after"; return self.params[0]/max(self.params[1], 1)
+    def compression_ratio(self)->float:
+        "Divide parameters before by after"
+        return self.params[0]/max(self.params[1], 1)
     @property
     def theoretical_speedup(self)->float:
-        "Multiply-accumulates before / after"
+        "Divide multiply-accumulates before by after"
         return self.macs[0]/max(self.macs[1], 1)
 
-    def rows(self)->list: "(group, units before, units after) for each group that changed"; return self.plan.rows()
+    def rows(self)->list: "List (group, units before, units after) for each group that changed"; return self.plan.rows()
 
 # %% ../../nbs/surgery/08_report.ipynb #0000000b
 @patch
 def table(self:Report,
     every:bool=False, # Also layers that did not change
 )->pd.DataFrame: # A row for each layer
-    "Channels, parameters and multiply-accumulates of each layer, before and after"
+    "Tabulate channels, parameters and multiply-accumulates of each layer, before and after"
     rows = [{'layer':a.name or '(model)', 'kind':a.kind, 'channels':a.width, 'channels after':b.width,
                 'parameters':a.params, 'parameters after':b.params, 'MACs':a.macs, 'MACs after':b.macs}
             for a,b in self.layers if every or a!=b]
@@ -145,7 +147,7 @@ def sizes_before_after(
     before:tuple, # From `layer_sizes`
     after:tuple,
 )->tuple: # Pairs
-    "The layers of a model before and after a cut, side by side"
+    "Put the layers of a model before and after a cut side by side"
     new = {l.name:l for l in after}
     return tuple((l, new.get(l.name, LayerSize(l.name, l.kind, None, 0, 0))) for l in before)
 
@@ -153,7 +155,7 @@ def in_adapters(
     model:nn.Module,
     plan:Plan, # Of it
 )->tuple: # Their names
-    "Modules that a plan makes run in an adapter"
+    "List modules that a plan makes run in an adapter"
     return tuple(r.module for r in plan.recoded if type(model.get_submodule(r.module)).__mro__[1] in ADAPTERS)
 
 # %% ../../nbs/surgery/08_report.ipynb #0000000d
@@ -203,7 +205,7 @@ def _code(r): # What the source of a module says otherwise, in words
 
 @patch
 def modules(self:Report)->list[tuple]: # (what was done, names of the modules)
-    "What was done to modules whose code says sizes, or whose norms average over what was cut"
+    "List what was done to modules whose code says sizes, or whose norms average over what was cut"
     done,by = {},{}
     hidden = {*_counts_of_layers, *(k for f in ADAPTERS.values() for k in getattr(f, 'attrs', {}))}
     for a in self.plan.attrs:
@@ -260,7 +262,7 @@ def _lines(self):
         yield 'kernel', f"{_modules(names)}: {size_text(a)} → {size_text(b)}"
     yield from _elsewhere(self)
     for n,k,a,why in self.plan.pins: yield 'left alone', f"{n}: {k} of {a}, {why}"
-    for n,k,why in self.plan.held: yield 'kept', f"{n}: {k} are silent, but {why}"
+    for n,k,why in self.plan.dead_but_kept: yield 'kept', f"{n}: {k} are dead, but {why}"
 
 @patch
 def __repr__(self:Report): return '\n'.join(f"{a:<11} {b}" for a,b in _lines(self))

@@ -21,15 +21,15 @@ from ..capture.isolation import put_back_, state_of
 from ..capture.trace import Ref, Trace
 from ..capture.tracer import fake_trace
 from ..coupling.couple import Coupling
-from .dead import Term
-from ..coupling.rules import Site, tensors_of
+from .dead import ConstantTerm
+from ..coupling.rules import OpCall, tensors_of
 
 # %% auto #0
-__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'Idle', 'Owners', 'branch_at', 'Removed', 'silent_branches']
+__all__ = ['Silent', 'Silence', 'Gone', 'Branch', 'DeadNodes', 'Owners', 'branch_at', 'Removed', 'dead_branches']
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #00000005
 class Silent:
-    "What a branch says that says nothing: whatever is done with it gives the same, and what it is added to stays"
+    "Stand for the output of a dead branch: whatever is done with it gives the same, and what it is added to stays"
     __slots__ = ('value','copy','level')
     def __init__(self, value:Tensor|None=None, copy:bool=False, level:int=0):
         self.value,self.level = value,level # the level of a branch is higher than those of branches inside it
@@ -37,7 +37,7 @@ class Silent:
 
     @staticmethod
     def outermost(o)->'Silent|None':
-        "What the outermost branch says, of all that is said in a nest of arguments"
+        "Find what the outermost branch gives, of all branches in a nest of arguments"
         return max((a for a in tree_leaves(o) if isinstance(a, Silent)), key=lambda a: a.level, default=None)
 
     def _added(self, x, inplace=False):
@@ -103,8 +103,8 @@ class Branch:
     copy:bool=False # Does the code write into the sum?
 
 # %% ../../../nbs/surgery/03_analysis/01_branch.ipynb #0000000b
-class Idle:
-    "The nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
+class DeadNodes:
+    "Find the nodes of a trace that nobody needs, while one sum after another passes on only one of its terms"
     def __init__(self, t:Trace):
         # nodes by index; seals: sums from which on a tensor or its memory is the other term's
         self.t,self.nodes,self.seals = t,set(),{}
@@ -148,7 +148,7 @@ class Idle:
         index:int, # Of a node that adds
         stays:Ref, # The term that it passes on
     )->list: # Indices
-        "The nodes that nobody needs any more when nothing is added there"
+        "Find the nodes that nobody needs any more when nothing is added there"
         n = self.t.nodes[index]
         lost = self._takes(tensors_of(n))-self._takes([stays])
         sealed = self._takes(n.outs) if n.mutates and n.mutates[0]!=stays else set()
@@ -158,7 +158,7 @@ class Idle:
         return self.last[-1]
 
     def undo(self):
-        "As it was before the last `drop`"
+        "Take the last `drop` back"
         index,lost,sealed,found = self.last
         for k in lost: insort(self.users[k], index)
         for k in sealed: self.seals[k].remove(index)
@@ -168,7 +168,7 @@ class Idle:
     def modules(self,
         nodes, # Indices of some that nobody needs
     )->list: # Paths, in the order in which they first run
-        "The outermost modules of these nodes of which no node is needed"
+        "Find the outermost modules of these nodes of which no node is needed"
         free = (next((p for p in _around(self.t.nodes[i].module) if not self.busy[p]), None) for i in nodes)
         return sorted(set(free)-{None}, key=self.first.get)
 
@@ -183,7 +183,7 @@ def _banks(model, paths): # Layers inside that are wholly zero
         if isinstance(m._parameters.get('weight'), Tensor) and not m.weight.any())
 
 class Owners:
-    "Which modules hold which tensor of a model"
+    "Tell which modules have which tensor of a model"
     def __init__(self, model:nn.Module):
         self.model,self.of,self.names = model,{},{id(t):(i,n) for i,(n,t) in enumerate(state_of(model).items())}
         for _,m in modules_of(model):
@@ -192,19 +192,19 @@ class Owners:
     def only(self,
         paths:list, # Of modules
     )->tuple: # (name, length)
-        "Parameters and buffers that are in these modules only"
+        "List parameters and buffers that are in these modules only"
         inside = {id(m):m for p in paths for m in self.model.get_submodule(p).modules()}
-        held = {
+        tensors = {
             id(t):t for m in inside.values() for t in (*m._parameters.values(), *m._buffers.values())
             if t is not None}
-        own = sorted((*self.names[i], len(t)) for i,t in held.items() if t.dim() and self.of[i]<=inside.keys())
+        own = sorted((*self.names[i], len(t)) for i,t in tensors.items() if t.dim() and self.of[i]<=inside.keys())
         return tuple((n, k) for _,n,k in own if any(n.startswith(f"{p}.") for p in paths))
 
 # A sum inside the branch, of something that goes and something that stays: who is to know that it is not the last one?
-def _mixes(idle, nodes, modules):
+def _mixes(dead, nodes, modules):
     own = lambda n: any(n.module==m or n.module.startswith(f"{m}.") for m in modules)
-    goes = lambda r,i: bool(made := idle._before(r, i)) and made[-1] in idle.nodes
-    sums = [n for i in nodes for n in [idle.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
+    goes = lambda r,i: bool(made := dead._before(r, i)) and made[-1] in dead.nodes
+    sums = [n for i in nodes for n in [dead.t.nodes[i]] if n.op in ('add','add_') and not own(n)]
     return any(len({goes(r, n.index) for r in tensors_of(n)[:2]})>1 for n in sums)
 
 def _teller(t, modules, others): # The last module that runs in no other branch: it can say what this one adds
@@ -214,34 +214,34 @@ def _teller(t, modules, others): # The last module that runs in no other branch:
 def branch_at(
     c:Coupling, # Of the model
     index:int, # Of the node that adds
-    term:Term, # The one that is constant
-    idle:Idle|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
+    term:ConstantTerm, # The one that is constant
+    dead:DeadNodes|None=None, # Without branches that go anyhow; if this one goes, it is without this one afterwards
     owners:Owners|None=None, # Of the model
 )->Branch|str|None: # Or why not; None where no module would go
-    "What goes when one term of a sum does"
-    idle = idle or Idle(c.trace)
-    s = Site(c.trace.nodes[index], c.trace, {})
+    "Find what goes when one term of a sum does"
+    dead = dead or DeadNodes(c.trace)
+    s = OpCall(c.trace.nodes[index], c.trace, {})
     stays = s['other' if term.name=='self' else 'self']
-    nodes = idle.drop(index, stays)
-    b = _branch(c, s, term, stays, idle, nodes, owners)
-    if not isinstance(b, Branch): idle.undo()
+    nodes = dead.drop(index, stays)
+    b = _branch(c, s, term, stays, dead, nodes, owners)
+    if not isinstance(b, Branch): dead.undo()
     return b
 
-def _branch(c, s, term, stays, idle, nodes, owners):
-    t,node,modules = c.trace,s.node,idle.modules(nodes)
+def _branch(c, s, term, stays, dead, nodes, owners):
+    t,node,modules = c.trace,s.node,dead.modules(nodes)
     if not modules: return None
-    if (teller := _teller(t, modules, idle.nodes-set(nodes)-idle.unused)) is None:
+    if (teller := _teller(t, modules, dead.nodes-set(nodes)-dead.unused)) is None:
         return 'each of its modules runs elsewhere, too'
     if not (banks := _banks(c.model, modules)): return None
     if np.isnan(term.value).any(): return 'what it adds is not the same everywhere'
     if t.shapes[stays.id]!=t.shapes[node.outs[0].id]: return 'what it is added to has another shape than the sum'
     if isinstance(c.model.get_submodule(node.module), nn.TransformerEncoderLayer):
         return "PyTorch's fused path reads the weights of all its layers"
-    if _mixes(idle, nodes, modules): return 'its own code adds something to it'
+    if _mixes(dead, nodes, modules): return 'its own code adds something to it'
     shape = t.shapes[s[term.name].id]
     view = tuple(-1 if d==term.dim else 1 for d in range(len(shape)))
     last = Gone(teller, None, tuple(term.value.tolist()) if term.value.any() else None, view)
-    later = idle.makers.get(idle._memory(node.outs[0]), [0])[-1]>node.index
+    later = dead.makers.get(dead._memory(node.outs[0]), [0])[-1]>node.index
     params = tuple(
         p for p in (owners or Owners(c.model)).only(modules)
         if last.value is None or p!=(f"{last.module}.bias", len(last.value)))
@@ -330,40 +330,40 @@ def _refused(c, x, branches, n):
         else: lo,more = k,2*more
     return lo,why
 
-def silent_branches(
+def dead_branches(
     c:Coupling, # Of the model
     x, # What it is called with
     terms:dict, # From `observe`
     may=None, # `(path of a module)` → bool: may it be touched? None: all may
 )->tuple: # `Branch`es, and (where, modules, why) of what stays
-    "The branches of a model that add the same to everything, and can be taken out"
+    "Find the branches of a model that add the same to everything, and can be taken out"
     if not terms: return (),()
     given,no,n = {},{},0 # no: key of the node that adds → why it did not work; of so many it is known that they do
     look = lambda: _candidates(c, terms, may, given, no)
-    branches,held = look()
-    if not c.trace.fake or not branches: return branches,held
+    branches,kept = look()
+    if not c.trace.fake or not branches: return branches,kept
     given.update(_given(c, x))
-    branches,held = look()
+    branches,kept = look()
     while bad := _refused(c, x, branches, n):
         n,no[branches[bad[0]].key] = bad
-        branches,held = look()
-    return branches,held
+        branches,kept = look()
+    return branches,kept
 
 # What would go and what would stay if all worked that has not been seen to fail
 def _candidates(c, terms, may, given, no):
-    idle,owners,res,held = Idle(c.trace),Owners(c.model),[],[]
+    dead,owners,res,kept = DeadNodes(c.trace),Owners(c.model),[],[]
     for n in c.trace.nodes:
         if n.key not in terms: continue
-        b = no.get(n.key) or branch_at(c, n.index, terms[n.key], idle, owners)
+        b = no.get(n.key) or branch_at(c, n.index, terms[n.key], dead, owners)
         if isinstance(b, Branch):
-            if may and not all(may(m) for m in _inside(c.model, b)): idle.undo(); continue
+            if may and not all(may(m) for m in _inside(c.model, b)): dead.undo(); continue
             items = {g.module:given.get(id(c.model.get_submodule(g.module))) for g in b.modules}
-            if bad := [m for m,i in items.items() if i is False]: idle.undo()
+            if bad := [m for m,i in items.items() if i is False]: dead.undo()
             b = f"{min(bad)} gives something else than tensors" if bad else replace(
                 b, modules=tuple(replace(g, items=items[g.module]) for g in b.modules))
         if isinstance(b, Branch): res.append(b)
-        elif b: held.append((n.module, 1, f"it is a branch of it, and {b}"))
-    return tuple(res),tuple(held)
+        elif b: kept.append((n.module, 1, f"it is a branch of it, and {b}"))
+    return tuple(res),tuple(kept)
 
 def _inside(model, b): # Paths of all modules of a branch
     return [f"{g.module}.{k}".rstrip('.') for g in b.modules for k,_ in model.get_submodule(g.module).named_modules()]

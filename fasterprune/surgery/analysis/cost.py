@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from ...core import no_such
+from ...core import unknown_name
 from ..capture.isolation import state_of
 from ..capture.trace import Node, Ref, Trace
 from ..capture.tracer import capture
@@ -26,7 +26,7 @@ def macs_of(
     node:Node, # One operator
     trace:Trace, # Where it stands
 )->int:
-    "Multiply-accumulates of one operator; 0 where PyTorch counts none"
+    "Count multiply-accumulates of one operator; 0 where PyTorch counts none"
     f = flop_registry.get(node.func.overloadpacket)
     if f is None: return 0
     shape = lambda v: trace.shapes[v.id] if hasattr(v, 'id') else v
@@ -40,13 +40,13 @@ def macs_of(
 def trace_macs(
     trace:Trace, # From `capture`
 )->int:
-    "Multiply-accumulates of a forward pass"
+    "Count multiply-accumulates of a forward pass"
     return sum(macs_of(n, trace) for n in trace.nodes)
 
 def n_params(
     model:nn.Module,
 )->int:
-    "Number of parameters, shared ones once; buffers are not counted"
+    "Count parameters, shared ones once, and no buffers"
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../../nbs/surgery/03_analysis/02_cost.ipynb #0000000a
@@ -59,7 +59,7 @@ class Costs:
         of=('params', 'macs'), # Any of 'params', 'macs' and 'memory'
     ):
         for k in of:
-            if k not in kinds: raise ValueError(no_such('cost', k, kinds))
+            if k not in kinds: raise ValueError(unknown_name('cost', k, kinds))
         t,state,self.of = c.trace,state_of(c.model),tuple(of)
         # sizes are numbered: those that can change have rows of labels
         self.rows,self.n,self._at,self._of_axis = {},[],{},{}
@@ -84,7 +84,7 @@ class Costs:
     def sizes(self,
         gone:np.ndarray, # Bool by label: these go
     )->list: # What the numbers in `shapes` stand for
-        "Every size that the model would have"
+        "Compute every size that the model would have"
         n = list(self.n)
         for k,rows in self.rows.items(): n[k] = int((~gone[rows].any(1)).sum())
         return n
@@ -107,7 +107,7 @@ class Costs:
 def tensors_of(
     node:Node, # One operator
 )->list: # `Ref`s
-    "The tensors that an operator takes and gives"
+    "List the tensors that an operator takes and gives"
     return [r for r in tree_leaves((node.args, node.kwargs, node.outs)) if isinstance(r, Ref)]
 
 # %% ../../../nbs/surgery/03_analysis/02_cost.ipynb #0000000e
@@ -146,7 +146,7 @@ def unit_costs(
     groups:list, # `Group`s of it
     of:str, # 'params', 'macs' or 'memory'
 )->dict: # Group name → (n,) what is saved when that unit alone goes
-    "What each unit costs"
+    "Compute what each unit costs"
     costs,nothing,res = Costs(c, (of,)),np.zeros(c.labels.size, bool),{}
     whole = costs(nothing)[of]
     for g in groups:

@@ -27,7 +27,7 @@ from ..coupling.couple import Coupling
 
 # %% ../../../nbs/surgery/03_analysis/03_latency.ipynb #00000005
 def quiet_timer()->type:
-    "PyTorch's `Timer`, imported without its warning about compilers"
+    "Import PyTorch's `Timer` without its warning about compilers"
     log = logging.getLogger('torch.utils.cpp_extension')
     was = log.level
     log.setLevel(logging.ERROR)
@@ -39,7 +39,7 @@ def own_clock(
     device, # Where the work is done
     threads:int, # CPU threads
 )->dict: # Arguments for a `Timer`; none is the wall's clock
-    "The processor's own clock, where there is one"
+    "Give the processor's own clock, where there is one"
     fine = threads==1 and torch.device(device).type=='cpu' and time.get_clock_info('thread_time').resolution<1e-6
     return dict(timer=time.thread_time) if fine else {}
 
@@ -50,7 +50,7 @@ class Runs:
     calls:int # Calls in a run
 
     @property
-    def median(self)->float: "In milliseconds"; return float(np.median(self.ms))
+    def median(self)->float: "Compute the median, in milliseconds"; return float(np.median(self.ms))
 
 def time_interleaved(
     models:Mapping, # Name → module
@@ -81,7 +81,7 @@ def time_ratio(
     a:Runs, # Of the model that is compared
     b:Runs, # Of the model that it is compared with, in the same turns
 )->float:
-    "How long one takes, in times of the other"
+    "Compute how long one takes, in times of the other"
     return float(np.median([a.median/b.median, np.median([i/j for i,j in zip(a.ms, b.ms)]), min(a.ms)/min(b.ms)]))
 
 # %% ../../../nbs/surgery/03_analysis/03_latency.ipynb #0000000a
@@ -130,11 +130,11 @@ class Timed:
         self.grid = None
 
     def shape(self, r:Ref, at:tuple)->tuple:
-        "The shape of a tensor at these widths"
+        "Compute the shape of a tensor at these widths"
         return tuple(at[self.width[r.id,d]] if (r.id,d) in self.width else n for d,n in enumerate(self.shapes[r.id]))
 
     def elements(self, at:tuple)->int:
-        "Elements that are read and written"
+        "Count elements that are read and written"
         return sum(math.prod(self.shape(r, at)) for r in tensors_of(self.node))
 
 # %% ../../../nbs/surgery/03_analysis/03_latency.ipynb #0000000d

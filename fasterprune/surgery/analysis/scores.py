@@ -7,7 +7,7 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/03_analysis/scores.html.
 # %% auto #0
 __all__ = ['sides', 'LOWEST', 'check_where', 'member_scores', 'rows_of', 'layer_of', 'readers', 'places_of', 'watched',
            'evidence_for', 'wanted_of', 'wanted_of_weights', 'weight_stats', 'over_weight', 'combined', 'group_scores',
-           'alike']
+           'isomorphic_sets']
 
 # %% ../../../nbs/surgery/03_analysis/04_scores.ipynb #00000002
 import contextlib
@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ...core import layer_types, no_such
+from ...core import layer_types, unknown_name
 from ...criteria.base import (
     Criterion, PART, channel_scores, element_scores, layer_scores, reductions, vector_scores)
 from ...criteria.statistic import Statistic
@@ -85,7 +85,7 @@ def _by_unit(criterion, s, m, n): # From positions of a dimension to units; seve
 def rows_of(
     unit:np.ndarray, # The unit of each position; -1 for none
 )->list: # (units, their positions `(n, k)`), for each number `k` of positions that a unit has
-    "Which positions are a unit"
+    "Find which positions are a unit"
     at = np.flatnonzero(unit>=0)
     at = at[np.argsort(unit[at], kind='stable')]
     units,counts = np.unique(unit[at], return_counts=True)
@@ -129,7 +129,7 @@ def readers(
     model:nn.Module,
     g:Group,
 )->tuple: # `Place`s
-    "Where the units of a group are read by a layer"
+    "Find where the units of a group are read by a layer"
     res = []
     for m in g.role('read'):
         name = layer_of(model, m.param)
@@ -144,7 +144,7 @@ def places_of(
     g:Group,
     at:str, # 'input', 'norm' or 'group'
 )->tuple: # `Place`s
-    "Where statistics of a group's units are taken"
+    "Find where statistics of a group's units are taken"
     if at=='norm':
         return tuple(
             Place('norm', m.param.rpartition('.')[0], index, units)
@@ -171,7 +171,7 @@ def evidence_for(
     loss_func=None, # `(out, y)` → loss
     found:dict|None=None, # What is known already, from a training
 )->Evidence:
-    "All that a criterion can find out about a model; refuses what it lacks"
+    "Collect all that a criterion can find out about a model; refuses what it lacks"
     if isinstance(data, Evidence):
         data.check(model); check_needs(criterion, data.data, data.x)
         return data
@@ -190,7 +190,7 @@ def wanted_of(
     groups:list, # `Group`s
     *, granularity:str='filter', # As for `group_scores`
 )->list: # (`Statistic`, `Place`)
-    "What a criterion needs to know about the units of these groups"
+    "List what a criterion needs to know about the units of these groups"
     state = state_of(model)
     if criterion.channel is None:
         return wanted_of_weights(
@@ -203,7 +203,7 @@ def wanted_of_weights(
     model:nn.Module,
     params:list, # Names of weights
 )->list: # (`Statistic`, `Place`)
-    "What a criterion needs to know about weights"
+    "List what a criterion needs to know about weights"
     at = {n:layer_of(model, n) for n in dict.fromkeys(params)}
     return [
         (s, Place('weight', n) if s.at=='weight' else Place('input', l))
@@ -218,7 +218,7 @@ def weight_stats(
 # Name → statistic → tensor that broadcasts to the weight; None for a criterion without statistics; weights of which
 # nothing is known are left out
 )->dict:
-    "What was found out about weights"
+    "Collect what was found out about weights"
     if not criterion.stats: return dict.fromkeys(params)
     found,res,state = evidence(wanted_of_weights(criterion, model, params)),{},state_of(model)
     for n in dict.fromkeys(params):
@@ -235,7 +235,7 @@ def over_weight(
     layer:nn.Module|None, # Says whether it is grouped or transposed
     w:Tensor, # Its weight
 )->Tensor: # Broadcasts to the weight
-    "Numbers of input channels, where the weight meets them"
+    "Spread numbers of input channels to where the weight meets them"
     g = getattr(layer, 'groups', 1)
     if getattr(layer, 'transposed', False): return v.view(-1, *[1]*(w.dim()-1))
     return (
@@ -258,8 +258,8 @@ def combined(
     n:int, # Units
     how:str='mean', # 'mean', 'sum', 'max', 'prod' or 'first'
 )->Tensor: # (n,); NaN where no member sees a unit
-    "One score for each unit from those of its members"
-    if how not in reductions: raise ValueError(f"reduce: {no_such('reduction', how, reductions)}")
+    "Combine the scores of a unit's members into one"
+    if how not in reductions: raise ValueError(f"reduce: {unknown_name('reduction', how, reductions)}")
     t = torch.full((len(scores), n), torch.nan, dtype=torch.float64)
     for row,(units,s) in zip(t, scores):
         row[slice(None) if units is None else torch.as_tensor(units)] = s.double().cpu()
@@ -280,14 +280,14 @@ def group_scores(
     reduce:str|None=None, # How the scores of a unit's members combine; None: as the criterion says, mostly the mean
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → (n,) scores, high = keep
-    "One score for each unit of each group, from all the layers that it runs through"
+    "Score each unit of each group, by all the layers that it runs through"
     check_where(criterion, granularity)
     if criterion.stats and evidence is None: evidence = evidence_for(criterion, model) # refuses what needs data
     score = _Scoring(model, groups, criterion, granularity, {} if pooled is None else pooled, evidence, keep or {})
     res = {}
     for g in groups:
-        s = combined(
-            score.seen(g) if criterion.channel is not None else score.weighed(g), g.n, reduce or criterion.reduce)
+        members = score.activation_scores(g) if criterion.channel is not None else score.weight_scores(g)
+        s = combined(members, g.n, reduce or criterion.reduce)
         if criterion.channel is not None and s.isnan().any():
             raise ValueError(
                 f"{int(s.isnan().sum())} of {g.n} units of {g.name!r} are read by no layer that could be listened to, "
@@ -307,18 +307,18 @@ class _Scoring: # The scores of each member of a group
                 criterion, model,
                 [m.param for g in groups for m in _members(criterion, self.state, g, granularity)], evidence)
 
-    def weighed(self, g): # by weights
+    def weight_scores(self, g): # by weights
         c,ms = self.criterion,_members(self.criterion, self.state, g, self.granularity)
         if not ms: raise ValueError(_nothing_to_score(c, g, self.granularity))
         if c.stats and not (ms := [m for m in ms if m.param in self.stats]):
             raise ValueError(
                 f"no layer of {g.name!r} could be listened to, so criterion {c.name!r} cannot score its units; "
                 f"use a criterion of weights alone, or ignore={g.name!r}")
-        if c.join and len(ms)>1 and (res := self.named(g, lambda: _joined(
+        if c.join and len(ms)>1 and (res := self.with_group_name(g, lambda: _joined(
                 c, [self.state[m.param] for m in ms], ms, g.n, self.keep.get(g.name)))):
             return res
         if c.vectors is not None:
-            return self.named(g, lambda: [r for m in ms for r in _compared(
+            return self.with_group_name(g, lambda: [r for m in ms for r in _compared(
                 c, self.state[m.param], m, self.stats[m.param] if c.stats else None, self.keep.get(g.name))])
         whole = lambda m: (m.unit>=0).all() and len(m.unit)>=g.n
         return [
@@ -331,7 +331,7 @@ class _Scoring: # The scores of each member of a group
                 self.criterion, self.state[m.param], m.dim, self.stats[m.param] if self.criterion.stats else None)
         return _by_unit(self.criterion, self.pooled[m.param,m.dim], m, n).cpu()
 
-    def seen(self, g): # by what was seen
+    def activation_scores(self, g): # by what was seen
         c,at = self.criterion,self.criterion.stats[0].at
         ps = places_of(self.model, g, at)
         heard = [p for p in ps if self.found.get((c.stats[0].name,p)) is not None]
@@ -341,17 +341,17 @@ class _Scoring: # The scores of each member of a group
                 f"criterion {c.name!r} adds up all readers of a unit, and {deaf!r}, which reads {g.name!r}, "
                 f"cannot be listened to; use a criterion such as 'fisher_w', or ignore={g.name!r}")
         if not heard: raise ValueError(_nobody(c, g, at, ps))
-        if 'relu' in c.needs: self.rectified(g, places_of(self.model, g, 'input'))
-        return self.named(g, lambda: [
+        if 'relu' in c.needs: self.check_relu(g, places_of(self.model, g, 'input'))
+        return self.with_group_name(g, lambda: [
             (p.units, channel_scores(
                 c, {s.name:self.found[s.name,p] for s in c.stats}, len(p.units), self.keep.get(g.name)))
             for p in heard])
 
-    def named(self, g, f): # What a criterion refuses, it refuses for this group
+    def with_group_name(self, g, f): # What a criterion refuses, it refuses for this group
         try: return f()
         except ValueError as e: raise ValueError(f"{g.name!r}: {e.args[0]}") from e
 
-    def rectified(self, g, ps):
+    def check_relu(self, g, ps):
         for p in ps:
             low = self.found.get((LOWEST.name,p))
             if low is not None and low.min()<0:
@@ -378,11 +378,11 @@ def _nothing_to_score(criterion, g, granularity):
             f"so criterion {criterion.name!r} has nothing to score; leave this layer out with ignore={g.name!r}")
 
 # %% ../../../nbs/surgery/03_analysis/04_scores.ipynb #0000001c
-def alike(
+def isomorphic_sets(
     model:nn.Module,
     groups:list, # `Group`s of its coupling
 )->dict: # Group name → name of the first group of its shape
-    "Which groups have the same shape"
+    "Find which groups have the same shape"
     state,first = state_of(model),{}
     shape = lambda g: (g.n, tuple(sorted(
         (str(m.role), m.dim, tuple(state[m.param].shape), int((m.unit>=0).sum())) for m in g.members)))

@@ -39,7 +39,7 @@ def adapter(
 def adapted_class(
     kind:type, # A class of modules
 )->type|None: # A subclass of the same name that computes by the adapter; None where there is no adapter
-    "The class of a module that runs through its adapter"
+    "Make the class of a module that runs through its adapter"
     if kind not in ADAPTERS: return None
     forward = _signed(ADAPTERS[kind], kind.forward)
     return type(kind.__name__, (kind,), dict(forward=forward, __module__=kind.__module__, __doc__=kind.__doc__))
@@ -82,7 +82,7 @@ def multihead_attention(
     m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
     is_causal=False,
 ):
-    "What `nn.MultiheadAttention` computes, for any number and width of heads"
+    "Compute what `nn.MultiheadAttention` does, for any number and width of heads"
     alone,seq_first = query.dim()==2,not m.batch_first and query.dim()==3
     q,k,v = (x.unsqueeze(0) if alone else x.transpose(0, 1) if seq_first else x for x in (query,key,value))
     q,k,v = _project(m, q, k, v)

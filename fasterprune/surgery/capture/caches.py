@@ -59,7 +59,7 @@ class Places:
         self.todo += inside
 
     def kind(self, k):
-        "What a class keeps, and those of its methods that may be called"
+        "Note what a class keeps, and those of its methods that may be called"
         if not self.searched(k.__module__): return
         self.note(k, [v for v in vars(k).values() if type(v) in _containers])
         for n,v in vars(k).items():
@@ -67,13 +67,13 @@ class Places:
             if n in self.called or n.startswith('__'): self.todo.append(v)
 
     def call(self, names):
-        "Code uses these names"
+        "Note that code uses these names"
         new = set(names)-self.called
         self.called |= new
         self.todo += [v for n in new for v in self.methods.get(n, ())]
 
     def function(self, f):
-        "What a function keeps, its defaults and its closure, and what it names; of modules that it names the same"
+        "Note what a function keeps, its defaults, its closure, what it names, and what it names of modules"
         if not self.searched(f.__module__): return # that of a decorated function, whatever file the wrapper is from
         self.todo += [f.__dict__, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *(f.__closure__ or ())]
         names = _names_in(f.__code__)

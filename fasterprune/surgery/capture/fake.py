@@ -32,7 +32,7 @@ def empty(
     shape:tuple,
     stride:tuple|None=None, # None is contiguous
 )->Tensor:
-    "A meta tensor"
+    "Make a meta tensor"
     if stride is None: return torch.empty(shape, dtype=t.dtype, device='meta')
     return torch.empty_strided(shape, stride, dtype=t.dtype, device='meta')
 
@@ -41,7 +41,7 @@ def empty(
          'elu', 'leaky_relu', 'softplus',
          'add', 'sub', 'rsub', 'mul', 'div', 'pow', 'rsqrt', 'sqrt', 'exp', 'neg', 'clamp', 'clamp_min', 'addcmul')
 def elementwise(*args, **kwargs):
-    "As the largest operand"
+    "Give what is as large as the largest operand"
     ts = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     big = max(ts, key=lambda t: (t.dim(), t.numel()))
     if not big.is_floating_point() or big.requires_grad: return
@@ -56,7 +56,7 @@ def elementwise(*args, **kwargs):
 # %% ../../../nbs/surgery/01_capture/06_fake.ipynb #00000009
 @formula('native_batch_norm')
 def batch_norm(x, weight, bias, mean, var, training, momentum, eps):
-    "As its input, and in training mode two numbers for each channel"
+    "Give what is as large as the input, and in training mode two numbers for each channel"
     if mean is None or mean.dtype!=x.dtype: return
     # as the processor's kernel does, whatever the strides are
     out = torch.empty_like(x, memory_format=suggest_memory_format(x))
@@ -65,7 +65,7 @@ def batch_norm(x, weight, bias, mean, var, training, momentum, eps):
 
 @formula('native_layer_norm')
 def layer_norm(x, normalized_shape, weight, bias, eps):
-    "As its input, and two numbers for each place"
+    "Give what is as large as the input, and two numbers for each place"
     k = x.dim()-len(normalized_shape)
     at = (*x.shape[:k], *[1]*len(normalized_shape))
     if (x.is_contiguous() and x.dtype==torch.float32
@@ -74,14 +74,14 @@ def layer_norm(x, normalized_shape, weight, bias, eps):
 
 @formula('addmm')
 def addmm(x, a, b, *, beta=1, alpha=1):
-    "Rows of the first by columns of the second"
+    "Give rows of the first by columns of the second"
     n = (a.shape[0], b.shape[1])
     if a.shape[1]==b.shape[0] and x.dtype==a.dtype==b.dtype and x.dim()==1 and x.shape[0] in (1, n[1]):
         return empty(a, n)
 
 @formula('mean')
 def mean(x, dim=None, keepdim=False, *, dtype=None):
-    "Without the dimensions that it is taken over"
+    "Leave out the dimensions that it is taken over"
     if not dim or dtype is not None or not x.is_floating_point() or not x.is_contiguous(): return
     over = {d%x.dim() for d in dim}
     return empty(x, [1 if i in over else n for i,n in enumerate(x.shape) if keepdim or i not in over])
@@ -89,7 +89,7 @@ def mean(x, dim=None, keepdim=False, *, dtype=None):
 # %% ../../../nbs/surgery/01_capture/06_fake.ipynb #0000000a
 @formula('convolution')
 def convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups):
-    "A position for each place of the kernel; as PyTorch's own where that is not simple"
+    "Give a position for each place of the kernel; as PyTorch's own where that is not simple"
     if not (x.is_contiguous() and w.is_contiguous()): return
     fits = (x.dim()==w.dim()>2 and x.shape[1]==w.shape[1]*groups and w.shape[0]%groups==0 and x.dtype==w.dtype
         and (b is None or b.shape==w.shape[:1] and b.dtype==x.dtype))
@@ -112,7 +112,7 @@ class Shapes:
         t:Tensor, # Any tensor
         shape:tuple|None=None, # Another shape, then contiguous
     )->FakeTensor:
-        "A fake tensor that looks as `t` does"
+        "Make a fake tensor that looks as `t` does"
         if t.layout!=torch.strided or type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return self.mode.from_tensor(t.detach(), static_shapes=True)
         return self.wrap(empty(t, t.shape if shape is None else shape, t.stride() if shape is None else None), t.device)
@@ -121,7 +121,7 @@ class Shapes:
         meta:Tensor, # A meta tensor
         device:torch.device, # Where it shall seem to be
     )->FakeTensor:
-        "A fake tensor around a meta tensor, which it remembers"
+        "Wrap a meta tensor into a fake tensor, which remembers it"
         if device not in self.made: # making the first one takes many checks, and what they find is the same for all
             first = FakeTensor(self.mode, meta, device)
             self.made[device] = first.fake_device,dict(first.__dict__)
@@ -133,7 +133,7 @@ class Shapes:
     def number(self,
         t:Tensor, # A real tensor without dimensions
     )->FakeTensor:
-        "A fake tensor whose value is known, as code has it that makes a tensor of a number"
+        "Make a fake tensor whose value is known, as code has it that makes a tensor of a number"
         f = self.wrap(empty(t, ()), t.device)
         f.constant = t.clone()
         self.mode.fake_tensor_converter.add_constant_storage_mapping(f) # what is written to it later makes it unknown
@@ -146,7 +146,7 @@ class Shapes:
         with self.mode: return func(*args, **kwargs)
 
     def quick(self, func:Callable, args:tuple, kwargs:dict):
-        "The result by a formula, or None"
+        "Compute the result by a formula, or None"
         name = func.overloadpacket.__name__
         if name=='lift_fresh' and type(args[0]) is Tensor and args[0].dim()==0: return self.number(args[0])
         # a number is written into what holds no known ones

@@ -16,7 +16,7 @@ from ...core import modules_of
 from .adapters import ADAPTERS
 
 # %% auto #0
-__all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'as_plain', 'TorchState',
+__all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'drop_subclass', 'TorchState',
            'preserved', 'put_back_', 'collector_paused', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
 
 # %% ../../../nbs/surgery/01_capture/03_isolation.ipynb #0000000b
@@ -190,13 +190,13 @@ def structural_copy(
     finally: c.clear()
 
 def cloned(t:Tensor)->Tensor:
-    "A tensor of its own with the same values, and without a subclass that only wraps"
-    return as_plain(t).detach().clone()
+    "Copy a tensor, without a subclass that only wraps"
+    return drop_subclass(t).detach().clone()
 
-def as_plain(
+def drop_subclass(
     t, # A tensor, or anything else
 ):
-    "A tensor without the subclass of `Tensor` that it is of, unless that has operators of its own"
+    "Take a tensor out of its subclass of `Tensor`, unless that has operators of its own"
     return (t.as_subclass(Tensor)
         if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) and _ordinary(type(t)) else t)
 

@@ -38,7 +38,7 @@ STEPS = dict(LSTM=_lstm, GRU=_gru, RNN_TANH=_rnn(torch.tanh), RNN_RELU=_rnn(torc
 def projections(
     model:nn.Module, # Any module
 )->list: # Names of parameters
-    "The weights that project the state of an LSTM: what they write must stay smaller than what they read"
+    "Find the weights that project the state of an LSTM: what they write must stay smaller than what they read"
     found = [(n, m) for n,m in model.named_modules() if isinstance(m, nn.LSTM) and m.proj_size]
     return [f"{n}.{k}".lstrip('.') for n,m in found for k in m._parameters if k.startswith('weight_hr')]
 
@@ -80,7 +80,7 @@ def recurrent(
     x:Tensor|PackedSequence, # As in the module's own `forward`
     hx=None,
 ):
-    "What `nn.LSTM`, `nn.GRU` and `nn.RNN` compute, step by step"
+    "Compute what `nn.LSTM`, `nn.GRU` and `nn.RNN` do, step by step"
     packed,alone = isinstance(x, PackedSequence),not isinstance(x, PackedSequence) and x.dim()==2
     data = x.data if packed else x
     if alone:

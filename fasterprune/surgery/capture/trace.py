@@ -41,7 +41,7 @@ class Node:
 
     @property
     def op(self)->str:
-        "Name of the operator, the same for all its overloads"
+        "Name the operator, the same for all its overloads"
         return self.func.overloadpacket.__name__
 
 # %% ../../../nbs/surgery/01_capture/05_trace.ipynb #00000006
@@ -57,7 +57,7 @@ class Call:
     kwargs:dict # Keyword arguments
 
     @property
-    def place(self)->tuple: "Where it stands in the code: its `order` without the count"; return self.order[:-1]
+    def place(self)->tuple: "Say where it stands in the code: its `order` without the count"; return self.order[:-1]
 
 # %% ../../../nbs/surgery/01_capture/05_trace.ipynb #00000007
 @dataclass
@@ -82,12 +82,12 @@ class Trace:
     state:set = field(default_factory=set) # Names of buffers and parameters that the code assigned or wrote to
 
     def name_of(self, ref:Ref)->str|None:
-        "Parameter or buffer name, or None"
+        "Find the name of a parameter or buffer, or None"
         return self.names.get(ref.id)
 
     @cached_property
     def used(self)->set:
-        "Names of the parameters and buffers that an operator met"
+        "Collect names of the parameters and buffers that an operator met"
         return {self.names[r.id] for r in used_refs(self) if r.id in self.names}
 
     def __repr__(self):
@@ -97,7 +97,7 @@ class Trace:
 
 # %% ../../../nbs/surgery/01_capture/05_trace.ipynb #00000008
 def used_refs(trace:Trace)->set:
-    "`Ref`s that some operator takes or the model returns"
+    "Collect `Ref`s that some operator takes or the model returns"
     res,todo = set(trace.outputs),[v for n in trace.nodes for v in (*n.args, *n.kwargs.values())]
     for v in todo: # grows
         if type(v) is Ref: res.add(v)
@@ -110,7 +110,7 @@ def tensors_in(
     o, # Any nesting of tensors
     _depth:int=8,
 )->list[Tensor]:
-    "Every tensor in a nest of lists, tuples, dicts, dataclasses and objects"
+    "Find every tensor in a nest of lists, tuples, dicts, dataclasses and objects"
     if isinstance(o, Tensor): return [o]
     if o is None or isinstance(o, (str, bytes, int, float, bool, type)) or _depth==0: return []
     if isinstance(o, Mapping): items = o.values()

@@ -24,13 +24,13 @@ from .fake import Shapes
 from ...core import as_call, modules_of, PruningError
 from .adapters import adapted_class
 from .caches import caches_kept
-from .isolation import as_plain, cloned, fixed_seeds, plain_operators_, preserved, state_of, structural_copy
+from .isolation import drop_subclass, cloned, fixed_seeds, plain_operators_, preserved, state_of, structural_copy
 from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
-__all__ = ['size_calls', 'size_questions', 'Runner', 'Recorder', 'numbers_in', 'plainly', 'roughly', 'mutated', 'caller',
-           'CallLog', 'PlainNorms', 'Frame', 'watch_modules_', 'record', 'prepare_', 'probe', 'in_precision', 'clones',
-           'record_in', 'quiet', 'fake_trace', 'capture', 'capture_all']
+__all__ = ['size_calls', 'size_questions', 'Runner', 'Recorder', 'numbers_in', 'run_exact', 'run_subsampled', 'mutated', 'caller',
+           'CallLog', 'PlainNorms', 'Frame', 'watch_modules_', 'record', 'prepare_', 'random_like', 'in_precision',
+           'clones', 'record_in', 'silence_logger', 'fake_trace', 'capture', 'capture_all']
 
 # %% ../../../nbs/surgery/01_capture/07_tracer.ipynb #00000006
 class Runner(TorchDispatchMode):
@@ -42,15 +42,15 @@ class Runner(TorchDispatchMode):
         watches:bool=True, # Does `run` ask which module an operator runs in?
     ):
         super().__init__()
-        self.run,self.training,self.exact = run or plainly,training,exact
-        self.watches = watches and self.run is not plainly
+        self.run,self.training,self.exact = run or run_exact,training,exact
+        self.watches = watches and self.run is not run_exact
         # direct: may change a call that says sizes before it is made
         self.stack,self.seen,self.paths,self.direct = [],{},{},None
 
     @property
     def modes(self)->list:
-        "What is entered while the copy runs"
-        return [PlainNorms()]*(not self.exact) + [self]*(self.run is not plainly)
+        "List the modes that are entered while the copy runs"
+        return [PlainNorms()]*(not self.exact) + [self]*(self.run is not run_exact)
 
     def key(self, op:str)->tuple:
         "Name an operator that runs now: (path of the module, its name, how many there were before)"
@@ -60,9 +60,9 @@ class Runner(TorchDispatchMode):
         return (*where, n)
 
     again = False # Has the copy been called before?
-    def forget(self): "Be told that what ran so far was another call"
-    def begin(self, state:dict, call): "Be told the tensors of the copy, by name, and what it is called with"
-    def end(self, model:nn.Module, copy:nn.Module, state:dict, found:list): "Be told the tensors that it returned"
+    def forget(self): "Forget what ran so far: it was another call"
+    def begin(self, state:dict, call): "Note the tensors of the copy, by name, and what it is called with"
+    def end(self, model:nn.Module, copy:nn.Module, state:dict, found:list): "Note the tensors that it returned"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(self.key(func.overloadpacket.__name__), func, args, kwargs or {})
@@ -100,7 +100,7 @@ class Recorder(Runner):
         self.trace.outputs = [self.ref(t) for t in found]
 
     def ref(self, t:Tensor)->Ref:
-        "The number of tensor `t`"
+        "Give the `Ref` of tensor `t`"
         # a fake tensor is ours, and can carry its number
         r = t.__dict__.get('ref') if type(t) is FakeTensor else self.refs.get(t)
         return self._new(t) if r is None else r
@@ -121,7 +121,7 @@ class Recorder(Runner):
         self.at[where] = [*live, weakref.ref(t)]
 
     def as_refs(self, o):
-        "Arguments with a `Ref` for each tensor"
+        "Give arguments with a `Ref` for each tensor"
         if isinstance(o, Tensor): return self.ref(o)
         if type(o) in (list, tuple): return type(o)(self.as_refs(i) for i in o)
         return {k:self.as_refs(v) for k,v in o.items()} if type(o) is dict else o
@@ -161,12 +161,12 @@ def numbers_in(
     t:Tensor, # A real tensor
     most:int=16, # Larger ones are no numbers
 )->tuple:
-    "The numbers of a small tensor"
+    "Read the numbers of a small tensor"
     with _disable_current_modes(): return tuple(t.flatten().tolist()) if t.numel()<=most else ()
 
-def plainly(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
+def run_exact(key, func, args, kwargs): "Run an operator as it is"; return func(*args, **kwargs)
 
-def roughly(key, func, args, kwargs):
+def run_subsampled(key, func, args, kwargs):
     "Run an operator where any values will do: of many samples a convolution computes eight and repeats them"
     n = args[0].shape[0] if func.overloadpacket.__name__=='convolution' else 0
     if n<=2*_few: return func(*args, **kwargs)
@@ -180,7 +180,7 @@ def mutated(
     args:tuple, # Its arguments, as `Ref`s
     kwargs:dict, # Its keyword arguments
 )->tuple[Ref,...]:
-    "The arguments that an operator writes to, by its schema"
+    "Find the arguments that an operator writes to, by its schema"
     vs = [args[i] if i<len(args) else kwargs.get(name) for i,name in _written(func)]
     return tuple(o for v in vs for o in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(o, Ref))
 
@@ -252,7 +252,7 @@ class Frame(str):
     "The path of a running module, and how often each of its places has called"
     def __init__(self, _): self.calls = {}
     def next(self, place, name)->tuple:
-        "Which call this is: (code, instruction, name, how many were made there before)"
+        "Tell which call this is: (code, instruction, name, how many were made there before)"
         key = (id(place.f_code), place.f_lasti, name)
         n = self.calls[key] = self.calls.get(key, -1)+1
         return (*key, n)
@@ -313,12 +313,12 @@ def prepare_(
     if rec.watches: watch_modules_(modules, rec.stack)
 
 # %% ../../../nbs/surgery/01_capture/07_tracer.ipynb #0000000f
-def probe(
+def random_like(
     x, # What the model is called with
     dtype:torch.dtype|None=None, # For floating point tensors; None keeps theirs
     seed:int=0,
 ):
-    "The same nest of tensors with other values of their kind; integers are unchanged"
+    "Make the same nest of tensors with other values of their kind; integers are unchanged"
     gen,seen = torch.Generator().manual_seed(seed),{} # a tensor that is passed twice stays one
     def one(t):
         if not isinstance(t, Tensor) or not t.is_floating_point(): return t
@@ -351,7 +351,7 @@ def in_precision(
     x, # What the model is called with
     dtype:torch.dtype|None, # For floating point tensors; None keeps theirs
 ):
-    "The same values in another precision"
+    "Convert the same values to another precision"
     return tree_map(lambda t: t.to(dtype or t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
 def clones(
@@ -378,7 +378,7 @@ def record_in(
 
 # %% ../../../nbs/surgery/01_capture/07_tracer.ipynb #00000011
 @contextlib.contextmanager
-def quiet(logger:str): # Name of a logger
+def silence_logger(logger:str): # Name of a logger
     "Keep a logger from writing for a while: what it would say is answered"
     log = logging.getLogger(logger)
     was,log.disabled = log.disabled,True
@@ -396,10 +396,10 @@ def fake_trace(
     rec,run,shapes = rec or Recorder(),Shapes(),shapes or {}
     rec.run = run
     def fake(t, shape=None):
-        new = run.like(as_plain(t), shape)
+        new = run.like(drop_subclass(t), shape)
         if isinstance(t, nn.Parameter): new._is_param = True
         return new
-    with quiet('torch._subclasses.fake_tensor'):
+    with silence_logger('torch._subclasses.fake_tensor'):
         record(model, x, rec, {n:fake(t, shapes.get(n)) for n,t in state_of(model).items()}, fake, **kwargs)
     return rec.trace
 
@@ -410,11 +410,11 @@ def capture(
     *, training:tuple=(), # Names of modules to put in training mode; the others are in eval mode
     base:int=0, # As in a `Trace`
 )->Trace:
-    "The operators of one forward pass of `model`, without running it if that can be done"
+    "Capture the operators of one forward pass of `model`, without running it if that can be done"
     try: return fake_trace(model, x, rec=Recorder(training=training, base=base))
     # the code wants values, or is wrong: a run on real tensors can tell, and its error is the one to see
     except Exception: pass
-    rec = Recorder(run=roughly, training=training, base=base)
+    rec = Recorder(run=run_subsampled, training=training, base=base)
     record(model, x, rec, clones(model))
     rec.trace.fake = False
     return rec.trace
@@ -424,12 +424,12 @@ def capture_all(
     model:nn.Module, # Any module; it is not changed
     x, # What it is called with
 )->Trace:
-    "As `capture`, with the branches that run in training mode only"
+    "Capture as `capture` does, with the branches that run in training mode only"
     trace = capture(model, x)
-    idle = {n for n,t in state_of(model).items() if isinstance(t, nn.Parameter)} - trace.used
+    unused = {n for n,t in state_of(model).items() if isinstance(t, nn.Parameter)} - trace.used
     around = lambda path: {path.rpartition('.')[0], *around(path.rpartition('.')[0])} if path else {''}
-    training = tuple(sorted({n for p in idle for n in around(p.rpartition('.')[0])}))
-    if not idle: return trace
+    training = tuple(sorted({n for p in unused for n in around(p.rpartition('.')[0])}))
+    if not unused: return trace
     try: more = capture(model, x, training=training)
     except Exception: return trace # it cannot run so on this input, as before any surgery
     return more if more.used>trace.used else trace

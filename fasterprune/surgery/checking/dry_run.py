@@ -16,12 +16,12 @@ from torch import nn
 from fastcore.basics import patch
 from ..cutting.apply import cut_copy_, new_attributes, planned_shapes, recode_
 from ..capture.trace import Node, Ref, Trace, used_refs
-from ..capture.tracer import Recorder, clones, fake_trace, record, roughly, size_calls
+from ..capture.tracer import Recorder, clones, fake_trace, record, run_subsampled, size_calls
 from ...core import layer_types
 from ..coupling.couple import Coupling, norm_types
 from ..coupling.labels import Kept
 from ..planning.plan import Plan
-from ..coupling.rules import Site, filled, rule_for, tensors_of
+from ..coupling.rules import OpCall, filled, rule_for, tensors_of
 from ..planning.sizes import Director, arithmetic
 from ..planning.source import read_in_forward
 from ..coupling.witness import SIZED, Witness
@@ -41,7 +41,7 @@ class Comparison:
         self.apart,self.trusted = None,False
 
     def partner(self, new:Node, shapes:dict)->Node|None:
-        "The node of the original that this one stands for; where values decide what runs, by its order in a module"
+        "Find the original's node that this one stands for; where values decide what runs, by its order in a module"
         if not self.t.fake: return self.by_key.get(new.key)
         if _passes(new, lambda r: list(shapes[r.id])) or new.module==self.apart: return None
         old = next((n for n in self.left if n.module!=self.apart and not _passes(n, self.sizes)), None)
@@ -61,7 +61,7 @@ class Comparison:
         return [n if (k := self.kept.count(a))==a.n else k*n//a.n for a,n in zip(self.axes(r), self.t.shapes[r.id])]
 
     def ends(self, small:Trace)->list: # As `__call__`, in a list
-        "Where operators were not compared, the outputs still are"
+        "Compare the outputs, where operators were not compared"
         if [list(small.shapes[r.id]) for r in small.outputs]==[self.sizes(r) for r in self.t.outputs]: return []
         return [([a for r in self.t.outputs for a in self.axes(r)], 'the outputs would have other shapes', '')]
 
@@ -96,7 +96,7 @@ def _shapes(self:Comparison, old, new, shapes, code):
 def _said(self:Comparison, old, new, code):
     at = old.index+self.first
     for k,a in self.said.get(at, ()):
-        if Site(new, None, {})[k]!=self.kept.count(a):
+        if OpCall(new, None, {})[k]!=self.kept.count(a):
             return [a],f"{code} has its number of {k.removesuffix('s')}s written in it"
     if at not in self.starts or self.kept.count(self.starts[at][0])==self.starts[at][0].n: return None
     if (a := _misplaced(self.l, self.kept, *self.starts[at], new)) is not None:
@@ -119,7 +119,7 @@ def _met(axes, node, outs=None): # The axes that meet at a node
 
 def _misplaced(l, kept, a, start, new):
     "What has to stay so that a slice begins where it should; None if it does"
-    s,keep = Site(new, None, {}),kept(a)
+    s,keep = OpCall(new, None, {}),kept(a)
     begin = range(int(keep.sum()))[slice(s['start'], s['end'], s['step'])].start
     if begin!=int(keep[:start].sum()): return a if keep[:start].all() else l.take(a, np.arange(start))
 
@@ -168,7 +168,7 @@ def numbers_of(
     # Only those that are no whole numbers, for the values may have decided how many there are of something
     fractions:bool=False,
 )->list[str]: # Nine digits
-    "What an operator computes with, such as the scale of an attention, but no sizes"
+    "List what an operator computes with, such as the scale of an attention, but no sizes"
     if not (names := _numeric(node.func)) and not node.value: return []
     args = {n:node.kwargs.get(n, node.args[i] if i<len(node.args) else None) for i,n in names}
     return [f"{a:.9g}" for a in [*args.values(), *node.value]
@@ -190,7 +190,7 @@ def notices(
     kept:Kept, # What stays
     plan:Plan,
 )->bool:
-    "Could the code notice that something is smaller? Only if it says a size that changes, or asks for one"
+    "Tell whether the code could notice that something is smaller: it says a size that changes, or asks for one"
     return _asks_a_layer(c.model) or any(_notices(c, kept, plan, w) for w in c.walked)
 
 _sizes_of_layers = {'in_features', 'out_features', 'in_channels', 'out_channels', 'num_features', 'num_channels',
@@ -223,7 +223,7 @@ def predicted(
     c:Coupling,
     kept:Kept,
 )->Trace:
-    "What the smaller network runs, if its code does not notice"
+    "Predict what the smaller network runs, if its code does not notice"
     shapes = {i:tuple(kept.count(a) for a in axes) for i,axes in c.labels.env.items() if i in c.trace.shapes}
     return Trace(c.trace.nodes, {**c.trace.shapes, **shapes}, names=c.trace.names,
         inputs=c.trace.inputs, outputs=c.trace.outputs)
@@ -252,7 +252,8 @@ def dry_run(
     director:Director|None=None, # Corrects what the code says, and notes it; None: the code speaks for itself
 )->Outcome:
     "Run the network as it would be, on fake tensors, and compare every shape"
-    rec,look,found = Recorder(run=roughly, training=w.trace.training, again=w.trace.again),Comparison(c, gone, w),[]
+    rec = Recorder(run=run_subsampled, training=w.trace.training, again=w.trace.again)
+    look,found = Comparison(c, gone, w),[]
     rec.direct = director
     attrs,params = new_attributes(model, plan) if w.trace.fake else [],dict(model.named_parameters())
     def listen(node, *_):
@@ -271,7 +272,7 @@ def dry_run(
     except Exception as e: # whatever the user's code raises is an answer: it cannot run at these sizes
         if not found:
             node,where = _next(w.trace, rec.trace.nodes),_raised_in(e, rec)
-            why = (f"{Site(node, w.trace, {})} fails when it is smaller "
+            why = (f"{OpCall(node, w.trace, {})} fails when it is smaller "
                 f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
             module = node.module if where is None else where
             return Outcome(rec.trace, _met(look.axes, node), why, module, node.key)

@@ -26,7 +26,7 @@ def kept_taps(
     live:np.ndarray, # Bool for each tap of one dimension: is any weight there not zero?
     fits, # `(range)` → bool: can the layer say that only these taps are there?
 )->range:
-    "The fewest taps in an evenly spaced row that holds all that are alive"
+    "Find the fewest taps in an evenly spaced row that holds all that are alive"
     n,at = len(live),np.flatnonzero(live)
     rows = (
         range(a, a+(k-1)*q+1, q) for a in range(n) for k in range(1, n-a+1)
@@ -41,7 +41,7 @@ def fits(
     j:int, # Dimension of its kernel
     taps:range, # That shall stay
 )->bool:
-    "Can a layer say by its attributes that its kernel has these taps only, with the same output for every input?"
+    "Tell whether a layer's attributes can give its kernel these taps only, with the same output for every input"
     n,d = m.kernel_size[j],m.dilation[j]
     before,after = taps[0]*d,(n-1-taps[-1])*d
     if before==after==0: return True
@@ -55,7 +55,7 @@ def said(
     m:nn.Module, # As for `fits`
     taps:list, # A `range` for each dimension of its kernel
 )->dict: # Attribute → value
-    "The attributes of a layer whose kernel has these taps only"
+    "Give the attributes of a layer whose kernel has these taps only"
     cut = [(t[0]*d, (n-1-t[-1])*d) for t,n,d in zip(taps, m.kernel_size, m.dilation)]
     size,dilation = tuple(map(len, taps)),tuple(d*t.step for t,d in zip(taps, m.dilation))
     pads = m.padding if isinstance(m.padding, str) else tuple(p-a for p,(a,_) in zip(m.padding, cut))
@@ -72,7 +72,7 @@ def live_taps(
     w:Tensor, # Weight of a convolution
     edits=(), # `Edit`s of it: what else of it goes
 )->np.ndarray: # Bool of the kernel's shape
-    "Which taps hold a weight that is not zero"
+    "Find which taps hold a weight that is not zero"
     live = w.detach()!=0
     for e in edits: live = taken(live, e)
     return live.flatten(0,1).any(0).cpu().numpy()
@@ -114,8 +114,8 @@ def smaller_kernels(
     plan:Plan, # What goes besides
     may=None, # `(layer name)` → bool: may it be touched? None: all may
 )->tuple: # ((parameter, layers, a `range` for each dimension), ...), ((layer, how many, why), ...) of what stays
-    "What of the kernels of a model can be cut off"
-    uses,cuts,held,edits = {},[],[],edits_of(plan)
+    "Find what of the kernels of a model can be cut off"
+    uses,cuts,stays,edits = {},[],[],edits_of(plan)
     for n in c.trace.nodes:
         for name in {c.trace.name_of(r) for r in tensors_of(n)} - {None}: uses.setdefault(name, []).append(n)
     for name,w,layers in _kernels(c):
@@ -128,9 +128,9 @@ def smaller_kernels(
             range(len(a)) if why else kept_taps(a, lambda r: all(fits(m, j, r) for m in layers.values()))
             for j,a in enumerate(alive)]
         stay = [h for j,a in enumerate(alive) if (h := _held(layers[first], j, a, taps[j]))]
-        held += [(first, k, w if not why else f"they are at the border of its kernel, and {why}") for k,w in stay]
+        stays += [(first, k, w if not why else f"they are at the border of its kernel, and {why}") for k,w in stay]
         if any(len(t)<len(a) for t,a in zip(taps, alive)): cuts.append((name, tuple(layers), taps))
-    return cuts,held
+    return cuts,stays
 
 # %% ../../../nbs/surgery/06_checking/03_kernel_shape.ipynb #0000000d
 def with_kernels(
@@ -138,7 +138,7 @@ def with_kernels(
     plan:Plan, # What goes besides
     cuts, # From `smaller_kernels`
 )->Plan:
-    "A plan that cuts kernels as well"
+    "Add cuts of kernels to a plan"
     edits,attrs,kernels = [],[],[]
     for name,layers,taps in cuts:
         ms = {n:c.model.get_submodule(n) for n in layers}
@@ -164,13 +164,13 @@ def shrink_kernels(
     small:Trace, # What the network of this plan runs
     may=None, # As for `smaller_kernels`
 )->Plan:
-    "A plan that also cuts off what is zero at the border of kernels"
-    cuts,held = smaller_kernels(c, plan, may)
+    "Add to a plan the cuts of what is zero at the border of kernels"
+    cuts,stays = smaller_kernels(c, plan, may)
     whole = with_kernels(c, plan, cuts)
     if cuts and c.trace.fake and not _runs(c, x, whole, small):
         good = []
         for cut in cuts:
             if _runs(c, x, with_kernels(c, plan, [*good, cut]), small): good.append(cut)
-            else: held.append((cut[1][0], len(cut[2]), 'they are dimensions of a kernel whose size the code knows'))
+            else: stays.append((cut[1][0], len(cut[2]), 'they are dimensions of a kernel whose size the code knows'))
         whole = with_kernels(c, plan, good)
-    return replace(whole, held=whole.held+tuple(held))
+    return replace(whole, dead_but_kept=whole.dead_but_kept+tuple(stays))

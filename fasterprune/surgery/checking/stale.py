@@ -34,7 +34,7 @@ read_by_head = ('num_features','head_hidden_size','embed_dim','hidden_dim','hidd
 def head_of(
     m:nn.Module,
 ): # A linear layer or convolution, or None
-    "The classifier of a model, as timm and torchvision call it"
+    "Find the classifier of a model, as timm and torchvision call it"
     get = getattr(m, 'get_classifier', None)
     try: found = [get()] if callable(get) else []
     except Exception: found = [] # it is the user's code
@@ -48,7 +48,7 @@ def stale_sizes(
     model:nn.Module, # Before it is cut
     plan:Plan, # That will be carried out
 )->tuple: # `Attr`s to add to the plan, and (module, attribute, value) of what stays as it is
-    "What would still say an old size after a plan"
+    "Find what would still say an old size after a plan"
     changes,modules = {},dict(model.named_modules(remove_duplicate=False))
     for n,k,v in new_attributes(model, plan): changes.setdefault(id(modules[n]), {})[k] = v
     planned,mended,named,seen = {(a.module, a.name) for a in plan.attrs},[],[],set()
@@ -119,7 +119,7 @@ def never_ran(
     model:nn.Module, # Of it
     plan:Plan, # That is carried out
 )->tuple: # Names of layers; of parameters where the model itself holds them
-    "Layers that no run has touched and that have a size which is cut"
+    "Find layers that no run has touched and that have a size which is cut"
     cut = {e.n for e in plan.edits if len(e.keep)<e.n}-{1}
     ran = {n.rpartition('.')[0] for n in c.trace.used}
     res = {}

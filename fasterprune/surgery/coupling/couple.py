@@ -15,20 +15,20 @@ from fastcore.basics import patch
 from ...core import layer_types
 from ..capture.checks import check_model, of_example
 from ..capture.trace import Trace
-from ..capture.tracer import capture_all, probe
+from ..capture.tracer import capture_all, random_like
 from .labels import distinct
-from .rules import Site, step
+from .rules import OpCall, step
 from .witness import Others, Witness, capture_witnesses, inputs_of, joined, resized, runs_alike, varying
 from .shuffle import connected, flow_of, key_of
-from .domain import Coupler
+from .domain import CouplingDomain
 from .groups import layer_of, make_groups
 
 # %% ../../../nbs/surgery/02_coupling/06_couple.ipynb #00000006
 def _walked(model, trace, varying, tied=(), straight=(), loose=False): # The labels after all operators of all runs
-    d = Coupler(model, trace, tied, straight, loose)
+    d = CouplingDomain(model, trace, tied, straight, loose)
     d.dep |= inputs_of(trace)
     for n in trace.nodes:
-        s = Site(n, trace, d.env)
+        s = OpCall(n, trace, d.env)
         dep = any(r.id in d.dep for r in s.tensors) or n.key in varying
         step(d, s)
         if dep: d.dep.update(r.id for r in n.outs)
@@ -38,7 +38,7 @@ def _walked(model, trace, varying, tied=(), straight=(), loose=False): # The lab
 
 def _flows(d): # The flows of shuffled channels; and the nodes of those that cannot be followed
     flows,straight = [],set()
-    for steps in connected(d, d.steps) if d.decks else ():
+    for steps in connected(d, d.steps) if d.shuffled_axes else ():
         f = flow_of(d, steps)
         if f is not None and _followed(d, f): flows.append(f)
         else: straight |= {s.node for s in steps}
@@ -52,7 +52,7 @@ def _followed(d, f): # Are the channels in the order of the flow wherever a para
 
 # Equal parts: for each part the labels of which as many must go; nothing where they go together anyhow;
 # None where that is not to be said by counts
-def _even(d, parts):
+def _part_labels(d, parts):
     rows = [distinct(np.where(d.pinned[r], 0, r)) for r in map(d.rows, parts)]
     if all(np.array_equal(r, rows[0]) for r in rows): return ()
     if any(r.shape[1]>1 for r in rows): return None
@@ -64,6 +64,10 @@ def _even(d, parts):
     if not len(labels): return ()
     if ((counts>0).sum(1)>1).any() or len(np.unique(counts))>2: return None
     return tuple(labels[c>0] for c in counts.T)
+
+def _outside(parts, flows): # Equal parts that no flow passes through
+    inside = {i for f in flows for i in f.nodes}
+    return [e for e in parts if e[0] not in inside]
 
 norm_types = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -89,14 +93,14 @@ class Coupling:
             self._begins = [w.first_node for w in self.walked]
             d = self.labels = _walked(model, trace, vary, loose=loose)
         flows,straight = _flows(d)
-        if not straight: d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
-        if (more := {i for i,_,parts in d.even if _even(d, parts) is None}) or straight:
+        if not straight: d.flows,d.equal_parts = flows,_outside(d.equal_parts, flows)
+        if (more := {i for i,_,parts in d.equal_parts if _part_labels(d, parts) is None}) or straight:
             d = self.labels = _walked(model, trace, vary, more|straight, straight, loose)
             flows,wrong = _flows(d)
-            d.flows,d.even = flows,[e for e in d.even if e[0] not in {i for f in flows for i in f.nodes}]
+            d.flows,d.equal_parts = flows,_outside(d.equal_parts, flows)
             if wrong: d = self.labels = _walked(model, trace, vary, range(len(trace.nodes)), range(len(trace.nodes)))
-        for _,where,parts in d.even:
-            if _even(d, parts) is None: d.alike(parts, where)
+        for _,where,parts in d.equal_parts:
+            if _part_labels(d, parts) is None: d.tie_parts(parts, where)
         self._name_roles()
         self.refresh()
 
@@ -112,22 +116,22 @@ class Coupling:
 
     def refresh(self):
         "Form the groups again, after a pin"
-        while self._stays(): pass # makes `halves`
+        while self._stays(): pass # makes `equal_part_labels`
         self.groups = make_groups(self.labels)
         self.by_name = {g.name:g for g in self.groups}
 
     def _stays(self): # Where one of several equal parts cannot change, none can
         d,written = self.labels,np.zeros(self.labels.size, bool)
-        d.halves = [(where, even) for _,where,parts in d.even if (even := _even(d, parts))]
+        d.equal_part_labels = [(where, labels) for _,where,parts in d.equal_parts if (labels := _part_labels(d, parts))]
         for f in d.flows:
             stay = d.pinned[d.find(f.labels)]|(d.find(f.labels)!=f.labels)
             if stay.all(): continue
             if stay.any(): d.pin(f.labels, f"{f.where} shuffles it with channels that cannot change"); return True
-            d.halves.append((f.where, tuple(f.labels.reshape(-1, f.width))))
-        for a,*_ in d.writes if d.halves else (): written[d.rows(a)] = True
-        for where,even in d.halves:
-            if not all(written[p].any() for p in even):
-                d.pin(np.concatenate(even), f"{where} cuts it into equal parts, of which one cannot change")
+            d.equal_part_labels.append((f.where, tuple(f.labels.reshape(-1, f.width))))
+        for a,*_ in d.writes if d.equal_part_labels else (): written[d.rows(a)] = True
+        for where,labels in d.equal_part_labels:
+            if not all(written[p].any() for p in labels):
+                d.pin(np.concatenate(labels), f"{where} cuts it into equal parts, of which one cannot change")
                 return True
 
     def tie(self,
@@ -137,20 +141,20 @@ class Coupling:
         d = self.labels
         at = np.zeros(d.size, bool)
         for a in axes: at[d.rows(a)] = True
-        meets = lambda even: bool(even) and at[np.concatenate(even)].any()
-        found = [(parts, where) for _,where,parts in d.even if meets(_even(d, parts))]
-        for parts,where in found: d.alike(parts, where)
-        decks = [f for f in d.flows if at[f.labels].any() and not d.pinned[f.labels].all()]
-        for f in decks: d.pin(f.labels, f"{f.where} shuffles it, and something does not work with fewer channels")
-        if found or decks: self.refresh()
-        return bool(found or decks)
+        meets = lambda labels: bool(labels) and at[np.concatenate(labels)].any()
+        found = [(parts, where) for _,where,parts in d.equal_parts if meets(_part_labels(d, parts))]
+        for parts,where in found: d.tie_parts(parts, where)
+        flows = [f for f in d.flows if at[f.labels].any() and not d.pinned[f.labels].all()]
+        for f in flows: d.pin(f.labels, f"{f.where} shuffles it, and something does not work with fewer channels")
+        if found or flows: self.refresh()
+        return bool(found or flows)
 
     def join(self,
         axes:list, # Of which one expression says the size
     )->bool: # Was there anything to join?
         "Let axes of the same size lose the same positions"
         d,before = self.labels,len(self.groups)
-        for n in dict.fromkeys(a.n for a in axes): d.alike([a for a in axes if a.n==n], 'one expression')
+        for n in dict.fromkeys(a.n for a in axes): d.tie_parts([a for a in axes if a.n==n], 'one expression')
         self.refresh()
         return len(self.groups)<before
 
@@ -158,15 +162,15 @@ class Coupling:
         x, # What the model is called with
     ): # The same nest
         "Give an input the values that runs compute with: others of their kind, or its own where these decide what runs"
-        return probe(x) if self.trace.fake else x
+        return random_like(x) if self.trace.fake else x
 
     @property
     def walked(self)->tuple:
-        "The runs whose operators were walked through: the others run the same"
+        "List the runs whose operators were walked through: the others run the same"
         return tuple(w for w in self.witnesses if w is self.witnesses[0] or not w.alike)
 
     def run_of(self, node:int)->int:
-        "Which of the runs that were walked through an operator belongs to"
+        "Find which of the runs that were walked through an operator belongs to"
         return bisect_right(self._begins, node)-1
 
     def axes_in(self, w:Witness): # Function `(Ref)` → axes, or None
@@ -175,7 +179,7 @@ class Coupling:
         return lambda ref: env.get(ref.id-base if ref.id>=base else ref.id)
 
     def axes_of(self, name:str)->list:
-        "The axes of a parameter or buffer"
+        "Find the axes of a parameter or buffer"
         if self._ids is None: self._ids = {n:i for i,n in reversed(self.trace.names.items())}
         return self.labels.env[self._ids[name]]
 
@@ -193,7 +197,7 @@ def couple(
 # %% ../../../nbs/surgery/02_coupling/06_couple.ipynb #0000000b
 @patch
 def pins(self:Coupling)->list[tuple]:
-    "`(layer, positions that stay, of how many, reason)` for each written axis that is pinned"
+    "List `(layer, positions that stay, of how many, reason)` for each written axis that is pinned"
     d,res = self.labels,{}
     for a,layer,_ in d.writes:
         rows = d.rows(a)

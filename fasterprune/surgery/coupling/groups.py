@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from .labels import Axis
 from .shuffle import Flow
-from .domain import Coupler
+from .domain import CouplingDomain
 
 # %% ../../../nbs/surgery/02_coupling/04_groups.ipynb #00000004
 @dataclass(frozen=True)
@@ -43,31 +43,31 @@ class Group:
 
     @property
     def layers(self)->tuple:
-        "Names of the layers that write it"
+        "List names of the layers that write it"
         return tuple(dict.fromkeys(m.param.rpartition('.')[0] or m.param for m in self.members if m.role=='write'))
     @property
-    def even(self)->tuple: "Its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
+    def equal_units(self)->tuple: "Give its parts as `allocate` takes them"; return tuple(p.units for p in self.parts)
     @property
     def classes(self)->np.ndarray|None:
-        "A number for each unit, the same for those that the same layers write; None where they all are"
+        "Number each unit, the same for those that the same layers write; None where they all are"
         writes = np.zeros((self.n, len(self.layers)), bool)
         of = {l:i for i,l in enumerate(self.layers)}
         for m in self.role('write'): writes[m.unit[m.unit>=0],of[m.param.rpartition('.')[0] or m.param]] = True
         return None if (writes==writes[:1]).all() else np.unique(writes, axis=0, return_inverse=True)[1].reshape(-1)
     @property
-    def way(self)->np.ndarray:
-        "The units in the order in which its flow counts them"
+    def flow_order(self)->np.ndarray:
+        "Order the units as its flow counts them"
         at = np.argsort(self.labels)
         return at[np.searchsorted(self.labels, self.flow.labels, sorter=at)]
 
-    def arranged(self,
+    def balance(self,
         stays:np.ndarray, # Bool by unit
         scores, # By unit; -inf = has gone
         round_to:int=1, # What stays in a part is a multiple of this, or all
     )->np.ndarray: # Bool by unit
-        "Equally many units, and of each kind as many as there will be"
+        "Choose equally many units in each part, and of each kind as many as there will be"
         if self.flow is None: return stays
-        at,s,res = self.way,np.asarray(scores, float),stays.copy()
+        at,s,res = self.flow_order,np.asarray(scores, float),stays.copy()
         parts,gone = self.flow.shares.sum(),np.isneginf(s[at])
         for n in range(-(-int(stays[at].sum())//parts), self.flow.width+1):
             res[at] = self.flow.choose(n, s[at], round_to)&~gone
@@ -75,13 +75,13 @@ class Group:
         return stays
 
     def role(self, *roles)->tuple:
-        "Its members of these roles"
+        "List its members of these roles"
         return tuple(m for m in self.members if m.role in roles)
     def __repr__(self):
         return f"Group({self.name!r}, {self.n} units, {len(self.layers)} writers, {len(self.role('read'))} readers)"
 
 # %% ../../../nbs/surgery/02_coupling/04_groups.ipynb #00000006
-def _components(d:Coupler, writes):
+def _components(d:CouplingDomain, writes):
     "Give the labels of each written axis without those that stay, and for each label its component"
     comp,tables = np.arange(d.size),[]
     for a,layer,connect in writes:
@@ -96,10 +96,10 @@ def _components(d:Coupler, writes):
 
 def _joined(d, comp): # What code cuts into equal parts is chosen together
     up = np.arange(len(comp))
-    for _,even in d.halves:
-        roots = np.unique(_up(up, comp[np.concatenate(even)]))
+    for _,labels in d.equal_part_labels:
+        roots = np.unique(_up(up, comp[np.concatenate(labels)]))
         up[roots] = roots[:1]
-    return _up(up, comp) if d.halves else comp
+    return _up(up, comp) if d.equal_part_labels else comp
 
 def _alike(rows): # As `np.unique(rows, axis=0)` finds them, and faster: the first of each kind, and the kind of each
     key,first = np.zeros(len(rows), np.int64),np.zeros(min(1, len(rows)), np.int64)
@@ -125,9 +125,9 @@ def _up(comp, a): # The number of the component of each; the way there is one st
     return a
 
 def make_groups(
-    d:Coupler, # After the walk
+    d:CouplingDomain, # After the walk
 )->tuple:
-    "The groups of units that can go, in the order in which the network writes them"
+    "Form the groups of units that can go, in the order in which the network writes them"
     comp,tables = _components(d, d.writes)
     units,names = {},{}
     for (a,layer,_),t in zip(d.writes, tables):
@@ -149,11 +149,11 @@ def make_groups(
 
 def _parts(d, comp, units): # The equal parts of each component
     res,seen = {},set()
-    for where,even in d.halves:
-        if (key := tuple(p.tobytes() for p in even)) in seen: continue
+    for where,labels in d.equal_part_labels:
+        if (key := tuple(p.tobytes() for p in labels)) in seen: continue
         seen.add(key)
-        k = comp[np.concatenate(even)[0]]
-        res.setdefault(k, []).append(Parts(where, tuple(np.flatnonzero(np.isin(units.get(k, ()), p)) for p in even)))
+        k = comp[np.concatenate(labels)[0]]
+        res.setdefault(k, []).append(Parts(where, tuple(np.flatnonzero(np.isin(units.get(k, ()), p)) for p in labels)))
     return {k:tuple(v) for k,v in res.items()}
 
 # Groups that divide the positions of others: all but those that are chosen, once for all that hang together
@@ -219,10 +219,10 @@ def _name(layer, i, k, taken):
 
 # %% ../../../nbs/surgery/02_coupling/04_groups.ipynb #00000007
 def layer_of(
-    d:Coupler,
+    d:CouplingDomain,
     a:Axis, # Any axis
 )->str|None:
-    "Name of the layer whose parameter has this axis"
+    "Name the layer whose parameter has this axis"
     if not hasattr(d, 'layers'):
         d.layers = {id(b):n.rpartition('.')[0] or n for i,n in reversed(d.trace.names.items()) for b in d.env[i]}
     return d.layers.get(id(a))

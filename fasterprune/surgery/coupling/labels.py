@@ -48,7 +48,7 @@ def part(
 def fixed(
     n:int, # Number of positions
 )->Axis:
-    "An axis of which no position can go"
+    "Make an axis of which no position can go"
     return Axis(n, np.zeros((n,1), np.int64))
 
 # %% ../../../nbs/surgery/02_coupling/00_labels.ipynb #00000007
@@ -64,7 +64,7 @@ class Labels:
     def fresh(self,
         n:int, # How many
     )->np.ndarray:
-        "New labels as rows `(n, 1)`"
+        "Make new labels as rows `(n, 1)`"
         while self.size+n>len(self.parent):
             for k in ('parent','pinned','why','bound','factors'):
                 a = getattr(self, k)
@@ -77,7 +77,7 @@ class Labels:
 # %% ../../../nbs/surgery/02_coupling/00_labels.ipynb #00000008
 @patch
 def find(self:Labels, a:np.ndarray)->np.ndarray:
-    "The root of each label"
+    "Find the root of each label"
     r = self.parent[a]
     while True:
         up = self.parent[r]
@@ -114,7 +114,7 @@ def pin(self:Labels,
     labels:np.ndarray, # Any shape
     reason:str, # For people; a plan prints it
 ):
-    "Never let these labels go"
+    "Pin labels: they never go"
     roots = self.expand(np.asarray(labels, np.int64).reshape(-1,1))
     roots = roots[(roots>0) & ~self.pinned[roots]]
     if not len(roots): return
@@ -123,14 +123,14 @@ def pin(self:Labels,
 
 @patch
 def pin_axis(self:Labels, a:Axis, reason:str):
-    "Never let a position of this axis go"
+    "Pin an axis: no position of it goes"
     if a.open: a.rows = np.zeros((a.n,1), np.int64)
     elif a.rows.any(): self.pin(a.rows, reason)
 
 # %% ../../../nbs/surgery/02_coupling/00_labels.ipynb #0000000f
 @patch
 def expand(self:Labels, rows:np.ndarray)->np.ndarray:
-    "Roots, every product replaced by its factors; columns that say nothing new are dropped. Not to be written to"
+    "Replace labels by roots, and products by their factors, without columns that say nothing new. Not to be written to"
     if id(rows) not in self._expanded:
         self._expanded[id(rows)] = rows,self._expand(rows)
     return self._expanded[id(rows)][1]
@@ -155,13 +155,13 @@ def _expand(self:Labels, rows):
 def distinct(
     rows:np.ndarray, # (n, k)
 )->np.ndarray:
-    "Without empty and repeated columns"
+    "Drop empty and repeated columns"
     seen = {c.tobytes():i for i,c in reversed(list(enumerate(rows.T))) if c.any()}
     return rows[:,sorted(seen.values())] if seen else rows[:,:1]*0
 
 @patch
 def rows(self:Labels, a:Axis)->np.ndarray:
-    "The expanded rows of an axis; an open one gets labels of its own"
+    "Expand the rows of an axis; an open one gets labels of its own"
     if a.open: a.rows = self.fresh(a.n) if a.n>1 else np.zeros((a.n,1), np.int64)
     if a.of is not None: self.pin(a.of[0].rows, f"{self.here} uses the weight of a grouped convolution")
     return self.expand(a.rows)
@@ -190,14 +190,14 @@ def bind(self:Labels,
 # %% ../../../nbs/surgery/02_coupling/00_labels.ipynb #00000013
 @patch
 def take(self:Labels, a:Axis, index:np.ndarray)->Axis:
-    "The positions `index`, in that order; one that is alone stays, for a dimension cannot be empty"
+    "Take the positions `index`, in that order; one that is alone stays, for a dimension cannot be empty"
     rows = self.rows(a)[index]
     if len(rows)==1: self.pin(rows, f"{self.here} takes it alone")
     return part(Axis(len(rows), rows), a)
 
 @patch
 def cat(self:Labels, axes:list)->Axis:
-    "Axes end to end"
+    "Join axes end to end"
     rows = [self.rows(a) for a in axes]
     k = max(r.shape[1] for r in rows)
     return part(
@@ -205,7 +205,7 @@ def cat(self:Labels, axes:list)->Axis:
 
 @patch
 def merge(self:Labels, axes:list)->Axis:
-    "Axes nested into one, the last the fastest"
+    "Nest axes into one, the last the fastest"
     n,cols,before = int(np.prod([a.n for a in axes])),[],1
     for a in axes:
         r = self.rows(a)
@@ -217,7 +217,7 @@ def merge(self:Labels, axes:list)->Axis:
 # %% ../../../nbs/surgery/02_coupling/00_labels.ipynb #00000014
 @patch
 def split(self:Labels, a:Axis, sizes:list)->list:
-    "One axis as several nested ones, the last the fastest; the inverse of `merge`"
+    "Split one axis into several nested ones, the last the fastest; the inverse of `merge`"
     if len(sizes)==1: return [a]
     outer,rest = self.split2(a, sizes[0])
     return [outer] + self.split(rest, sizes[1:])
@@ -248,7 +248,7 @@ def loosen(self:Labels,
 
 @patch
 def split2(self:Labels, a:Axis, n:int):
-    "An axis of `n·m` positions as an outer of `n` and an inner of `m`"
+    "Split an axis of `n·m` positions into an outer of `n` and an inner of `m`"
     m = a.n//n
     while True:
         rows = self.rows(a)
@@ -301,7 +301,7 @@ def keeps(self:Labels,
     a:Axis, # Any axis
     gone:np.ndarray, # Bool by label root: True has been removed
 )->np.ndarray:
-    "Bool `(n,)`: the positions of which no label is gone"
+    "Find the positions of which no label is gone: bool `(n,)`"
     if a.open: return np.ones(a.n, bool)
     if a.of is not None: return np.arange(a.n)<self.keeps(a.of[0], gone).sum()//a.of[1]
     if isinstance(a, Share): return np.arange(a.n)<self.keeps(a.whole, gone).sum()//a.groups
@@ -312,9 +312,9 @@ class Kept:
     "What stays of each axis when these labels go; found once"
     def __init__(self, l:Labels, gone:np.ndarray): self.l,self.gone,self.seen,self.at = l,gone,{},{}
     def __call__(self, a:Axis)->np.ndarray: "Bool by position"; return self._of(a)[1]
-    def count(self, a:Axis)->int: "Number of positions"; return a.n if a.open else self._of(a)[2]
+    def count(self, a:Axis)->int: "Count positions"; return a.n if a.open else self._of(a)[2]
     def indices(self, a:Axis)->tuple:
-        "Which positions; the same tuple for all axes of these labels"
+        "List positions; the same tuple for all axes of these labels"
         if a.open: return tuple(range(a.n))
         if (k := id(a.rows)) not in self.at: self.at[k] = tuple(np.flatnonzero(self(a)).tolist())
         return self.at[k]

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..capture.trace import Trace
 from .labels import Axis, Labels
-from .rules import Site, tensors_of
+from .rules import OpCall, tensors_of
 
 # %% ../../../nbs/surgery/02_coupling/02_shuffle.ipynb #00000005
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ def shuffled(
     n:int, # Number of positions
     groups:int,
 )->np.ndarray: # Where each position came from
-    "A channel shuffle"
+    "Shuffle channels"
     return np.arange(n).reshape(groups, -1).T.ravel()
 
 def key_of(
     l:Labels,
     a:Axis,
 )->bytes|None: # Nothing where a position cannot go, or has several labels
-    "The labels of an axis in order, to know it by"
+    "Give the labels of an axis in order, to know it by"
     if a.open: return None
     rows = l.expand(a.rows)
     return rows.tobytes() if rows.shape[1]==1 and (rows>0).all() and not l.pinned[rows].any() else None
@@ -48,7 +48,7 @@ views = ('view', '_unsafe_view', 'reshape', '_reshape_alias')
 def shuffles(
     t:Trace,
 )->dict: # Index of an operator → (dimension, groups, index of the operator that made the table; None for that one itself)
-    "Where channels are shuffled"
+    "Find where channels are shuffled"
     made = [(n, i) for n in t.nodes
         if n.op in views and (i := _table(t.shapes[n.args[0].id], t.shapes[n.outs[0].id])) is not None]
     uses,res = {},{}
@@ -69,7 +69,7 @@ def _back(t, n, uses, i, shape): # Index of the operator that makes a row of the
         if len(uses.get(n.outs[0].id, ()))==1 and n.outs[0] not in t.outputs else None)
     m,k = alone(n),len(shape)+1
     if m is None or m.op not in ('transpose','permute'): return
-    s = Site(m, t, {})
+    s = OpCall(m, t, {})
     dims = list(range(k))
     dims[i],dims[i+1] = i+1,i
     if [d%k for d in s['dims']]!=dims if m.op=='permute' else {s['dim0']%k,s['dim1']%k}!={i,i+1}: return
@@ -121,7 +121,7 @@ def flow_of(
     l:Labels,
     steps:list, # `Step`s that hang together
 )->Flow|None: # None where the channels do more than that
-    "The flow of some steps"
+    "Find the flow of some steps"
     keys = [(s.op, tuple(key_of(l, a) for a in s.sources), tuple(key_of(l, a) for a in s.results), s.groups)
         for s in steps]
     if any(None in (*s,*r) for _,s,r,_ in keys): return None
@@ -139,7 +139,7 @@ def connected(
     l:Labels,
     steps:list, # All `Step`s of a network
 )->list: # Lists of steps
-    "Those that hang together and shuffle"
+    "Find steps that hang together and shuffle"
     parts = []
     for s in steps:
         ks = {k for a in (*s.sources,*s.results) if (k := key_of(l, a)) is not None} or {id(s)}
@@ -153,7 +153,7 @@ def connected(
 def at(self:Flow,
     n:int, # Channels that each layer keeps
 )->np.ndarray|None: # None where that is not possible
-    "How many channels of each kind there are"
+    "Count the channels of each kind"
     if n not in self._at:
         axes,res = self.run(n),None
         if axes is not None:
@@ -171,7 +171,7 @@ def choose(self:Flow,
     score:np.ndarray, # By number of the channel; high = keep
     round_to:int=1, # A multiple of this, or all
 )->np.ndarray: # Bool, True = stays
-    "The best of each kind"
+    "Choose the best of each kind"
     n = next(k for k in range(max(n, 1), self.width+1) if k==self.width or k%round_to==0 and self.at(k) is not None)
     return self._best(self.at(n), score)
 
@@ -179,7 +179,7 @@ def choose(self:Flow,
 def cover(self:Flow,
     keep:np.ndarray, # Bool by number of the channel: must stay
 )->np.ndarray:
-    "As few as possible with all of these"
+    "Cover all of these with as few as possible"
     must = np.bincount(self.kind[keep], minlength=len(self.kinds))
     least = max(1, -(-int(keep.sum())//self.shares.sum()))
     n = next(k for k in range(least, self.width+1) if self.at(k) is not None and (self.at(k)>=must).all())
@@ -197,7 +197,7 @@ def _best(self:Flow, counts, score): # Of each kind so many; of equals the later
 def order(self:Flow,
     keep:np.ndarray, # Bool by number of the channel
 )->dict|None: # Key of each axis → the labels that stand there afterwards; None if these cannot stay
-    "How those stand that stay"
+    "Order those that stay"
     n = int(keep.sum())//int(self.shares.sum())
     counts = self.at(n) if n else None
     if counts is None or not np.array_equal(np.bincount(self.kind[keep], minlength=len(self.kinds)), counts):

@@ -44,12 +44,12 @@ class Witness:
 
     @property
     def shapes(self)->tuple:
-        "Of the tensors that it was called with"
+        "List the shapes of the tensors that it was called with"
         return tuple(self.trace.shapes[r.id] for r in self.trace.inputs)
 
     @property
     def shapes_text(self)->str:
-        "In words: 2×3×32×32"
+        "Write the shapes in words: 2×3×32×32"
         return ' and '.join('×'.join(map(str, s)) for s in self.shapes)
 
 # %% ../../../nbs/surgery/02_coupling/05_witness.ipynb #00000006

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 def plain_optimizer(
     optimizer, # Of torch or fastai, or one with another inside, as fastai's `OptimWrapper` and `Lookahead`
 ): # The innermost
-    "The optimizer that holds the state"
+    "Find the optimizer that holds the state"
     while hasattr(inner := getattr(optimizer, 'opt', None), 'state'): optimizer = inner
     return optimizer
 
@@ -31,7 +31,7 @@ def _layers(optimizer): # From the outside in
 def param_lists(
     optimizer,
 )->list: # The lists themselves, not copies
-    "The parameters of each group of an optimizer"
+    "List the parameters of each group of an optimizer"
     opt = plain_optimizer(optimizer)
     return list(opt.param_lists) if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]
 
@@ -47,7 +47,7 @@ def follows(
     shape:tuple, # Of the parameter
     dims:tuple, # Dimensions of the parameter that are cut
 )->dict|None: # Dimension of the parameter → dimension of the state; None where it is not known
-    "Which dimensions of a state follow which dimensions of its parameter"
+    "Find which dimensions of a state follow which dimensions of its parameter"
     state,shape = tuple(state),tuple(shape)
     if all(n==1 for n in state) and state!=shape: return {}
     if len(state)==len(shape):
@@ -96,7 +96,7 @@ def taken(
     e, # An `Edit`
     dim:int|None=None, # Dimension of `t`; None is that of the edit
 )->Tensor:
-    "The positions that stay; of a grouped weight, those of each group"
+    "List the positions that stay; of a grouped weight, those of each group"
     dim = e.dim if dim is None else dim
     if not getattr(e, 'others', ()) or dim==0: return t.index_select(dim, _index(e.keep, t.device))
     groups = (e.keep, *e.others)
@@ -107,7 +107,7 @@ def sliced(
     edits:list, # `Edit`s
     to:dict|None=None, # Dimension of an edit → dimension of `t`, for those that are there; None is the same
 )->Tensor:
-    "A copy of `t` with only the kept positions"
+    "Copy `t` with only the kept positions"
     channels_last = t.dim()==4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
     for e in edits:
         d = e.dim if to is None else to.get(e.dim)

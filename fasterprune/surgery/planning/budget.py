@@ -43,13 +43,13 @@ class Budget:
 
     @property
     def given(self)->dict:
-        "What is limited"
+        "List what is limited"
         return {f.name:v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
     def limits(self,
         whole:dict, # Cost of the original
     )->dict:
-        "The largest cost of each kind that is in `whole`"
+        "Compute the largest cost of each kind that is in `whole`"
         return {
             k: v if v>1 or isinstance(v, Integral) and v!=1 else float(v)*whole[k]
             for k,v in self.given.items() if k in whole}
@@ -66,27 +66,27 @@ def within(
     "Remove the fewest units, lowest scores first, so that the rest is within a budget"
     costs = costs or Costs(c, [k for k in kinds if k in budget.given])
     whole,blocks = costs(np.zeros(c.labels.size, bool)),ranked(
-        scores, min_keep=min_keep, parts={n:c.by_name[n].even for n in scores}, **how)
+        scores, min_keep=min_keep, parts={n:c.by_name[n].equal_units for n in scores}, **how)
     limits,label = budget.limits(whole),[c.by_name[n].labels[u] for n,u in blocks]
     def gone(k):
         g = np.zeros(c.labels.size, bool)
         if k: g[np.concatenate(label[:k])] = True
         return g
-    fits = lambda g: all(v<=limits[k] for k,v in costs(_arranged(c, g, scores, how)).items() if k in limits)
+    fits = lambda g: all(v<=limits[k] for k,v in costs(_balanced(c, g, scores, how)).items() if k in limits)
     if not fits(gone(len(blocks))):
         raise ValueError(_unmet(limits, whole, costs(gone(len(blocks))), dict(min_keep=min_keep, **how)))
     lo,hi = 0,len(blocks)
     while lo<hi:
         k = (lo+hi)//2
         lo,hi = (lo,k) if fits(gone(k)) else (k+1,hi)
-    g = _arranged(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
+    g = _balanced(c, _put_back(gone(lo), [(n,l) for (n,_),l in zip(blocks[:lo], label)], fits), scores, how)
     return {n: ~g[c.by_name[n].labels] for n in scores}
 
 # Where code shuffles channels, others go; some come back where a width must stay larger
-def _arranged(c, gone, scores, how):
+def _balanced(c, gone, scores, how):
     flows = [c.by_name[n] for n in scores if c.by_name[n].flow is not None]
     g = gone.copy() if flows else gone
-    for f in flows: g[f.labels] = ~f.arranged(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))
+    for f in flows: g[f.labels] = ~f.balance(~gone[f.labels], scores[f.name].cpu(), how.get('round_to', 1))
     return wider(c, g, score_of(c, scores)) if c.labels.smaller else g
 
 def _put_back(g, removed, fits):

@@ -6,8 +6,8 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/04_planning/plan.html.md
 
 # %% auto #0
 __all__ = ['plan_version', 'Cut', 'Edit', 'Attr', 'Fold', 'Plan', 'check_values', 'size_text', 'with_branches', 'fold_targets',
-           'uses_of', 'folds_of', 'taker', 'total', 'signed', 'wider', 'spare', 'dead_and_spared', 'cuts_of',
-           'with_code', 'make_plan', 'score_of', 'widened', 'labels_of']
+           'uses_of', 'folds_of', 'fold_tensor', 'checksum', 'with_checksums', 'wider', 'ensure_nonempty',
+           'dead_and_spared', 'cuts_of', 'with_code', 'make_plan', 'score_of', 'widened', 'labels_of']
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #00000002
 from collections import Counter
@@ -21,11 +21,11 @@ from ...core import module_of
 from ..capture.adapters import ADAPTERS
 from ..capture.trace import Ref
 from ..analysis.branch import Branch
-from ..coupling.domain import Read
+from ..coupling.domain import Reader
 from ..coupling.couple import Coupling
 from ..coupling.labels import Kept
-from ..analysis.dead import Facts, dead_labels
-from ..coupling.rules import Site
+from ..analysis.dead import ReaderFacts, dead_labels
+from ..coupling.rules import OpCall
 from .source import Recoded
 from .values import checked, from_text, to_text
 
@@ -75,7 +75,7 @@ class Plan:
     recoded:tuple[Recoded,...]=() # Modules whose source says other sizes, or that run in an adapter
     pins:tuple[tuple[str,int,int,str],...]=() # (layer, positions that stay, of how many, reason)
     mixed:tuple[tuple[str,str],...]=() # (group, operator): removing units here changes the statistics of others
-    held:tuple[tuple[str,int,str],...]=() # (group, units, reason): they are silent, and stay
+    dead_but_kept:tuple[tuple[str,int,str],...]=() # (group, units, reason)
     # (layer, size of its kernel before, after), where rows or columns of it are cut off
     kernels:tuple[tuple[str,tuple[int,...],tuple[int,...]],...]=()
     branches:tuple[Branch,...]=() # They go before anything is cut; of their parameters, `edits` keep nothing
@@ -85,15 +85,15 @@ class Plan:
     apart:tuple[str,...]=() # Layers that are cut and of which code uses some tensors only: the others stay as they are
 
     @property
-    def removed(self)->int: "Number of units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
+    def removed(self)->int: "Count units that go"; return sum(c.n-len(c.keep) for c in self.cuts)
     @property
-    def units(self)->int: "Number of units that could go"; return sum(c.n for c in self.cuts)
+    def units(self)->int: "Count units that could go"; return sum(c.n for c in self.cuts)
     @property
-    def slices(self)->tuple: "The edits of parameters that stay"; return tuple(e for e in self.edits if e.keep)
-    def to_json(self)->str: "As text; `Plan.from_json` reads it"; return to_text(self, plan_version)
+    def slices(self)->tuple: "List the edits of parameters that stay"; return tuple(e for e in self.edits if e.keep)
+    def to_json(self)->str: "Write as text; `Plan.from_json` reads it"; return to_text(self, plan_version)
     @classmethod
     def from_json(cls, text:str)->'Plan':
-        "The plan that was written by `to_json`"
+        "Read the plan that was written by `to_json`"
         return check_values(from_text(cls, text, plan_version))
 
 plan_version = 1 # of the text; a plan that says other things than before has the next one
@@ -168,11 +168,11 @@ def _named(plan): # What must be there once
         'module of a branch':[g.module for b in plan.branches for g in b.modules]}
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #00000008
-def size_text(shape:tuple)->str: "A shape in words: 3×3"; return '×'.join(map(str, shape))
+def size_text(shape:tuple)->str: "Write a shape in words: 3×3"; return '×'.join(map(str, shape))
 
 @patch
 def rows(self:Plan)->list[tuple]:
-    "(group, units before, units after) for each group that changes"
+    "List (group, units before, units after) for each group that changes"
     return [(c.name, c.n, len(c.keep)) for c in self.cuts if len(c.keep)<c.n]
 
 @patch
@@ -189,15 +189,15 @@ def __repr__(self:Plan):
         + [f"  {n:<{w}}  kernel {size_text(a)} → {size_text(b)}" for n,a,b in self.kernels])
     pins = [f"  {n:<{w}}  {k} of {a} stay: {why}" for n,k,a,why in self.pins]
     mixed = [f"  {n:<{w}}  statistics change, so this is not equal to the model before: {why}" for n,why in self.mixed]
-    held = [f"  {n:<{w}}  {k} are silent and stay: {why}" for n,k,why in self.held]
+    kept = [f"  {n:<{w}}  {k} are dead, but kept: {why}" for n,k,why in self.dead_but_kept]
     unseen = [f"  {n:<{w}}  did not run, is not cut along, and may not fit any more" for n in self.unseen]
-    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *held, *unseen])
+    return '\n'.join([head, *gone, *cuts, *pins, *mixed, *kept, *unseen])
 
 def with_branches(
     plan:Plan, # Of the model without them
     branches, # `Branch`es
 )->Plan:
-    "A plan by which branches go first"
+    "Add branches to a plan, which go first"
     return replace(plan, branches=tuple(branches),
         edits=tuple(Edit(name, 0, n, ()) for b in branches for name,n in b.params)+plan.edits)
 
@@ -205,7 +205,7 @@ def with_branches(
 def diff(self:Plan,
     other:Plan, # Of the same model
 )->dict:
-    "Group name → (units that only stay here, units that only stay there)"
+    "Compare two plans: group name → (units that only stay here, units that only stay there)"
     a,b = ({c.name:set(c.keep) for c in p.cuts} for p in (self, other))
     return {k:(sorted(a.get(k, set())-b.get(k, set())), sorted(b.get(k, set())-a.get(k, set())))
         for k in {**a, **b} if a.get(k)!=b.get(k)}
@@ -214,22 +214,22 @@ def diff(self:Plan,
 def fold_targets(
     c:Coupling,
 )->list: # For each read (kind, name), or None where only zeros can be folded
-    "Where the constants that are read at each place can go"
+    "Find where the constants that are read at each place can go"
     uses,runs = uses_of(c),Counter((c.run_of(n.index), n.module, n.op) for n in c.labels.trace.nodes)
     return [_target(c, r, uses, runs) for r in c.labels.reads]
 
 def uses_of(
     c:Coupling,
 )->dict: # Tensor of the trace → nodes
-    "Who uses each tensor"
+    "Find who uses each tensor"
     res = {}
     for n in c.labels.trace.nodes:
-        for r in set(Site(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
+        for r in set(OpCall(n, c.labels.trace, c.labels.env).tensors): res.setdefault(r, []).append(n)
     return res
 
 def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     t,node = c.labels.trace,c.labels.trace.nodes[r.node]
-    s = Site(node, t, c.labels.env)
+    s = OpCall(node, t, c.labels.env)
     once = lambda ref: (ref is not None and t.name_of(ref)
         and len(uses[ref])==len({c.run_of(n.index) for n in uses[ref]})) # once in each run
     bias = s['bias'] if 'convolution' in node.op else s['self'] if node.op=='addmm' else None
@@ -238,7 +238,7 @@ def _target(c, r, uses, runs): # runs: how often an operator runs in a module
     if node.op not in ('mm','convolution'): return None
     behind = uses.get(node.outs[0], [])
     if len(behind)==1 and 'batch_norm' in behind[0].op and node.outs[0] not in t.outputs:
-        mean = Site(behind[0], t, c.labels.env)['running_mean']
+        mean = OpCall(behind[0], t, c.labels.env)['running_mean']
         if once(mean): return ('mean', t.name_of(mean))
     m = c.model.get_submodule(node.module)
     if (runs[c.run_of(node.index),node.module,node.op]==1
@@ -252,7 +252,7 @@ def folds_of(
     targets:list, # From `fold_targets`
     gone:np.ndarray, # By label
 )->tuple:
-    "The constants of removed channels, added up at their readers"
+    "Add up the constants of removed channels at their readers"
     total,seen = {},set()
     for i,r in enumerate(c.labels.reads):
         f,to = facts.get(i),targets[i]
@@ -264,32 +264,33 @@ def folds_of(
         if not v.any(): continue
         k = np.einsum('goi,gi->go', f.fold, v.reshape(f.fold.shape[0], -1)).reshape(-1)
         total[to] = total.get(to, 0)+k
-    return signed(c.model, tuple(Fold(kind, name, tuple(k.tolist())) for (kind,name),k in total.items()))
+    return with_checksums(c.model, tuple(Fold(kind, name, tuple(k.tolist())) for (kind,name),k in total.items()))
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #0000000d
-def taker(
+def fold_tensor(
     model:nn.Module,
     kind:str, # As in a `Fold`
     name:str,
 )->Tensor:
-    "The tensor that a constant goes to: a bias, a running mean, or the weight of a layer that gets a bias"
+    "Find the tensor that a constant goes to: a bias, a running mean, or the weight of a layer that gets a bias"
     if kind=='new': return model.get_submodule(name).weight
     m,k = module_of(model, name)
     return getattr(m, k)
 
-def total(
+def checksum(
     t:Tensor,
 )->float:
-    "The sum of a tensor in double precision, without a copy of all of it"
+    "Sum a tensor in double precision, without a copy of all of it"
     t = t.detach()
     return sum(p.double().sum().item() for p in t.split(max(1, (1<<20)//max(t[:1].numel(), 1))))
 
-def signed(
+def with_checksums(
     model:nn.Module,
     folds:tuple, # `Fold`s
 )->tuple:
-    "The same, and each knows the sum of what is there now"
-    return tuple(f if f.seen is not None else replace(f, seen=total(taker(model, f.kind, f.name))) for f in folds)
+    "Give each fold the sum of what is there now"
+    of = lambda f: checksum(fold_tensor(model, f.kind, f.name))
+    return tuple(f if f.seen is not None else replace(f, seen=of(f)) for f in folds)
 
 # %% ../../../nbs/surgery/04_planning/04_plan.ipynb #0000000f
 def wider(
@@ -307,7 +308,7 @@ def wider(
         gone[rows[order[:max(short, 0)]]] = False
     return gone
 
-def spare(
+def ensure_nonempty(
     c:Coupling,
     gone:np.ndarray, # By label
 )->np.ndarray:
@@ -319,11 +320,11 @@ def spare(
     for a in {id(a.rows):a for i in c.trace.names for a in l.env[i] if not a.open}.values():
         # asked again: another may have saved it
         if a.n and not kept.count(a) and not l.keeps(a, gone).any(): gone[l.expand(a.rows)[0]] = False
-    for a in [a for *_,parts in l.even for a in parts]:
+    for a in [a for *_,parts in l.equal_parts for a in parts]:
         if not l.keeps(a, gone).any(): gone[l.rows(a)[0]] = False
     for g in c.groups:
         if g.flow is not None and gone[g.labels].any(): gone[g.flow.labels] = ~g.flow.cover(~gone[g.flow.labels])
-    while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.even]): pass
+    while any([_evened(gone, g, units) for g in c.groups if g.flow is None for units in g.equal_units]): pass
     return wider(c, gone)
 
 def _evened(gone, g, parts): # Leave each part as many as the others; was there anything to leave?
@@ -337,11 +338,11 @@ def dead_and_spared(
     facts:dict, # From `observe`
     foldable:list, # As for `dead_labels`
 )->np.ndarray: # By label: True = goes
-    "Find what is dead, again whenever `spare` gives something back: what such a unit reads is needed"
+    "Find what is dead, again whenever `ensure_nonempty` gives something back: what such a unit reads is needed"
     stay = np.zeros(c.labels.size, bool)
     while True:
         gone = dead_labels(c, facts, foldable, stay=stay)
-        back = gone&~spare(c, gone)
+        back = gone&~ensure_nonempty(c, gone)
         if not back.any(): return gone
         stay |= back
 
@@ -351,7 +352,7 @@ def cuts_of(
     gone:np.ndarray, # By label: these go
     folds:tuple=(), # `Fold`s
 )->Plan:
-    "Which positions of which parameters stay when these labels go"
+    "Find which positions of which parameters stay when these labels go"
     l,kept = c.labels,Kept(c.labels, gone)
     cuts = tuple(Cut(g.name, g.n, tuple(np.flatnonzero(~gone[g.labels]).tolist())) for g in c.groups)
     edits,order = [],{}
@@ -374,7 +375,7 @@ def with_code(
     attrs:dict, # Module path → {attribute: value}
     recoded:tuple=(), # `Recoded`s
 )->Plan:
-    "The same plan, and what changes in code that has sizes written in it"
+    "Add to a plan what changes in code that has sizes written in it"
     new = tuple(Attr(m, k, v) for m,values in attrs.items() for k,v in values.items())
     cut,types = {e.param.rpartition('.')[0] for e in plan.edits},dict(c.model.named_modules())
     # these can be smaller in their adapter only
@@ -417,7 +418,7 @@ def score_of(
     c:Coupling,
     scores:dict, # Group name → a number for each unit
 )->np.ndarray: # By label; infinite where there is none
-    "The scores of units, by their labels"
+    "Give the scores of units, by their labels"
     res = np.full(c.labels.size, np.inf)
     for n,s in scores.items(): res[c.by_name[n].labels] = np.asarray(s.cpu(), float)
     return res
@@ -427,7 +428,7 @@ def widened(
     keep:dict, # Group name → bool by unit: stays
     scores:dict, # Group name → a number for each unit
 )->dict: # The same, and what `wider` gives back
-    "What stays, where a width must stay larger than another"
+    "Keep more, where a width must stay larger than another"
     if not c.labels.smaller: return keep
     gone = wider(c, labels_of(c, keep), score_of(c, scores))
     return {n:~gone[c.by_name[n].labels] for n in keep}
@@ -436,7 +437,7 @@ def labels_of(
     c:Coupling,
     keep:dict, # Group name → bool or indices of the units that stay
 )->np.ndarray: # By label: True = goes
-    "Labels of the units that are not kept"
+    "Mark the labels of the units that are not kept"
     gone = np.zeros(c.labels.size, bool)
     for name,k in keep.items():
         if name not in c.by_name: raise ValueError(f"no group {name!r}; the groups are {', '.join(c.by_name)}")

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ...allocation import allocate, check_allocation
-from ...core import PruningWarning, no_such
+from ...core import PruningWarning, unknown_name
 from ...criteria import norm, correlation, activation, information, taylor, curvature # registers the criteria
 from ...criteria.base import Criterion, as_criterion, ranking, reductions
 from ...criteria.normalize import as_normalizer
 from ...criteria.evidence import Evidence
 from .budget import Budget, within
-from ..analysis.scores import alike, check_where, evidence_for, group_scores, sides
+from ..analysis.scores import isomorphic_sets, check_where, evidence_for, group_scores, sides
 from ..analysis.cost import unit_costs
 from ..coupling.groups import Group
 from ..coupling.couple import Coupling
@@ -68,10 +68,10 @@ class Selection:
             raise ValueError(
                 f"min_keep is at least 1 for pruning, not {self.min_keep!r}: a layer without channels is not a layer")
         if self.per is not None and self.per not in currencies:
-            raise ValueError(f"per: {no_such('cost', self.per, currencies)}, or None for scores as they are")
+            raise ValueError(f"per: {unknown_name('cost', self.per, currencies)}, or None for scores as they are")
         if self.normalizer is not None: as_normalizer(self.normalizer)
         if self.reduce is not None and self.reduce not in reductions:
-            raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
+            raise ValueError(f"reduce: {unknown_name('reduction', self.reduce, reductions)}")
         if self.per is not None and self.criterion.selector:
             raise ValueError(
                 f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; "
@@ -81,12 +81,12 @@ class Selection:
 
     @property
     def caps(self)->dict:
-        "What no group may lose"
+        "List what no group may lose"
         return dict(min_keep=self.min_keep, max_ratio=self.max_ratio, round_to=self.round_to)
 
     @property
     def normal(self):
-        "The normaliser of a ranking over several groups; None within one"
+        "Give the normaliser of a ranking over several groups; None within one"
         if self.budget is None and self.context=='local': return None
         return ranking(
             self.criterion, self.normalizer, alike=self.context=='isomorphic',
@@ -149,7 +149,7 @@ def layers_with(
     g:Group,
     role:str, # 'write' or 'read'
 )->tuple: # Names
-    "The layers that write a group, or read it"
+    "List the layers that write a group, or read it"
     return tuple(dict.fromkeys(m.param.rpartition('.')[0] or m.param for m in g.role(role)))
 
 def groups_named(
@@ -176,14 +176,14 @@ def groups_of(
     name:str, # As for `groups_named`
     role:str='write', # The same
 )->tuple: # (`Group`s, is it the name of a block?)
-    "What a name means in a model; refuses one that means nothing, and says why"
+    "Find what a name means in a model; refuses one that means nothing, and says why"
     found = groups_named(c.groups, name, role)
     if found[0]: return found
     layers = {n for n in c.trace.names.values() if n.startswith(f"{name}.")}
     if role=='read' and layers: raise ValueError(_reads_what_stays(name))
     for layer,_,_,why in c.pins():
         if layer==name or layer.startswith(f"{name}."): raise ValueError(f"{name!r} cannot be pruned: {why}")
-    raise ValueError(no_such('group', name, list(c.by_name)))
+    raise ValueError(unknown_name('group', name, list(c.by_name)))
 
 def _reads_what_stays(name):
     zeros = (f"Sparsifier(model, x, granularity='shared_kernel').sparsify({{{name!r}: .5}}) "
@@ -196,7 +196,7 @@ def fractions_by_group(
     find:Callable, # Name → (names of groups, is it the name of a block?)
     verb:str='writes', # What a layer does to the channels that its name means
 )->dict: # Name of group → fraction
-    "What the names of a sparsity mean: a layer counts before its block, a block before one that is around it"
+    "Find what the names of a sparsity mean: a layer counts before its block, a block before one around it"
     res = {}
     for n,v in sparsity.items():
         names,block = find(n)
@@ -215,7 +215,7 @@ def shares_of(
     c:Coupling,
     how:Selection,
 )->list|None: # For each group that is named (its labels, fraction); None where none is
-    "What the names of a choice mean"
+    "Find what the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
     def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
     return [
@@ -231,7 +231,7 @@ def per_cost(
     cost:Tensor, # What each unit costs
     name:str, # Of the group
 )->Tensor: # A unit that costs nothing goes last
-    "Importance per cost"
+    "Compute importance per cost"
     if (s<0).any():
         raise ValueError(
             f"per= divides importances by costs, and those of {name!r} go down to {s.min().item():.4g}; "
@@ -246,7 +246,7 @@ def scores_for(
     pooled:dict|None=None, # As for `group_scores`
     keep:dict|None=None, # For a selector: group name → units that stay
 )->dict[str,Tensor]: # Group name → scores that can be ranked in the choice's context
-    "Scores as a choice ranks them"
+    "Compute scores as a choice ranks them"
     scores = group_scores(
         model, groups, how.criterion, granularity=how.granularity, pooled=pooled, evidence=how.evidence,
         reduce=how.reduce, keep=keep)
@@ -263,32 +263,32 @@ def choose(
     shares:list|None=None, # From `shares_of`, before anything was pinned; None looks names up now
     pooled:dict|None=None, # As for `group_scores`
 )->dict: # Group name → bool, True = stays
-    "The units that stay, by a criterion"
+    "Choose the units that stay, by a criterion"
     share = how.sparsity
     if isinstance(share, dict):
         share = _by_group(c, shares_of(c, how) if shares is None else shares)
         if not share: return {}
         groups = [c.by_name[n] for n in share]
     else: groups = [g for g in c.groups if g.primary]
-    parts,classes = {g.name:g.even for g in groups},{g.name:g.classes for g in groups}
+    parts,classes = {g.name:g.equal_units for g in groups},{g.name:g.classes for g in groups}
     keep = {n:int(k.sum()) for n,k in allocate(
         {g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps,
     ).items()} if how.criterion.selector else None
     scores,sets = (
         scores_for(model, c, groups, how, pooled, keep),
-        alike(model, groups) if how.context=='isomorphic' else None)
+        isomorphic_sets(model, groups) if how.context=='isomorphic' else None)
     if how.budget is not None:
         return within(
             c, scores, how.budget, costs=costs, context='isomorphic' if sets else 'global', sets=sets, **how.caps)
     stays = allocate(scores, share, context=how.context, sets=sets, parts=parts, classes=classes, **how.caps)
-    stays = {n:c.by_name[n].arranged(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
+    stays = {n:c.by_name[n].balance(k.numpy(), scores[n].cpu(), how.round_to) for n,k in stays.items()}
     return widened(c, stays, scores)
 
 # %% ../../../nbs/surgery/04_planning/06_selection.ipynb #00000010
 def nearly_emptied(
     plan:Plan,
 )->list: # `Cut`s
-    "The groups that keep next to nothing while others stay"
+    "Find the groups that keep next to nothing while others stay"
     kept = sum(len(k.keep) for k in plan.cuts)/max(sum(k.n for k in plan.cuts), 1)
     few = lambda k: len(k.keep)<.1*k.n or len(k.keep)==1 and k.n>=4
     return [k for k in plan.cuts if few(k) and len(k.keep)/k.n<kept/3]
@@ -313,7 +313,7 @@ def layers_of(
     specs, # A name or type of layers, or several; None is None
     what:str, # Name of the argument, for errors
 )->list|None: # Names of modules and parameters
-    "Layers by name or type"
+    "Find layers by name or type"
     if specs is None: return None
     modules = dict(model.named_modules(remove_duplicate=False))
     names,res = {n for n in modules if n} | {n for n,_ in model.named_parameters()},[]
@@ -325,8 +325,8 @@ def layers_of(
         if not found and isinstance(s, type):
             raise ValueError(
                 f"{what}: "
-                f"{no_such('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n}))}")
-        if not found: raise ValueError(f"{what}: {no_such('layer', s, sorted(names))}")
+                + unknown_name('layer of type', s.__name__, sorted({type(m).__name__ for n,m in modules.items() if n})))
+        if not found: raise ValueError(f"{what}: {unknown_name('layer', s, sorted(names))}")
         res += found
     return res
 
@@ -334,7 +334,7 @@ def is_of(
     g:Group,
     names:list, # From `layers_of`
 )->bool:
-    "Is a group written by one of these layers, or by one inside them?"
+    "Tell whether a group is written by one of these layers, or by one inside them"
     return any(l==n or l.startswith(f"{n}.") for l in g.layers for n in names)
 
 def groups_left(
@@ -343,6 +343,6 @@ def groups_left(
     only=None, # Names or types of layers; None is all
     ignore=None, # The same, to leave out
 )->list: # `Group`s that can be chosen from: one for each way in which channels can be divided
-    "The groups that a pruner chooses from, as far as these names leave them"
+    "Find the groups that a pruner chooses from, as far as these names leave them"
     only,ignore = layers_of(model, only, 'only'),layers_of(model, ignore, 'ignore') or ()
     return [g for g in groups if g.primary and (only is None or is_of(g, only)) and not is_of(g, ignore)]

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..capture.trace import Call, Ref
-from ..coupling.domain import Read
+from ..coupling.domain import Reader
 from ..coupling.couple import Coupling
 from ..coupling.labels import Axis, Kept
 from ..coupling.rules import tensors_of
 from ..analysis.dead import AVERAGES
 from .divisors import EXACT
-from .source import NoSource, Recoded, Site, edited, site_of
+from .source import NoSource, Recoded, SourceSite, edited, site_of
 from ..coupling.witness import Witness
 
 # %% ../../../nbs/surgery/04_planning/03_sizes.ipynb #00000005
@@ -84,7 +84,7 @@ makers = ('zeros', 'ones', 'empty', 'full', 'new_zeros', 'new_ones', 'new_empty'
 def implicit_scale(
     call:Call, # Of `scaled_dot_product_attention`
 )->bool:
-    "Does PyTorch make the scale from the width of the heads?"
+    "Tell whether PyTorch makes the scale from the width of the heads"
     return (call.kwargs.get('scale') if len(call.args)<7 else call.args[6]) is None
 
 
@@ -249,7 +249,7 @@ class Place:
     name:str # Of the function that was called
     func:object
     n_args:int
-    site:Site|None=None # None while nothing deviates
+    site:SourceSite|None=None # None while nothing deviates
     why:str='' # Why it cannot be changed
     said:list=field(default_factory=list) # A list of `Want`s for each call
     part:tuple|None=None # Of a norm that keeps its divisor
@@ -407,7 +407,7 @@ def _bound(node, slot):
 
 def changes_at(
     p:Place,
-)->list: # (`Site`, (kind, expression, values))
+)->list: # (`SourceSite`, (kind, expression, values))
     "Say what changes in the source so that it says by itself what it should; `NoSource` where nothing would"
     if not p.deviates: return []
     if p.site is None: raise NoSource(p.why)
@@ -512,7 +512,7 @@ def candidates(
     gone, # Bool by label
     module:str, # Path
 )->list[dict]: # Attribute → new value, the likeliest first
-    "Numbers on a module that could be sizes that change"
+    "Find numbers on a module that could be sizes that change"
     l,m = c.labels,c.model.get_submodule(module)
     new,kept = {},Kept(l, gone)
     # of all, where others call its methods
@@ -574,7 +574,7 @@ def keep_divisors(
         for (call,_),e in zip(found, cuts):
             a,_,node,ref,dim,axis = e
             c.exact += (Divisor(call, node, ref, dim, a, before[1] if before else a.n),)
-            l.reads.append(Read(node, ref, dim, axis, a, None, axis.n//a.n))
+            l.reads.append(Reader(node, ref, dim, axis, a, None, axis.n//a.n))
             l.mixed.remove(e)
     if c.exact: c.refresh()
     return c

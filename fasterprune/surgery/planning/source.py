@@ -19,8 +19,8 @@ from .divisors import EXACT
 
 # %% auto #0
 __all__ = ['KINDS', 'Change', 'Edited', 'Recoded', 'NoSource', 'FunctionSource', 'source_of', 'unwrapped', 'method_with', 'Link',
-           'Site', 'expression_at', 'site_of', 'edited', 'rewritten', 'function_of', 'with_inner', 'recode_module_',
-           'recoded', 'recoding_of', 'read_in_forward']
+           'SourceSite', 'expression_at', 'site_of', 'edited', 'rewritten', 'function_of', 'with_inner',
+           'recode_module_', 'recoded', 'recoding_of', 'read_in_forward']
 
 # %% ../../../nbs/surgery/04_planning/02_source.ipynb #00000005
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recoded:
 
     @property
     def changes(self)->list:
-        "Its changes, with those in functions that it calls"
+        "List its changes, with those in functions that it calls"
         res,todo = [],list(self.methods)
         for e in todo: # grows
             res += [c for c in e.changes if c.kind!='call']
@@ -67,10 +67,10 @@ class FunctionSource:
     @property
     def digest(self)->str: return hashlib.sha256(b''.join(self.lines)).hexdigest()[:16]
     def span(self, node:ast.AST)->tuple:
-        "Where an expression stands, in lines of the function"
+        "Say where an expression stands, in lines of the function"
         return node.lineno-self.first, node.col_offset, node.end_lineno-self.first, node.end_col_offset
     def text(self, span:tuple)->str:
-        "What stands there"
+        "Read what stands there"
         a,i,b,j = span
         if a==b: return self.lines[a][i:j].decode()
         return b''.join([self.lines[a][i:], *self.lines[a+1:b], self.lines[b][:j]]).decode()
@@ -164,7 +164,7 @@ class Link:
     form:str=''
 
 @dataclass(frozen=True)
-class Site:
+class SourceSite:
     "A place in the code of a module: the expression, in the function that it stands in, and the calls that lead there"
     module:str # Path of the module whose method it is
     method:str # Name of that
@@ -179,7 +179,7 @@ def expression_at(frame)->ast.AST:
 def site_of(
     frame, # Where a function of PyTorch is called
     paths:dict, # id of a module → its path
-)->Site:
+)->SourceSite:
     "Find the place in a module's code; `NoSource` where there is none that can be changed"
     links,before = [],None
     while frame is not None:
@@ -192,8 +192,8 @@ def site_of(
         before = outer
         m = _first_argument(outer)
         if isinstance(m, nn.Module) and id(m) in paths and (name := method_with(type(m), outer.f_code)):
-            return Site(paths[id(m)], name, tuple(links))
-        if (held := _held_by(outer, paths)) is not None: return Site(*held, tuple(links))
+            return SourceSite(paths[id(m)], name, tuple(links))
+        if (held := _held_by(outer, paths)) is not None: return SourceSite(*held, tuple(links))
         frame = next((f for f in _up(outer.f_back) if not _is_torch(f)), None)
         if frame is None or outer.f_back.f_code.co_name=='_call_impl': break
     raise NoSource(f"{links[-1].code.co_name if links else 'the code'} is no method of a module's class")
@@ -249,7 +249,7 @@ def _first_argument(frame):
 
 # %% ../../../nbs/surgery/04_planning/02_source.ipynb #0000000b
 def edited(
-    changes:list, # ((`Site`), `Change` of its expression) of one module
+    changes:list, # ((`SourceSite`), `Change` of its expression) of one module
 )->tuple: # `Edited` for each method
     "Arrange changes by the functions that they stand in; `NoSource` where one cannot be reached"
     methods = {}
@@ -515,7 +515,7 @@ def with_inner(
     inner:types.FunctionType, # One that it wraps
     new:types.FunctionType, # What shall run instead
 ):
-    "The same method around another function"
+    "Wrap the same method around another function"
     if f is inner: return new
     if isinstance(f, (staticmethod, classmethod)): return type(f)(with_inner(f.__func__, inner, new))
     cells = tuple(types.CellType(with_inner(c.cell_contents, inner, new)) if _leads(c, inner) else c
@@ -594,7 +594,7 @@ def _again(base, stages): # An instance without its state
 def read_in_forward(
     cls:type, # Of a module
 )->set: # Names
-    "What the code may look up that runs when a module of this class is called"
+    "Find what the code may look up that runs when a module of this class is called"
     names,seen,todo = set(),set(),[getattr(cls, 'forward', None)]
     for f in todo: # grows
         f = getattr(f, 'fget', None) or getattr(f, '__func__', None) or getattr(f, '__wrapped__', None) or f

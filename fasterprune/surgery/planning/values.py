@@ -80,14 +80,14 @@ def to_text(
     value, # A dataclass
     version:int, # Of its format
 )->str:
-    "A value as JSON, with its name, a version and a digest"
+    "Write a value as JSON, with its name, a version and a digest"
     d = asdict(value)
     return json.dumps(dict(format=type(value).__name__, version=version, digest=digest(d), **d), allow_nan=False)
 
 def digest(
     d:dict, # As it goes into the text
 )->str:
-    "What is the same for the same content only"
+    "Compute what is the same for the same content only"
     return hashlib.sha256(json.dumps(d, sort_keys=True, separators=(',',':')).encode()).hexdigest()[:16]
 
 def from_text(
@@ -95,7 +95,7 @@ def from_text(
     text:str, # From `to_text`
     version:int, # Of the format that is understood
 ):
-    "The value that was written; or a `ValueError` that says why not"
+    "Read the value that was written; or a `ValueError` that says why not"
     what = f"this text is no {cls.__name__} that can be read"
     if not isinstance(text, (str,bytes)):
         raise TypeError(f"a {cls.__name__} is read from the text that `to_json` gave, not from {type(text).__name__}; "

@@ -23,7 +23,7 @@ def inputs_of(
     model:nn.Module, # Says the names of its arguments, and the device
     n_inp:int|None=None, # How many items of a list the model takes; None is all but the last
 )->tuple: # A tuple and a dict for `model(*args, **kwargs)`
-    "The arguments of the model in a batch, on its device"
+    "Find the arguments of the model in a batch, on its device"
     if hasattr(batch, 'keys'): batch = dict(batch)
     t = next(iter([*model.parameters(), *model.buffers()]), None)
     batch = tree_map(
@@ -80,7 +80,7 @@ def recalibrate_(
 def batch_norms(
     model:nn.Module,
 )->list:
-    "The BatchNorms of a model that have running statistics"
+    "Find the BatchNorms of a model that have running statistics"
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
 # In training mode, from zero, each batch with the same weight; the old statistics come back after an error

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ...core import NoEffectWarning, layer_types, wide
+from ...core import NoEffectWarning, layer_types, to_double
 from ...criteria.activation import contributions, drawn_entries, thinet_rescale
 from ...criteria.listen import Place
 from ...criteria.statistic import Statistic
@@ -43,7 +43,7 @@ def losing(
     c:Coupling,
     gone:np.ndarray, # By label: what will be removed
 )->list: # (`Place` of its input, bool by unit: does it stay?)
-    "The layers that lose a part of their input, and can make up for it"
+    "Find the layers that lose a part of their input, and can make up for it"
     reads,res = {r.node:r for r in c.labels.reads},[]
     for name,i in _alone(c):
         if (r := reads.get(i)) is None: continue
@@ -61,7 +61,7 @@ def losing(
 # %% ../../../nbs/surgery/07_recovery/02_rescale.ipynb #0000000a
 def _looked(b, centred):
     pick,out = drawn_entries(b.layer, b.x, seed=b.i)
-    x,out = wide(contributions(b.layer, b.x, b.index, pick=pick)),out.flatten()
+    x,out = to_double(contributions(b.layer, b.x, b.index, pick=pick)),out.flatten()
     res = dict(gram=x.T@x, rows=torch.tensor(len(x), device=x.device))
     if not centred: return res
     n = b.layer.out_features if isinstance(b.layer, nn.Linear) else b.layer.out_channels
@@ -92,7 +92,7 @@ def factors_of(
     batches, # Of what the model is called with: tuples of arguments or dicts
     *, constant:bool=False, # Do means move into biases as well?
 )->tuple: # `Factors`
-    "By how much each layer that loses a part of its input should listen more to what stays"
+    "Solve for the factors of what stays, for each layer that loses a part of its input"
     found,stat = losing(c, gone),LOOKED[constant]
     batches = (b if isinstance(b, dict) else (*b, None) for b in batches)
     seen,res = gather(
