@@ -24,7 +24,7 @@ from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
 from ..core import NoEffectWarning, unwrap
 from ..criteria.base import as_criterion
-from ..criteria.evidence import check_n_batches
+from ..criteria.batches import check_n_batches
 from ..schedule import iterative
 from ..surgery.cutting.apply import apply_
 from ..surgery.planning.budget import Budget

@@ -18,7 +18,7 @@ from ...core import NoEffectWarning, layer_types, wide
 from ...criteria.activation import contributions, drawn_entries, thinet_rescale
 from ...criteria.listen import Place
 from ...criteria.statistic import Statistic
-from ...criteria.evidence import gather
+from ...criteria.runs import gather
 from ..cutting.apply import edits_of
 from ..analysis.scores import over_weight, rows_of, watched
 from ..coupling.couple import Coupling
