@@ -12,7 +12,8 @@ from fasterprune.measure.metrics import *
 from fasterprune.surgery.cutting.apply import apply_
 from fasterprune.surgery.capture.isolation import state_of
 from fasterprune.surgery.coupling.couple import couple
-from fasterprune.surgery.analysis.dead import dead_labels, observe
+from fasterprune.surgery.analysis.dead import dead_labels
+from fasterprune.surgery.analysis.constants import observe
 from fasterprune.surgery.planning.plan import fold_targets, folds_of, make_plan, spare
 from fasterprune.surgery.pruner import Pruner
 

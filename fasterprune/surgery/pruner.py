@@ -28,7 +28,8 @@ from .coupling.groups import Group, Member
 from .capture.isolation import collector_paused, put_back_
 from .coupling.couple import Coupling, couple
 from .checking.kernel_shape import shrink_kernels
-from .analysis.dead import held, observe
+from .analysis.dead import held
+from .analysis.constants import observe
 from .transaction import Extras, Operation, Removal
 from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted

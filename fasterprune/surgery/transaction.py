@@ -22,7 +22,7 @@ from .cutting.apply import Snapshot, bare, carry_out_, check_plan, fold_, remove
 from .recovery.compensate import Compensation, added, answers, distance, exact_constants, examples, removed_means
 from .coupling.couple import Coupling
 from .capture.isolation import state_of
-from .analysis.dead import observe
+from .analysis.constants import observe
 from .planning.plan import Plan, fold_targets, folds_of, signed, taker, with_branches
 from .recovery.recalibrate import batches_of, recalibrate_
 from .report import Checked, CopyReport

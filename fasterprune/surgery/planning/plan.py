@@ -24,7 +24,8 @@ from ..analysis.branch import Branch
 from ..coupling.domain import Read
 from ..coupling.couple import Coupling
 from ..coupling.labels import Kept
-from ..analysis.dead import Facts, dead_labels
+from ..analysis.constants import Facts
+from ..analysis.dead import dead_labels
 from ..coupling.rules import Site
 from .source import Recoded
 from .values import checked, from_text, to_text
