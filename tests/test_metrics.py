@@ -14,7 +14,8 @@ from fasterprune.surgery.capture.isolation import state_of
 from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.analysis.dead import dead_labels
 from fasterprune.surgery.analysis.constants import observe
-from fasterprune.surgery.planning.plan import fold_targets, folds_of, make_plan, spare
+from fasterprune.surgery.planning.folding import fold_targets, folds_of
+from fasterprune.surgery.planning.cuts import make_plan, spare
 from fasterprune.surgery.pruner import Pruner
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -31,7 +31,9 @@ from .checking.kernel_shape import shrink_kernels
 from .analysis.dead import held
 from .analysis.constants import observe
 from .transaction import Extras, Operation, Removal
-from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
+from .planning.plan import Plan, with_branches
+from .planning.cuts import dead_and_spared
+from .planning.folding import fold_targets, folds_of
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .checking.solve import settle
 from .checking.stale import never_ran, stale_sizes

@@ -23,7 +23,8 @@ from .recovery.compensate import Compensation, added, answers, distance, exact_c
 from .coupling.couple import Coupling
 from .capture.isolation import state_of
 from .analysis.constants import observe
-from .planning.plan import Plan, fold_targets, folds_of, signed, taker, with_branches
+from .planning.plan import Plan, with_branches
+from .planning.folding import fold_targets, folds_of, signed, taker
 from .recovery.recalibrate import batches_of, recalibrate_
 from .report import Checked, CopyReport
 from .recovery.rescale import factors_of, rescale_

@@ -19,7 +19,8 @@ from ..cutting.apply import apply_
 from ..planning.selection import Choice, choose, shares_of
 from ..analysis.cost import Costs, kinds
 from ..coupling.couple import Coupling
-from ..planning.plan import Plan, labels_of
+from ..planning.plan import Plan
+from ..planning.cuts import labels_of
 from .solve import settle
 from ..analysis.latency import LatencyTable, own_clock, time_interleaved, time_ratio
 
