@@ -15,7 +15,7 @@ from fasterprune.surgery.planning.selection import Selection, PruningWarning, ch
 from fasterprune.surgery.analysis.scores import isomorphic_sets, group_scores
 from fasterprune.surgery.analysis.cost import Costs, unit_costs
 from fasterprune.surgery.coupling.couple import couple
-from fasterprune.surgery.planning.plan import labels_of
+from fasterprune.surgery.planning.cuts import labels_of
 from fasterprune.surgery.pruner import Pruner
 
 def net(w=24, seed=0):

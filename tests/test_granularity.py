@@ -2,6 +2,7 @@
 import itertools
 import pytest, torch
 from torch import nn
+from fasterprune.axes import *
 from fasterprune.granularity import *
 
 LAYERS = dict(Conv1d=lambda: nn.Conv1d(3, 4, 5), Conv2d=lambda: nn.Conv2d(3, 4, (2, 5)), Conv3d=lambda: nn.Conv3d(3, 4, (2, 5, 6)), Linear=lambda: nn.Linear(3, 4),

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB,NBS = ROOT/'fasterprune',ROOT/'nbs'
-ORDER = ('core', 'options', 'schedule', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'callback', 'data', 'demo', 'cli', 'all', '__main__')
+ORDER = ('core', 'options', 'schedule', 'axes', 'granularity_rules', 'granularity', 'allocation', 'criteria', 'surgery', 'sparse', 'measure', 'callback', 'data', 'demo', 'cli', 'all', '__main__')
 NOTEBOOKS = {}
 for p in sorted(NBS.rglob('*.ipynb')): # module → notebook
     m = re.search(r'#\|\s*default_exp\s+([\w.]+)', p.read_text(encoding='utf-8'))

@@ -12,8 +12,10 @@ from fasterprune.measure.metrics import *
 from fasterprune.surgery.cutting.apply import apply_
 from fasterprune.surgery.capture.isolation import state_of
 from fasterprune.surgery.coupling.couple import couple
-from fasterprune.surgery.analysis.dead import dead_labels, observe
-from fasterprune.surgery.planning.plan import fold_targets, folds_of, make_plan, spare
+from fasterprune.surgery.analysis.dead import dead_labels
+from fasterprune.surgery.analysis.constants import observe
+from fasterprune.surgery.planning.folding import fold_targets, folds_of
+from fasterprune.surgery.planning.cuts import make_plan, ensure_nonempty
 from fasterprune.surgery.pruner import Pruner
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -123,7 +125,7 @@ def test_agrees_with_a_plan_that_is_applied_by_hand(part):
     sparse = silence(awake(tv.resnet18(weights=None, num_classes=10)), x, part)
     e,c = evaluate(sparse, x),couple(sparse, x)
     facts,to = observe(sparse, x, c),fold_targets(c)
-    gone = spare(c, dead_labels(c, facts, [t is not None for t in to]))
+    gone = ensure_nonempty(c, dead_labels(c, facts, [t is not None for t in to]))
     apply_(sparse, make_plan(c, gone, folds_of(c, facts, to, gone)))
     assert (e.effective_params, e.effective_macs) == (sum(q.numel() for q in sparse.parameters()), naive_macs(sparse, x)[0])
 

@@ -5,7 +5,8 @@ import pytest, torch
 from torch import nn
 from fasterprune.all import *
 from fasterprune.surgery.cutting.apply import size_attributes
-from fasterprune.surgery.planning.plan import Attr, Cut, Edit, Fold, plan_version
+from fasterprune.surgery.planning.plan import Attr, Cut, Edit, plan_version
+from fasterprune.surgery.planning.folding import Fold
 from fasterprune.surgery.planning.values import checked, digest
 
 pytestmark = pytest.mark.filterwarnings('ignore')

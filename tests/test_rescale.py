@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from fasterprune.all import Budget, NoEffectWarning, PruneCallback, Pruner, apply_
 from fasterprune.criteria.activation import contributions
 from fasterprune.surgery.coupling.couple import couple
-from fasterprune.surgery.planning.plan import labels_of
+from fasterprune.surgery.planning.cuts import labels_of
 from fasterprune.surgery.recovery.rescale import factors_of, losing
 from laws import rel, run
 

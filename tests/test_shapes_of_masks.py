@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import criteria
+from fasterprune.axes import *
 from fasterprune.granularity import *
 from fasterprune.granularity import block, families, n_m, one_by_n, out_vector, pattern, unit_tiles, why_not
 from fasterprune.measure.gallery import exhibit, plot_gallery

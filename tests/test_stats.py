@@ -16,7 +16,9 @@ from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, criteria, vector_scores
 from fasterprune.criteria.statistic import Statistic
 from fasterprune.criteria.listen import Listener, Place, classes
-from fasterprune.criteria.evidence import Evidence, check_needs, gather, loss_of, split_batch
+from fasterprune.criteria.batches import loss_of, split_batch
+from fasterprune.criteria.evidence import Evidence, check_needs
+from fasterprune.criteria.runs import gather
 from fasterprune.data import digits_dls, small_resnet
 from fasterprune.schedule import agp
 from fasterprune.sparse.sparsifier import Sparsifier
@@ -799,7 +801,7 @@ dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_s
 from torch import nn
 from fasterprune.criteria.statistic import Statistic
 from fasterprune.criteria.listen import Place
-from fasterprune.criteria.evidence import gather
+from fasterprune.criteria.runs import gather
 torch.manual_seed(0)
 net = nn.Linear(3,2)
 data = [(torch.randn(4,3)+i, torch.zeros(4).long()) for i in range(2+0)]
@@ -883,7 +885,7 @@ def test_all_readers_together_or_none():
 
 @pytest.mark.parametrize('net', ['resnet18', 'plain', 'no shift'])
 def test_a_homogeneous_network_needs_no_second_look(net, monkeypatch):
-    import torchvision, fasterprune.criteria.evidence as stats
+    import torchvision, fasterprune.criteria.runs as stats
     torch.manual_seed(0)
     m = torchvision.models.resnet18(num_classes=3) if net=='resnet18' else nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, affine=net=='plain'), nn.ReLU(), nn.Flatten(), nn.Linear(4*36,2))
     for k in m.modules():

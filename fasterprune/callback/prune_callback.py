@@ -23,7 +23,7 @@ from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
 from ..core import NoEffectWarning, unwrap
-from ..criteria.evidence import check_n_batches
+from ..criteria.batches import check_n_batches
 from ..schedule import iterative
 from ..surgery.cutting.apply import apply_
 from ..surgery.planning.budget import Budget

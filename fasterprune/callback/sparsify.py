@@ -23,7 +23,7 @@ from ..core import unknown_name, unwrap
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
 from ..criteria.listen import Listener
-from ..criteria.evidence import check_n_batches, n_samples
+from ..criteria.batches import check_n_batches, n_samples
 from ..granularity import as_granularity
 from ..measure.plots import plot_history
 from ..schedule import agp

@@ -15,7 +15,7 @@ from ..surgery.capture.trace import Node, Ref
 from ..surgery.capture.tracer import clones, Recorder, record
 from ..surgery.analysis.cost import macs_of
 from ..surgery.cutting.optimizer import sliced
-from ..surgery.planning.plan import labels_of
+from ..surgery.planning.cuts import labels_of
 from ..surgery.pruner import Pruner
 from ..surgery.coupling.rules import OpCall, rule_for
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 from ..allocation import keep_top
 from ..core import check_fraction
-from ..granularity import Granularity, as_granularity, expand_units, kind_of, layer_axes
+from ..granularity import Granularity, as_granularity, expand_units
+from ..axes import kind_of, layer_axes
 from ..granularity import reduce_units, unit_dims, unit_tiles, why_not
 from .plots import plot_mask
 from .storage import Storage, layer_storage

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..core import prunable_layers, unwrap
-from ..granularity import (Granularity, NofM, Pattern, as_granularity, kind_of, layer_axes, reduce_units, unit_dims,
-    unit_size, unit_tiles, why_not)
+from ..axes import kind_of, layer_axes
+from ..granularity import (
+    Granularity, as_granularity, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
+from ..granularity_rules import NofM, Pattern
 
 # %% ../../nbs/measure/03_storage.ipynb #00000005
 formats = ('dense', 'csr', 'bitmask', 'units', 'small')

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..allocation import allocate
 from ..core import NoEffectWarning, as_call, check_fraction, n_removed, unknown_name, select_layers, to_double, unwrap
-from ..granularity import kind_of
+from ..axes import kind_of
 from ..schedule import as_schedule
 from ..surgery.capture.tracer import capture
 from ..surgery.analysis.cost import macs_of

@@ -16,8 +16,9 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import layer_types, unknown_name, select_layers
 from ..criteria.base import check_compared, element_scores, layer_scores, unit_scores
+from ..axes import kind_of, layer_axes
 from ..granularity import (
-    Granularity, expand_units, in_tiles, layer_axes, kind_of, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
+    Granularity, expand_units, in_tiles, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
 from .heads import head_dim_groups, head_groups
 from ..surgery.planning.selection import fractions_by_group, groups_left, groups_named, is_of, layers_of
 from ..surgery.analysis.scores import group_scores, sides, wanted_of, wanted_of_weights, weight_stats

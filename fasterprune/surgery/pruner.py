@@ -27,9 +27,12 @@ from .coupling.groups import Group, Member
 from .capture.isolation import collector_paused, put_back_
 from .coupling.couple import Coupling, couple
 from .checking.kernel_shape import shrink_kernels
-from .analysis.dead import dead_but_kept, observe
-from .transaction import Transaction, BranchTransaction, cut_options
-from .planning.plan import Plan, dead_and_spared, fold_targets, folds_of, with_branches
+from .analysis.dead import dead_but_kept
+from .analysis.constants import observe
+from .transaction import BranchTransaction, Transaction, cut_options
+from .planning.plan import Plan, with_branches
+from .planning.cuts import dead_and_spared
+from .planning.folding import fold_targets, folds_of
 from .report import Report, in_adapters, layer_sizes, sizes_before_after, uncounted
 from .checking.solve import solve_plan
 from .checking.stale import never_ran, stale_sizes

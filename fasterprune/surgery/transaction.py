@@ -24,8 +24,9 @@ from fasterprune.surgery.recovery.compensate import (Compensation, added, exact_
     relative_l2, removed_means)
 from .coupling.couple import Coupling
 from .capture.isolation import state_of
-from .analysis.dead import observe
-from .planning.plan import Plan, fold_targets, folds_of, with_checksums, fold_tensor, with_branches
+from .analysis.constants import observe
+from .planning.plan import Plan, with_branches
+from .planning.folding import fold_targets, folds_of, with_checksums, fold_tensor
 from .recovery.recalibrate import batches_of, recalibrate_
 from .report import Checked, CopyReport
 from .recovery.rescale import factors_of, rescale_

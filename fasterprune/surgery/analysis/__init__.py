@@ -1,5 +1,5 @@
 """Find out what a coupled model says about its channels
 
-In: a `Coupling`. Out: channels that are dead and the constants they leave (`dead`), residual branches that add the
+In: a `Coupling`. Out: constants (`constants`), channels that are dead (`dead`), residual branches that add the
 same to everything (`branch`), what the model costs (`cost`, `latency`), and a score for each unit (`scores`).
 """

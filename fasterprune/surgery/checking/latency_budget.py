@@ -20,7 +20,8 @@ from ..cutting.apply import apply_
 from ..planning.selection import Selection, choose, shares_of
 from ..analysis.cost import Costs, kinds
 from ..coupling.couple import Coupling
-from ..planning.plan import Plan, labels_of
+from ..planning.plan import Plan
+from ..planning.cuts import labels_of
 from .solve import solve_plan
 from ..analysis.latency import LatencyTable, own_clock, time_interleaved, time_ratio
 

@@ -18,9 +18,9 @@ from ..coupling.couple import Coupling
 from .dry_run import dry_run, notices, predicted, what_ran
 from ..coupling.labels import Kept
 from ..coupling.rules import tensors_of
-from ..planning.plan import Plan, cuts_of, ensure_nonempty, with_code
-from ..planning.sizes import (
-    Director, at_odds, candidates, differs, in_one_expression, merged_places, planned, recodings)
+from ..planning.plan import Plan
+from ..planning.cuts import cuts_of, ensure_nonempty, with_code
+from ..planning.sizes import Director, at_odds, candidates, differs, in_one_expression, merged_places, planned, recodings
 
 # %% ../../../nbs/surgery/06_checking/01_solve.ipynb #00000005
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from ..capture.adapters import ADAPTERS
 from ..capture.isolation import put_back_, state_of
 from ..analysis.branch import Removed
 from .optimizer import OptimizerSnapshot, adopted, carried, carried_flat, check_optimizer, drop_, sliced
-from ..planning.plan import Plan, check_values, fold_tensor, checksum
+from ..planning.plan import Plan, check_values
+from ..planning.folding import fold_tensor, checksum
 from ..planning.source import recode_module_
 
 # %% ../../../nbs/surgery/05_cutting/01_apply.ipynb #00000005

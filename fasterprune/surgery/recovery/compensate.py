@@ -18,7 +18,7 @@ from ...core import as_call
 from ..capture.trace import tensors_in
 from ..capture.tracer import clones, record, Recorder, Runner
 from ..coupling.couple import Coupling
-from ..planning.plan import Fold, fold_targets
+from ..planning.folding import Fold, fold_targets
 from .recalibrate import batches_of, inputs_of
 
 # %% ../../../nbs/surgery/07_recovery/01_compensate.ipynb #00000005

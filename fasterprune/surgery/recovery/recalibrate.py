@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from fastprogress.fastprogress import progress_bar
 from ...core import NoEffectWarning, as_call, eval_mode, unwrap
-from ...criteria.evidence import check_n_batches, known_args
+from ...criteria.batches import check_n_batches, known_args
 
 # %% ../../../nbs/surgery/07_recovery/00_recalibrate.ipynb #00000005
 def inputs_of(

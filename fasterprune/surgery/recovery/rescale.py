@@ -18,13 +18,14 @@ from ...core import NoEffectWarning, layer_types, to_double
 from ...criteria.activation import contributions, drawn_entries, thinet_rescale
 from ...criteria.listen import Place
 from ...criteria.statistic import Statistic
-from ...criteria.evidence import gather
+from ...criteria.runs import gather
 from ..cutting.apply import edits_of
 from ..analysis.scores import over_weight, rows_of, watched
 from ..coupling.couple import Coupling
 from ..capture.isolation import state_of
 from ..cutting.optimizer import sliced
-from ..planning.plan import Plan, uses_of
+from ..planning.plan import Plan
+from ..planning.folding import uses_of
 
 # %% ../../../nbs/surgery/07_recovery/02_rescale.ipynb #00000005
 def _alone(c): # Layers that run once, with a weight that nobody else has: module name → its node
