@@ -209,7 +209,7 @@ def test_an_error_afterwards_puts_everything_back(monkeypatch):
     m = Readers().double().eval()
     before = {k:v.clone() for k,v in m.state_dict().items()}
     def broken(*args, **kwargs): raise RuntimeError('no')
-    monkeypatch.setattr('fasterprune.surgery.transaction.distance', broken)
+    monkeypatch.setattr('fasterprune.surgery.transaction.relative_l2', broken)
     with pytest.raises(RuntimeError, match='no'): Pruner(m, images[:2]).prune(.5, rescale=[(images, 0)])
     assert all(torch.equal(v, m.state_dict()[k]) for k,v in before.items())
 
