@@ -12,7 +12,7 @@ from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from fasterprune.callback.prune_callback import PruneCallback, next_cut
-from fasterprune.callback.base import TrainingCallback, example_batch, forget_best, undisturbed
+from fasterprune.callback.base import TrainingCallback, example_batch, reset_trackers, undisturbed
 from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.sparsify import SparsifyCallback
@@ -295,7 +295,7 @@ def test_undisturbed_and_forget_best():
     assert draws()==want
     cb = EarlyStoppingCallback('accuracy')
     cb.best,cb.wait = .5,3
-    learn.add_cb(cb); forget_best(learn)
+    learn.add_cb(cb); reset_trackers(learn)
     assert cb.best==-float('inf') and cb.wait==0
 
 # ---- refusals

@@ -33,7 +33,7 @@ def prune(self:Learner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    data=None, # For a criterion that has to see the model run; None is the training data
+    data=None, # For data-driven criteria; None is the training data
     n_batches:int|None=8, # How many batches of it, at most; None is all
     loss_func=None, # For a criterion that needs gradients; None is the learner's
     # How the scores of a unit's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion says,
@@ -78,5 +78,5 @@ def _data(learn, dl): return learn.dls.train if dl is True else None if dl is Fa
 def copies_of(
     also, # A module, or several
 ):
-    "Copies of a model as a list, out of what wraps them"
+    "List copies of a model, out of what wraps them"
     return [unwrap(m) for m in ([also] if isinstance(also, nn.Module) else also)]

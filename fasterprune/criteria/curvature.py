@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..core import wide
 from .base import Criterion, as_found, criteria, register
-from .statistic import Seen, Statistic
+from .statistic import BatchView, Statistic
 
 # %% ../../nbs/criteria/10_curvature.ipynb #00000007
 def hessian_vector(

@@ -296,7 +296,7 @@ def _check_homogeneous(l, values, args, kwargs, total, by_shift, by_input):
 # %% ../../nbs/criteria/05_evidence.ipynb #00000014
 def gather(
     model:nn.Module, # Afterwards as before
-    wanted:list, # (`Statistic`, `Place`), at most once
+    wanted:list, # (`Statistic`, `Location`), at most once
     data=None, # A `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
     *, n_batches:int|None=8, # Not more than this; None is all
     loss_func=None, # `(out, y)` → loss, for gradients
@@ -371,7 +371,7 @@ class Evidence:
                              "make it anew, or pass the data itself")
 
     def __call__(self,
-        wanted:list, # (`Statistic`, `Place`)
+        wanted:list, # (`Statistic`, `Location`)
     )->dict: # (name of the statistic, place) → what was found
         "What was found, or is found now"
         new = list({(s.name,p):(s,p) for s,p in wanted if (s.name,p) not in self.found}.values())

@@ -137,7 +137,7 @@ def plan(self:Pruner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
+    # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
     # or `Evidence` about it
     data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
@@ -180,7 +180,7 @@ def prune(self:Pruner,
     max_ratio:float=1., # Largest part that each group may lose
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     per:str|None=None, # 'params' or 'macs': rank by importance per cost
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
+    # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`;
     # or `Evidence` about it
     data=None,
     n_batches:int|None=8, # How many of them, at most; None is all

@@ -22,7 +22,7 @@ from ...criteria.base import Criterion, as_criterion, ranking, reductions
 from ...criteria.normalize import as_normalizer
 from ...criteria.evidence import Evidence
 from .budget import Budget, within
-from ..analysis.scores import alike, check_where, group_scores, sides
+from ..analysis.scores import ROLE_OF_GRANULARITY, alike, check_where, group_scores
 from ..analysis.cost import unit_costs
 from ..coupling.groups import Group
 from ..coupling.couple import Coupling
@@ -45,10 +45,10 @@ class Choice:
     round_to:int=1 # The units that stay in a group are a multiple of this, or all
     per:str|None=None # 'params' or 'macs': rank by importance per cost
     reduce:str|None=None # How the scores of a unit's layers combine; None: as the criterion says, mostly the mean
-    evidence:Evidence|None=None # For a criterion that has to see the model run
+    evidence:Evidence|None=None # For data-driven criteria
 
     def __post_init__(self):
-        if self.granularity not in sides:
+        if self.granularity not in ROLE_OF_GRANULARITY:
             raise ValueError(
                 f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; "
                 'others can be set to zero with a Sparsifier')
@@ -70,7 +70,7 @@ class Choice:
         if self.normalizer is not None: as_normalizer(self.normalizer)
         if self.reduce is not None and self.reduce not in reductions:
             raise ValueError(f"reduce: {no_such('reduction', self.reduce, reductions)}")
-        if self.per is not None and self.criterion.selector:
+        if self.per is not None and self.criterion.selects_set:
             raise ValueError(
                 f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; "
                 'use per=None')
@@ -163,10 +163,12 @@ def shares_of(
 )->list|None: # For each group that is named (its labels, fraction); None where none is
     "What the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
-    def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
+    def find(name):
+        gs,block = groups_of(c, name, ROLE_OF_GRANULARITY[how.granularity])
+        return [g.name for g in gs],block
     return [
         (c.by_name[g].labels, v)
-        for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
+        for g,v in fractions_by_group(how.sparsity, find, f"{ROLE_OF_GRANULARITY[how.granularity]}s").items()]
 
 def _by_group(c, shares): # Group → part, for those that there are by now
     return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, c.labels.find(labels)).any()}
@@ -219,7 +221,7 @@ def choose(
     parts,classes = {g.name:g.even for g in groups},{g.name:g.classes for g in groups}
     keep = {n:int(k.sum()) for n,k in allocate(
         {g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps,
-    ).items()} if how.criterion.selector else None
+    ).items()} if how.criterion.selects_set else None
     scores,sets = (
         scores_for(model, c, groups, how, pooled, keep),
         alike(model, groups) if how.context=='isomorphic' else None)
