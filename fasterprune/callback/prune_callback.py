@@ -18,11 +18,11 @@ from torch import nn
 from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from ..allocation import allocate
-from .base import TrainingCallback, check_every, example_batch, reset_trackers, undisturbed
+from .base import TrainingCallback, check_every, example_batch, reset_trackers
 from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
-from ..core import NoEffectWarning, unwrap
+from ..core import NoEffectWarning, preserve_rng, unwrap
 from ..criteria.base import as_criterion
 from ..criteria.evidence import check_n_batches
 from ..schedule import iterative
@@ -221,7 +221,7 @@ def _update(self:PruneCallback, k, n):
     p = self.schedule.progress(k, n)
     want = self._wanted(p)
     if want==self._last and not self.dead: return
-    with undisturbed(self.learn), warnings.catch_warnings():
+    with preserve_rng(self.learn.dls.train, seed=42), warnings.catch_warnings():
         warnings.simplefilter('ignore', NoEffectWarning)
         r = self._cut(want)
     self._last = want

@@ -23,7 +23,7 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core import unwrap
+from ..core import rng_state, set_rng_state_, unwrap
 from .prune_callback import PruneCallback
 from .plain import as_data, differences, from_data, settings_of
 from .base import check_every, is_training, loaders_of
@@ -34,18 +34,16 @@ def random_state(
     learn:Learner,
 )->dict:
     "Return the state of all random generators that a training draws from"
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     own = [rng.getstate() if (rng := vars(d).get('rng')) is not None else None for d in _all_loaders(learn)]
-    return dict(torch=torch.get_rng_state(), numpy=np.random.get_state(), python=random.getstate(), cuda=cuda, own=own)
+    return dict(rng_state(), own=own)
 
 def set_random_state_(
     learn:Learner, # Whose data loaders draw numbers of their own
     state:dict, # Of `random_state`
 ):
     "Draw the same numbers from now on"
-    torch.set_rng_state(state['torch'].cpu()); np.random.set_state(state['numpy']); random.setstate(state['python'])
-    if state['cuda'] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    cuda = None if state['cuda'] is None else [s.cpu() for s in state['cuda']]
+    set_rng_state_(dict(state, torch=state['torch'].cpu(), cuda=cuda)) # a file may have been loaded to a GPU
     for d,s in zip(_all_loaders(learn), state['own']):
         if s is not None: d.rng = random.Random(); d.rng.setstate(s)
 
