@@ -1,4 +1,4 @@
-"""What surgery has to know of fastai's AWD-LSTM: its state, its weight dropout, and the one width that its layers share
+"""Describe fastai's AWD-LSTM to surgery: its state, its weight dropout, and the one width that its layers share
 
 Docs: https://fasterprune.github.io/fasterprune/callback/awd.html.md"""
 

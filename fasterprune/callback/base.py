@@ -1,4 +1,4 @@
-"""What the callbacks of this library share: they are on while a network trains, and at no other time
+"""Turn callbacks on while a network trains, and at no other time: what the callbacks of this library share
 
 Docs: https://fasterprune.github.io/fasterprune/callback/base.html.md"""
 

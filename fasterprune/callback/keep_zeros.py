@@ -1,4 +1,4 @@
-"""Weights that were set to zero stay zero while a network trains on
+"""Keep weights that were set to zero at zero while a network trains on
 
 Docs: https://fasterprune.github.io/fasterprune/callback/keep_zeros.html.md"""
 

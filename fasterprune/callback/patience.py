@@ -1,4 +1,4 @@
-"""Remove again when the network has recovered, rather than when the calendar says so
+"""Remove again when the network has recovered, rather than at fixed epochs
 
 Docs: https://fasterprune.github.io/fasterprune/callback/patience.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a training remembers and what it was told, as numbers, words and tensors, in which nothing can be executed
+"""Write what a training has to remember as numbers, words and tensors, in which nothing can be executed
 
 Docs: https://fasterprune.github.io/fasterprune/callback/plain.html.md"""
 

@@ -1,4 +1,4 @@
-"""Soft pruning, and sparse networks that change where they are sparse: SET and RigL
+"""Let units come back: soft pruning, and sparse networks that change where they are sparse (SET and RigL)
 
 Docs: https://fasterprune.github.io/fasterprune/callback/regrow.html.md"""
 

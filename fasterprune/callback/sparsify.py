@@ -230,7 +230,7 @@ def _create_listeners(self:SparsifyCallback):
 @patch
 def _due(self:SparsifyCallback)->bool:
     "Tell whether this is one of the last batches before a choice"
-    # nobody knows when patience ends
+    # when patience ends is not known before
     if self._tracker is not None or all('training' in s.needs for s in self.criterion.stats): return False
     if self.every=='epoch':
         left,k,n = self.learn.n_iter-self.learn.iter,self.learn.epoch+(not self.regrow),self.learn.n_epoch

@@ -1,4 +1,4 @@
-"""Takes statistics of a model while it runs, where units are read, and of its gradients
+"""Take statistics of a model while it runs, where units are read, and of its gradients
 
 Docs: https://fasterprune.github.io/fasterprune/criteria/listen.html.md"""
 
@@ -22,7 +22,7 @@ from .statistic import BatchView
 # %% ../../nbs/criteria/04_listen.ipynb #00000006
 @dataclass(frozen=True)
 class Location:
-    "Where statistics are taken"
+    "Say where statistics are taken"
     at: str # 'input', 'weight', 'norm' or 'group', as in `Statistic`
     name: str # Of the layer that reads, the parameter, the norm or the group
     # (n, k): the channels that are one unit; None: each is one
@@ -37,16 +37,16 @@ class Location:
         object.__setattr__(self, 'sign', crc32(said))
 
 # %% ../../nbs/criteria/04_listen.ipynb #00000008
-def _noop_hook(*args): return None # what a copy of a model has where the model itself is being listened to
+def _noop_hook(*args): return None # what a copy of a model has in place of the hooks of a `Listener`
 def _no_tap(): return _noop_hook
 
-class _Tap: # a hook that no copy takes along
+class _Tap: # a hook that copies of the model leave out
     def __init__(self, listener, name): self.listener,self.name = listener,name
     def __call__(self, layer, args, kwargs): return self.listener.on_forward(self.name, layer, args, kwargs)
     def __reduce__(self): return _no_tap,()
 
 class Listener:
-    "Takes statistics while a model runs"
+    "Take statistics while a model runs"
     def __init__(self,
         model:nn.Module, # Not changed, except for hooks between `on` and `off`
         wanted:list, # (`Statistic`, `Location`)
@@ -69,19 +69,19 @@ class Listener:
         i:int=0, # Number of the batch
         *, scale:float=1., # What gradients have to be multiplied with to be those of the sum over the samples
     ):
-        "A batch is about to run"
+        "Prepare for a batch that is about to run"
         self.n,self.y,self.i,self.scale,self.leaves,self.gone = n,y,i,scale,[],{}
 
     def params_of(self, p:Location)->list:
-        "Names of the parameters of a place"
+        "List the names of the parameters of a location"
         return [p.name] if p.at=='weight' else [k for k in (f"{p.name}.weight", f"{p.name}.bias") if k in self.params]
 
 # %% ../../nbs/criteria/04_listen.ipynb #00000009
 @patch
 def on(self:Listener, 
-    weights:bool=False, # Listen to gradients of weights as well, when they are accumulated
+    weights:bool=False, # Record gradients of weights as well, when they are accumulated
 ):
-    "Begin to listen"
+    "Install the hooks"
     self.off()
     self.hooks = [self.modules[n].register_forward_pre_hook(_Tap(self, n), with_kwargs=True) for n in self.inputs]
     names = ({k for ps in self.weights.values() for s,p in ps if s.by=='gradient' for k in self.params_of(p)}
@@ -92,12 +92,12 @@ def on(self:Listener,
 
 @patch
 def off(self:Listener):
-    "Take all hooks away"
+    "Remove all hooks"
     while self.hooks: self.hooks.pop().remove()
 
 @patch
 def on_forward(self:Listener, name, layer, args, kwargs):
-    "A layer is about to read"
+    "Record the input of a layer that is about to run"
     x = args[0] if args else kwargs.get('input', kwargs.get('query'))
     if (not isinstance(x, Tensor) or not x.is_floating_point()
             or isinstance(layer, nn.MultiheadAttention) and not _attends_to_itself(x, args, kwargs)): return None
@@ -119,7 +119,7 @@ def _attends_to_itself(x, args, kwargs):
 @patch
 @torch.no_grad()
 def back(self:Listener, name, layer, x, version, entries, g):
-    "A gradient came back through a reader"
+    "Record the gradient that came back through a reader"
     if x._version!=version:
         raise RuntimeError(f"the input of {name!r} is changed in place after it was read, so that it cannot be "
                            "multiplied with its gradient")
@@ -137,7 +137,7 @@ def back(self:Listener, name, layer, x, version, entries, g):
 
 @patch
 def seen(self:Listener, p, x, layer):
-    "What can be seen of an input"
+    "Arrange the input of a reader by unit"
     a,shape = _placed(p, _rows(x, layer, self.n))
     index = np.arange(a.shape[1])[:,None] if p.index is None else p.index
     return dict(a=a, shape=shape, layer=layer, x=x, index=torch.as_tensor(index, device=x.device))
@@ -164,14 +164,14 @@ def _placed(p, x): # `[N, n, S]` and what `S` is
 def classes(
     y, # Labels of any kind
 )->Tensor|None: # (N,) whole numbers; None if they are no classes
-    "The class of each sample, if labels say that"
+    "Return the class of each sample, if labels say that"
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex(): return None
     y = y.squeeze(1) if y.dim()==2 and y.shape[1]==1 else y
     return y.long() if y.dim()==1 else None
 
 @patch
 def record(self:Listener, stat, place, **seen):
-    "Measure one batch in one place"
+    "Measure one batch in one location"
     if 'labels' in stat.needs:
         y = classes(self.y)
         if y is None:
@@ -190,7 +190,7 @@ def record(self:Listener, stat, place, **seen):
 def described(
     y, # Labels, or what a function gave
 )->str:
-    "What a value is, for an error"
+    "Describe a value, for an error"
     return ('none' if y is None
             else f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" if isinstance(y, Tensor)
             else type(y).__name__)
@@ -198,11 +198,11 @@ def described(
 @patch
 @torch.no_grad()
 def end(self:Listener,
-    grads:dict|None=None, # Gradients of weights by name, of the mean loss; None: those that were heard
+    grads:dict|None=None, # Gradients of weights by name, of the mean loss; None: those that were recorded
     by='gradient', # The run that they are of
     values:dict|None=None, # What the parameters were in that run; None: what they are
 ):
-    "A batch has run"
+    "Record the gradients of a batch that has run"
     own = grads is None
     grads,values = (self.grads if own else grads),(values or self.params)
     for name,entries in self.weights.items():
@@ -229,8 +229,8 @@ def _by_unit(p, ts): # `[n, D]`: scale and shift of each unit
 @patch
 def found(self:Listener,
     wanted:list, # (`Statistic`, `Location`)
-)->dict: # (name of the statistic, place) → what the criterion gets; None where nobody was heard
-    "The results, of all machines together"
+)->dict: # (name of the statistic, location) → what the criterion gets; None where nothing was recorded
+    "Return the results, of all machines together"
     res = {}
     for s,p in wanted:
         state = self.states.get((s.name,p))

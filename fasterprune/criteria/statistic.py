@@ -19,7 +19,7 @@ from ..core import no_such
 # %% ../../nbs/criteria/01_statistic.ipynb #00000005
 @dataclass(frozen=True)
 class BatchView:
-    "What a statistic sees of one batch in one place; 16-bit numbers are widened, nothing has a gradient graph"
+    "Hold what a statistic sees of one batch in one location; 16-bit numbers are widened, nothing has a gradient graph"
     # `[N, n, S]`: activations of `n` units where they are read; `S` are the positions of a unit times those in space
     a: Tensor|None = None
     # Gradient: at 'input' of the sum of the losses of the samples, through this reader, like `a`; at 'weight' and

@@ -114,7 +114,7 @@ def _check_values(model, how, extras=None): # a network that is too large for th
     if bare is None: return
     what = f"this {type(model).__name__} has no values (device {bare.device})"
     if how is not None and how.criterion.stats:
-        raise ValueError(f"{what}, and criterion {how.criterion.name!r} has to see it run; load the weights first, "
+        raise ValueError(f"{what}, and criterion {how.criterion.name!r} is data-driven; load the weights first, "
             "or choose by 'first_k'")
     if how is None:
         raise ValueError(f"{what}, and what is dead is seen in the weights; load them first, "
