@@ -13,7 +13,7 @@ from .callback import prune # adds learn.prune
 from .callback.prune_callback import PruneCallback
 from .callback.growing import Growth, GrowingCallback
 from .callback.keep_zeros import KeepZeros
-from .callback.lottery import Moment, Remember, lottery_ticket, rewind_
+from .callback.lottery import Checkpoint, CheckpointCallback, lottery_ticket, rewind_
 from .callback.patience import Patience
 from .callback.kernel_progressive import PKPCallback
 from .callback.regrow import RegrowCallback, erk
@@ -52,15 +52,16 @@ from .surgery.recovery.recalibrate import recalibrate_
 from .surgery.coupling.rules import rule
 
 # %% ../nbs/12_all.ipynb #00000005
-__all__ = ['Budget', 'Criterion', 'Granularity', 'GroupLassoCallback', 'GroupSparsityCallback', 'GrowingCallback',
-    'Growth', 'KeepZeros', 'Latency', 'Masks', 'Moment', 'NoEffectWarning', 'PKP', 'PKPCallback', 'Patience', 'Plan',
-    'PruneCallback', 'Pruner', 'PruningError', 'PruningWarning', 'RegrowCallback', 'Remember', 'Report',
-    'ResumeCallback', 'Schedule', 'SlimmingCallback', 'Sparsifier', 'SparsifyCallback', 'Statistic',
-    'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare', 'compare_latency',
-    'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk', 'evaluate', 'exhibit',
-    'exponential', 'file_size', 'geometric', 'granularities', 'hold', 'image_dls', 'importance', 'iterative',
-    'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket', 'lowest', 'model_storage', 'normalizers',
-    'one_cycle', 'one_shot', 'participation', 'pkp_rounds', 'plot_agreement', 'plot_compare', 'plot_curves',
-    'plot_gallery', 'plot_granularities', 'plot_groups', 'plot_history', 'plot_lowest', 'plot_mask', 'plot_matrix',
-    'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores', 'plot_widths', 'recalibrate_', 'register', 'rewind_',
-    'rule', 'schedules', 'semi_structured_', 'sensitivity', 'silenced', 'small_resnet', 'theoretical_speedup']
+__all__ = ['Budget', 'Checkpoint', 'CheckpointCallback', 'Criterion', 'Granularity', 'GroupLassoCallback',
+    'GroupSparsityCallback', 'GrowingCallback', 'Growth', 'KeepZeros', 'Latency', 'Masks', 'NoEffectWarning',
+    'PKP', 'PKPCallback', 'Patience', 'Plan', 'PruneCallback', 'Pruner', 'PruningError', 'PruningWarning',
+    'RegrowCallback', 'Report', 'ResumeCallback', 'Schedule', 'SlimmingCallback', 'Sparsifier', 'SparsifyCallback',
+    'Statistic', 'VerificationError', 'adapter', 'agp', 'agreement', 'allocate', 'apply_', 'compare',
+    'compare_latency', 'compression_ratio', 'contexts', 'cosine', 'couple', 'criteria', 'digits_dls', 'dsd', 'erk',
+    'evaluate', 'exhibit', 'exponential', 'file_size', 'geometric', 'granularities', 'hold', 'image_dls',
+    'importance', 'iterative', 'keep_top', 'latency', 'layer_storage', 'linear', 'lottery_ticket', 'lowest',
+    'model_storage', 'normalizers', 'one_cycle', 'one_shot', 'participation', 'pkp_rounds', 'plot_agreement',
+    'plot_compare', 'plot_curves', 'plot_gallery', 'plot_granularities', 'plot_groups', 'plot_history',
+    'plot_lowest', 'plot_mask', 'plot_matrix', 'plot_plan', 'plot_schedule', 'plot_schedules', 'plot_scores',
+    'plot_widths', 'recalibrate_', 'register', 'rewind_', 'rule', 'schedules', 'semi_structured_', 'sensitivity',
+    'silenced', 'small_resnet', 'theoretical_speedup']

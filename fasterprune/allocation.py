@@ -289,7 +289,7 @@ def _remove_by_class(s, of, share, parts, min_keep, max_ratio, r, cost): # Bool:
 def allocate(
     scores:dict, # Layer name → scores of its units; high = keep; -inf = already removed
     sparsity:float|dict, # Part to remove; a dict of layer name → part where the context is 'local', others keep all
-    # 'local': the same part of each layer; 'global': one ranking over all; 'isomorphic': one for each of `sets`
+    # 'local': an equal share per layer; 'global': one ranking over all; 'isomorphic': one for each of `sets`
     *, context:str='local',
     count:str='units', # What the part is a part of: 'units' or 'params'
     costs:dict|None=None, # Layer name → parameters of a unit, one number or one a unit; for count='params'

@@ -100,7 +100,7 @@ def _when(r):
 
 def _lead(r):
     j = r.job
-    return (f"A small residual network on `{j.data}`: trained, made sparse while it trained on ({j.asked}; "
+    return (f"A small residual network on `{j.data}`: trained, made sparse while it trained on ({j.description}; "
             f"granularity `{j.granularity}`, context `{j.context}`, criterion `{j.criterion}`), "
             "then cut down to what is not dead, and trained for one more epoch.")
 
@@ -158,7 +158,7 @@ def main(
     # What one unit is: filter and shared_kernel can be removed; weight, kernel, row, column, ... only become zero
     granularity:str='filter',
     criterion:str='l2', # How units are ranked: l1, l2, linf, mean_abs, rms, bn_scale, lamp, random or first_k
-    # local: the same part of each layer; global: one ranking over all layers;
+    # local: an equal share per layer; global: one ranking over all layers;
     # isomorphic: one over layers of the same shape
     context:str='local',
     # When units become zero: agp, one_shot, iterative, one_cycle, cosine, linear, exponential or dsd

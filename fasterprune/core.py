@@ -6,14 +6,16 @@ Docs: https://fasterprune.github.io/fasterprune/core.html.md"""
 
 # %% auto #0
 __all__ = ['layer_types', 'n_removed', 'check_fraction', 'unknown_name', 'Registry', 'unwrap', 'prunable_layers', 'select_layers',
-           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'as_call', 'to_double', 'all_finite',
-           'PruningError', 'VerificationError', 'NoEffectWarning', 'PruningWarning']
+           'check_sparsity', 'module_of', 'modules_of', 'eval_mode', 'rng_state', 'set_rng_state_', 'seed_rng_',
+           'preserve_rng', 'as_call', 'to_double', 'all_finite', 'PruningError', 'VerificationError', 'NoEffectWarning',
+           'PruningWarning']
 
 # %% ../nbs/00_core.ipynb #00000002
-import difflib, math
+import difflib, math, random
 from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Real
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.parameter import UninitializedParameter
@@ -189,6 +191,53 @@ def eval_mode(
     finally:
         for m,t in was:
             if m.training!=t: m.training = t
+
+# %% ../nbs/00_core.ipynb #000000b1
+def rng_state()->dict: # 'python', 'numpy', 'torch' and 'cuda'
+    "Take the random state of Python, NumPy, PyTorch and CUDA; that of CUDA is None where it has not been used yet"
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda)
+
+def set_rng_state_(
+    state:dict, # Of `rng_state`, on the CPU
+):
+    "Put a random state back, as often as one likes"
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
+    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+
+def seed_rng_(
+    seed:int=0, # The same for all generators
+):
+    "Seed PyTorch, Python and NumPy, so that code that draws random numbers draws the same ones in each run"
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        for g in torch.cuda.default_generators: g.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+# %% ../nbs/00_core.ipynb #000000b3
+@contextmanager
+def preserve_rng(
+    loader=None, # A data loader whose own generators are put back, too
+    *, seed:int|None=None, # Begin here; None goes on with the numbers that would come anyway
+):
+    "Let code draw random numbers; afterwards all generators are where they were"
+    while (inner := getattr(loader, '__dict__', {}).get('dl')) is not None: loader = inner # a loader of a loader
+    rng,generator = getattr(loader, 'rng', None),getattr(loader, 'generator', None)
+    own = rng.getstate() if isinstance(rng, random.Random) else None
+    other = generator.get_state() if isinstance(generator, torch.Generator) else None
+    state = rng_state()
+    try:
+        if seed is not None: seed_rng_(seed)
+        yield
+    finally:
+        set_rng_state_(state)
+        if other is not None: generator.set_state(other)
+        if own is not None:
+            rng.setstate(own)
+            loader.rng = rng # fastai takes a new one for each epoch
 
 # %% ../nbs/00_core.ipynb #00000029
 def as_call(

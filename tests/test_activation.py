@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from fasterprune.criteria.activation import *
 from fasterprune.criteria.base import criteria, unit_scores
-from fasterprune.criteria.statistic import Seen
+from fasterprune.criteria.statistic import BatchView
 from laws import engine
 
 FAMILY = 'apoz', 'mean_act', 'std_act', 'max_act', 'entropy', 'hrank', 'wanda', 'wanda_row', 'thinet', 'nisp'
@@ -70,7 +70,7 @@ def test_half_precision_maps_have_a_rank(): assert map_ranks(maps().bfloat16(), 
 def test_wanda_against_a_loop():
     w, x = torch.randn(4, 3, 2, 2), torch.randn(7, 3, 25)
     c = criteria['wanda']
-    norm = value('wanda', Seen(a=x, shape=(1, 5, 5)))['loudness']
+    norm = value('wanda', BatchView(a=x, shape=(1, 5, 5)))['loudness']
     s = c.element(w.double(), dict(loudness=norm.view(1, 3, 1, 1)))
     for o in range(4):
         for i in range(3):
@@ -151,7 +151,7 @@ def test_nisp_is_the_derivative_through_absolute_weights(): # several readers, a
 
 def test_nisp_adds_up_positions_and_readers():
     g = torch.rand(2, 3, 5, dtype=torch.float64)
-    assert criteria['nisp'].reduce == 'sum' and torch.allclose(scores('nisp', Seen(g=g, a=g)), g.sum(2).mean(0))
+    assert criteria['nisp'].reduce == 'sum' and torch.allclose(scores('nisp', BatchView(g=g, a=g)), g.sum(2).mean(0))
 
 # ---- the criteria
 
@@ -169,7 +169,7 @@ def naive(name, a): # from all the values of one unit, [N, S]
 @pytest.mark.parametrize('name', UNITS)
 def test_against_a_loop_in_batches(name):
     a = maps(N=40)
-    got = scores(name, *[Seen(a=b, shape=(1, 6, 6)) for b in a.split(16)]) # the last one is smaller
+    got = scores(name, *[BatchView(a=b, shape=(1, 6, 6)) for b in a.split(16)]) # the last one is smaller
     assert got.dtype == torch.float64
     for c in range(4): assert got[c].item() == pytest.approx(naive(name, a[:,c]), rel=1e-5)
 
@@ -179,64 +179,64 @@ def test_against_a_loop_in_batches(name):
 def test_units_may_come_in_any_order(name, seed):
     g = torch.Generator().manual_seed(seed)
     a, p = maps(N=8, n=5, seed=seed), torch.randperm(5, generator=g)
-    one, two = (scores(name, Seen(a=x, shape=(1, 6, 6))) for x in (a, a[:,p]))
+    one, two = (scores(name, BatchView(a=x, shape=(1, 6, 6))) for x in (a, a[:,p]))
     assert torch.allclose(one[p], two, rtol=1e-5, atol=1e-7)
 
 @pytest.mark.parametrize('name', UNITS)
 def test_samples_may_come_in_any_order(name):
     a = maps(N=8)
-    one, two = (scores(name, *[Seen(a=b, shape=(1, 6, 6)) for b in x.split(3)]) for x in (a, a.flip(0)))
+    one, two = (scores(name, *[BatchView(a=b, shape=(1, 6, 6)) for b in x.split(3)]) for x in (a, a.flip(0)))
     assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
 
 @pytest.mark.parametrize('name', UNITS)
 def test_a_dead_unit_is_the_worst(name):
     a = maps(); a[:,2] = 0
-    s = scores(name, Seen(a=a, shape=(1, 6, 6)))
+    s = scores(name, BatchView(a=a, shape=(1, 6, 6)))
     assert s[2] == 0 and s[2] == s.min() and not s.isnan().any()
 
 def test_high_is_keep(): # a public pruner inherits the sign of APoZ for its mean activations, and removes the most active
     a = maps(); a[:,1] *= 100
-    assert scores('mean_act', Seen(a=a, shape=(1, 6, 6))).argmax() == 1
+    assert scores('mean_act', BatchView(a=a, shape=(1, 6, 6))).argmax() == 1
 
 def test_std_of_a_large_constant_is_not_drowned():
     a = torch.full((64, 2, 100), 1000.)
     a[:,1] += .01*torch.randn(64, 100)
-    s = scores('std_act', *[Seen(a=b, shape=(1, 10, 10)) for b in a.split(16)])
+    s = scores('std_act', *[BatchView(a=b, shape=(1, 10, 10)) for b in a.split(16)])
     assert s[0] < 1e-6 and s[1].item() == pytest.approx(a[:,1].double().std().item(), rel=1e-3)
 
 def test_apoz_with_eps_reads_any_activation():
     a = F.gelu(torch.randn(8, 4, 36))
     assert 'relu' in criteria['apoz'].needs and 'relu' not in apoz(.01).needs
-    assert torch.allclose(scores(apoz(.1), Seen(a=a)), 1-zero_share(a, .1))
+    assert torch.allclose(scores(apoz(.1), BatchView(a=a)), 1-zero_share(a, .1))
 
 def test_apoz_refuses_to_rank_what_is_never_zero():
-    c, s = criteria['apoz'], scores('apoz', Seen(a=torch.rand(8, 4, 36)+.1))
+    c, s = criteria['apoz'], scores('apoz', BatchView(a=torch.rand(8, 4, 36)+.1))
     with pytest.raises(ValueError, match=r"no activation of 'conv' is exactly 0 where it is read: .* criterion=apoz\(eps=0.01\), use 'mean_act', or leave this layer out with ignore='conv'"): c.layer(s, 'conv')
     assert apoz(.1).layer is None
-    for ok in (scores(c, Seen(a=maps())), torch.ones(1), torch.tensor([1., .9]), torch.zeros(3)): assert c.layer(ok, 'conv') is ok
-    half = (scores(c, Seen(a=maps()))+s)/2 # read behind a ReLU by one layer, behind a pooling by another
+    for ok in (scores(c, BatchView(a=maps())), torch.ones(1), torch.tensor([1., .9]), torch.zeros(3)): assert c.layer(ok, 'conv') is ok
+    half = (scores(c, BatchView(a=maps()))+s)/2 # read behind a ReLU by one layer, behind a pooling by another
     assert c.layer(half, 'conv') is half
 
 def test_hrank_random_maps_are_all_alike():
-    r = scores('hrank', Seen(a=maps(N=2, n=8, side=32)[:,4:], shape=(1, 32, 32)))
+    r = scores('hrank', BatchView(a=maps(N=2, n=8, side=32)[:,4:], shape=(1, 32, 32)))
     assert r.min() > 31.8
 
 def test_hrank_of_one_pixel_is_how_often_it_is_not_zero():
     a = maps(N=32, side=1)
-    for shape in ((1,), (1, 1, 1)): assert torch.equal(scores('hrank', Seen(a=a, shape=shape)), 1-zero_share(a))
+    for shape in ((1,), (1, 1, 1)): assert torch.equal(scores('hrank', BatchView(a=a, shape=shape)), 1-zero_share(a))
 
 def test_hrank_of_several_positions_is_their_mean():
     a = maps(N=6, side=6)
     two = torch.cat([a, a.flip(0)], 2)
-    assert torch.allclose(scores('hrank', Seen(a=two, shape=(2, 6, 6))), scores('hrank', Seen(a=a, shape=(1, 6, 6))))
+    assert torch.allclose(scores('hrank', BatchView(a=two, shape=(2, 6, 6))), scores('hrank', BatchView(a=a, shape=(1, 6, 6))))
 
 def test_hrank_refuses_tokens_and_global_rankings():
-    with pytest.raises(ValueError, match="hrank takes the rank of maps, and these units are read as sequences; use 'std_act'"): scores('hrank', Seen(a=maps(), shape=(1, 36)))
+    with pytest.raises(ValueError, match="hrank takes the rank of maps, and these units are read as sequences; use 'std_act'"): scores('hrank', BatchView(a=maps(), shape=(1, 36)))
     assert criteria['hrank'].across is None
 
 def test_entropy_keeps_a_bounded_number_of_samples():
     st_, = criteria['entropy'].stats
-    assert len(st_.value([Seen(a=torch.rand(500, 3, 2)) for _ in range(10)])) == 4096
+    assert len(st_.value([BatchView(a=torch.rand(500, 3, 2)) for _ in range(10)])) == 4096
 
 # ---- thinet on layers
 
@@ -270,7 +270,7 @@ def test_contributions_of_units_of_several_positions_and_of_none():
 
 def test_thinet_the_same_twice_and_in_batches():
     conv, x = nn.Conv2d(4, 5, 3), torch.randn(8, 4, 6, 6)
-    see = lambda x, i: Seen(a=x.flatten(2), x=x, layer=conv, index=torch.arange(4).view(4, 1), shape=(1, 6, 6), i=i)
+    see = lambda x, i: BatchView(a=x.flatten(2), x=x, layer=conv, index=torch.arange(4).view(4, 1), shape=(1, 6, 6), i=i)
     one, two = (scores_k('thinet', see(x[:4], 0), see(x[4:], 1)) for _ in range(2))
     assert torch.equal(one, two) and sorted(one.tolist()) == [0, 1, 2, 3]
 
@@ -280,8 +280,8 @@ def test_thinet_counts_backwards_from_what_goes_first():
     x = torch.randn(400, 4)*torch.tensor([3., 1, 4, 2])
     lin = nn.Linear(4, 1, bias=False)
     with torch.no_grad(): lin.weight.fill_(1)
-    s = scores_k('thinet', Seen(a=x[...,None], x=x, layer=lin, index=torch.arange(4).view(4, 1), shape=(1,)))
-    assert s.tolist() == [2, 0, 3, 1] and criteria['thinet'].selector
+    s = scores_k('thinet', BatchView(a=x[...,None], x=x, layer=lin, index=torch.arange(4).view(4, 1), shape=(1,)))
+    assert s.tolist() == [2, 0, 3, 1] and criteria['thinet'].selects_set
 
 def test_thinet_refuses_what_is_not_linear():
     with pytest.raises(ValueError, match="thinet reads convolutions and linear layers, and these units are read by a LSTM; leave this layer out with ignore="):
@@ -343,7 +343,7 @@ def test_units_are_scored_where_they_are_read(name):
     s = engine(m, x, name, data=[(x[:5],), (x[5:],)])
     with torch.no_grad():
         h = F.relu(m.stem(x)); k = F.relu(m.a(h)); z = F.adaptive_avg_pool2d(F.relu(h+m.b(k)), 1).flatten(1)
-    see = lambda t: scores(name, Seen(a=t.flatten(2) if t.dim()>2 else t[...,None], shape=(1, *t.shape[2:])))
+    see = lambda t: scores(name, BatchView(a=t.flatten(2) if t.dim()>2 else t[...,None], shape=(1, *t.shape[2:])))
     assert torch.allclose(s['a'], see(k), rtol=1e-4) and torch.allclose(s['stem'], (see(h)+see(z))/2, rtol=1e-4)
 
 def test_thinet_keeps_what_the_reader_needs():

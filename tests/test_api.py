@@ -5,8 +5,8 @@ import fasterprune, fasterprune.all as fp
 from fastai.learner import Learner
 from fastcore.docments import docments
 
-PUBLIC = set('''Budget Criterion Granularity GroupLassoCallback GroupSparsityCallback GrowingCallback Growth KeepZeros Latency Masks Moment NoEffectWarning PKP PKPCallback Patience
-    Plan PruneCallback Pruner PruningError PruningWarning RegrowCallback Remember Report ResumeCallback Schedule SlimmingCallback
+PUBLIC = set('''Budget Criterion Granularity GroupLassoCallback GroupSparsityCallback GrowingCallback Growth KeepZeros Latency Masks Checkpoint NoEffectWarning PKP PKPCallback Patience
+    Plan PruneCallback Pruner PruningError PruningWarning RegrowCallback CheckpointCallback Report ResumeCallback Schedule SlimmingCallback
     Sparsifier SparsifyCallback Statistic VerificationError adapter agp agreement allocate apply_ compare compare_latency compression_ratio contexts cosine couple
     criteria digits_dls dsd erk evaluate exhibit exponential file_size geometric granularities hold image_dls importance iterative keep_top latency layer_storage linear
     lottery_ticket lowest model_storage normalizers one_cycle one_shot participation pkp_rounds plot_agreement plot_compare plot_curves plot_gallery plot_granularities
@@ -29,7 +29,7 @@ SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every regrow normalizer only ignore count x n_batches reduce',
     'PruneCallback': 'sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce n_batches recalibrate compensate rescale verify only ignore exact_norms schedule every x also whole',
     'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
-    'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn moment * optimizer',
+    'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn checkpoint * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore examples exact_norms',
     'Pruner.prune': 'self sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce data n_batches loss_func optimizer also recalibrate compensate rescale verify',

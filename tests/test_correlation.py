@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterprune.criteria.base import MOST, Criterion, criteria, unit_scores, vector_scores
-from fasterprune.criteria.statistic import Seen
+from fasterprune.criteria.statistic import BatchView
 from fasterprune.criteria.correlation import *
 from fasterprune.sparse.sparsifier import Sparsifier
 from fasterprune.surgery.pruner import Pruner
@@ -15,7 +15,7 @@ VECTORS = tuple(n for n in ALL if n!='chip')
 GOLDEN = torch.tensor([[0., 0], [1, 0], [0, 1], [-3, -4]])
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-def score(name, v, k=None): return vector_scores(criteria[name], v if v.dim()==3 else v[:, None] if name!='cop' else v[:, :, None], k=k if k or not criteria[name].selector else len(v)//2)
+def score(name, v, k=None): return vector_scores(criteria[name], v if v.dim()==3 else v[:, None] if name!='cop' else v[:, :, None], k=k if k or not criteria[name].selects_set else len(v)//2)
 def lowest(s, k): return sorted(s.argsort(stable=True)[:k].tolist())
 def close(a, b, rel=1e-9): return torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=rel, atol=rel)
 
@@ -57,7 +57,7 @@ def naive_chip(a):
 
 def test_registered():
     for n in ALL: assert criteria[n].name==n and criteria[n].family=='correlation' and criteria[n].source and criteria[n].note
-    assert [n for n in ALL if criteria[n].selector]==['kmeans', 'cluster'] and [n for n in ALL if criteria[n].across is None]==['kmeans', 'cluster']
+    assert [n for n in ALL if criteria[n].selects_set]==['kmeans', 'cluster'] and [n for n in ALL if criteria[n].across is None]==['kmeans', 'cluster']
     assert criteria['cop'].reads=='readers' and criteria['cop'].across=='none' and criteria['fpgm'].across=='mean'
     assert criteria['chip'].needs==('data',) and all(criteria[n].needs==() for n in VECTORS)
 
@@ -299,7 +299,7 @@ def test_chip_of_orthogonal_maps_is_their_norm():
 
 def test_chip_statistic():
     a = rand(10, 6, 20).float(); c = criteria['chip']; s, = c.stats
-    got = c.channel({'chip': s.value([Seen(a=p, shape=(1, 4, 5)) for p in a.split([4, 4, 2])])})
+    got = c.channel({'chip': s.value([BatchView(a=p, shape=(1, 4, 5)) for p in a.split([4, 4, 2])])})
     close(got, chip_scores(a), 1e-6); assert got.dtype==torch.float64
 
 def test_chip_is_fast():
@@ -328,7 +328,7 @@ def test_law_scale_of_the_layer_keeps_the_order(name, shape, scale):
     v = rand(n, d+2, 2, seed=seed)
     a, b = score(name, v), score(name, v*scale)
     if name=='fpgm': close(b, a*scale, 1e-6)
-    elif criteria[name].selector: assert torch.equal(a>1, b>1)
+    elif criteria[name].selects_set: assert torch.equal(a>1, b>1)
     else: close(a, b, 1e-6)
 
 @pytest.mark.parametrize('name', VECTORS)
@@ -379,9 +379,9 @@ def test_units_at_one_tap_are_compared(name, dims, apart):
     for t,at in enumerate(places):
         here = lambda x: reduce(lambda x, p: x.narrow(*p, 1), zip(apart, at), x)
         units = [here(w).select(1-dims[0], i).flatten() for i in range(w.shape[1-dims[0]])]
-        want = c.vectors(torch.stack(units), **(dict(k=2+(t==0)) if c.selector else {}))
+        want = c.vectors(torch.stack(units), **(dict(k=2+(t==0)) if c.selects_set else {}))
         close(here(s).flatten(), want, 1e-12)
-    if c.selector: assert int((s>1).sum())==k
+    if c.selects_set: assert int((s>1).sum())==k
 
 @pytest.mark.parametrize('name', ['cosine', 'pearson'])
 def test_the_same_weights_at_another_tap_do_other_work(name):
@@ -427,7 +427,7 @@ def test_in_a_network(name):
     for granularity in ('filter', 'shared_kernel'):
         a, b = (Pruner(m, x).plan(.5, criterion=name, granularity=granularity, **kw) for _ in range(2))
         assert a.removed==b.removed==7 and [c.keep for c in a.cuts]==[c.keep for c in b.cuts]
-    if not criteria[name].selector: assert Pruner(m, x).plan(.5, criterion=name, context='global', **kw).removed==7
+    if not criteria[name].selects_set: assert Pruner(m, x).plan(.5, criterion=name, context='global', **kw).removed==7
     else:
         with pytest.raises(ValueError, match='chooses sets within one layer'): Pruner(m, x).plan(.5, criterion=name, context='global')
 
@@ -455,7 +455,7 @@ def test_a_direction_is_that_of_all_layers(name):
     m = Residual().eval(); c = criteria[name]
     keep = Pruner(m, torch.randn(2, 3, 6, 6)).plan({'a': .5}, criterion=name).cuts[0].keep
     s = c.vectors(torch.cat([m.a.weight.flatten(1), m.b.weight.flatten(1)], 1).detach())
-    assert c.join and keep==tuple(sorted(s.argsort(stable=True)[4:].tolist()))
+    assert c.concat_members and keep==tuple(sorted(s.argsort(stable=True)[4:].tolist()))
 
 def test_cop_reads_the_readers():
     m, x = copies()

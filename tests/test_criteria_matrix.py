@@ -85,7 +85,7 @@ def refusal(name, net, gran, context, frm):
         if gran not in COUPLED: return WHOLE
     if c.where is not None and gran not in c.where: return 'is defined for granularity'
     if c.vectors is not None and gran in ('weight', 'layer'): return 'as vectors'
-    if context!='local' and (c.selector or not c.comparable and c.normalizer is None): return 'cannot be ranked across layers'
+    if context!='local' and (c.selects_set or not c.comparable and c.normalizer is None): return 'cannot be ranked across layers'
     if 'training' in c.needs and frm!='callback': return 'is gathered while a network trains'
     return NOT_HERE.get((name, net))
 

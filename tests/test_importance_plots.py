@@ -25,7 +25,7 @@ def closed():
     plt.close('all')
 
 X = torch.randn(2,2,8,8, generator=torch.Generator().manual_seed(1))
-weights_only = [n for n,c in criteria.items() if not c.needs and not c.selector]
+weights_only = [n for n,c in criteria.items() if not c.needs and not c.selects_set]
 
 # -- importance -----------------------------------------------------------------------------------
 @pytest.mark.parametrize('name', ['l1','l2','bn_scale','random','lamp'])

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterprune.criteria.base import criteria
-from fasterprune.criteria.statistic import Seen
+from fasterprune.criteria.statistic import BatchView
 from fasterprune.criteria.correlation import similarity
 from fasterprune.criteria.information import *
 from fasterprune.surgery.pruner import Pruner
@@ -16,11 +16,11 @@ def gen(seed=0): return torch.Generator().manual_seed(seed)
 def rand(*shape, seed=0): return torch.randn(*shape, generator=gen(seed), dtype=torch.float64)
 def labels(n, k, seed=0): return torch.cat([torch.arange(k), torch.randint(k, (n-k,), generator=gen(seed))])[:n]
 def close(a, b, rel=1e-9): return torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=rel, atol=rel)
-def seen(a, y, n=1): return [Seen(a=p, y=q, shape=(1, a.shape[2]), i=i) for i,(p,q) in enumerate(zip(a.tensor_split(n), y.tensor_split(n)))]
+def seen(a, y, n=1): return [BatchView(a=p, y=q, shape=(1, a.shape[2]), i=i) for i,(p,q) in enumerate(zip(a.tensor_split(n), y.tensor_split(n)))]
 def score(c, a, y, n=1):
     c = criteria[c] if isinstance(c, str) else c
     s = {t.name:t.value(seen(a, y, n)) for t in c.stats}
-    return c.channel(s, k=len(a[0])//2) if c.selector else c.channel(s)
+    return c.channel(s, k=len(a[0])//2) if c.selects_set else c.channel(s)
 
 few = pytest.mark.filterwarnings('ignore:.*are few for')
 
@@ -53,7 +53,7 @@ def naive_mrmr(rel, red): # names in the order of being chosen
 def test_registered():
     for n in ALL: assert criteria[n].name==n and criteria[n].family=='information' and criteria[n].source and criteria[n].note and criteria[n].units_only
     assert [criteria[n].needs for n in ALL]==[('data', 'labels'), ('data', 'labels'), ('data',), ('data', 'labels')]
-    assert [criteria[n].across for n in ALL]==['mean', 'mean', 'mean', None] and criteria['mrmr'].selector and not any(criteria[n].comparable for n in ALL)
+    assert [criteria[n].across for n in ALL]==['mean', 'mean', 'mean', None] and criteria['mrmr'].selects_set and not any(criteria[n].comparable for n in ALL)
 
 @pytest.mark.parametrize('name', ALL)
 def test_pickles(name):
@@ -173,7 +173,7 @@ def test_binned_criterion():
 def test_memory_is_bounded():
     s, = criteria['mi_binned'].stats
     state = None
-    for i in range(60): state = s.merged(state, s.measure(Seen(a=torch.zeros(500, 2, 1), y=torch.zeros(500).long(), shape=(1,), i=i)))
+    for i in range(60): state = s.merged(state, s.measure(BatchView(a=torch.zeros(500, 2, 1), y=torch.zeros(500).long(), shape=(1,), i=i)))
     assert len(state['z'])==len(state['y'])==20_000
     for n in ('mi_renyi2', 'mi_gauss'): assert criteria[n].stats[0].merge=='sum'
 
@@ -220,7 +220,7 @@ def test_renyi_criterion_is_the_mean_over_minibatches():
 
 def test_renyi_leaves_out_what_is_of_one_class():
     a, y = rand(81, 3, 5), torch.cat([labels(40, 2), torch.zeros(41).long()])
-    parts = [Seen(a=a[i:j], y=y[i:j], shape=(1, 5)) for i,j in ((0, 40), (40, 80), (80, 81))]
+    parts = [BatchView(a=a[i:j], y=y[i:j], shape=(1, 5)) for i,j in ((0, 40), (40, 80), (80, 81))]
     s, = criteria['mi_renyi2'].stats
     close(s.value(parts), renyi_information(a[:40], y[:40]).clamp(min=0))
     with pytest.raises(ValueError) as e: s.value(parts[1:])

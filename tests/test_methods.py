@@ -9,7 +9,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from fasterprune.callback.keep_zeros import KeepZeros
-from fasterprune.callback.lottery import Remember, lottery_ticket, moment_of, rewind_
+from fasterprune.callback.lottery import CheckpointCallback, lottery_ticket, checkpoint_of, rewind_
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.regrow import RegrowCallback, drop_and_grow, drop_fraction, erk
 from fasterprune.callback.sparsify import SparsifyCallback
@@ -28,24 +28,24 @@ def test_waiting_is_what_a_loop_says():
     g = random.Random(0)
     for _ in range(300):
         how,n = Patience(g.randint(1, 3), g.randint(1, 6), g.choice([0., .1]), at_once=g.random()<.5),g.randint(1, 15)
-        w,step,best,bad,got,want = how.watch(),0,math.inf,0,[],[]
+        w,step,best,bad,got,want = how.tracker(),0,math.inf,0,[],[]
         for e in range(n):
             seen = best<math.inf
             left,todo = n-e,how.steps-step
             k = None
             if todo and (bad>=how.patience or e==0 and how.at_once or left<=todo): k = step = max(step+1, how.steps-left+1); best,bad = math.inf,0
-            want.append(k); got.append(w.due(left))
+            want.append(k); got.append(w.next_step(left))
             loss = g.random()
-            w.see(loss)
+            w.update(loss)
             if loss<best-how.min_delta: best,bad = loss,0
             else: bad += 1
         assert got==want and step==how.steps
 
 def test_more_is_better_for_accuracy_and_nan_is_no_improvement():
-    w = Patience(1, monitor='accuracy').watch()
-    for v in (.5, .6): w.see(v)
+    w = Patience(1, monitor='accuracy').tracker()
+    for v in (.5, .6): w.update(v)
     assert w.bad==0
-    w.see(float('nan')); assert w.bad==1
+    w.update(float('nan')); assert w.bad==1
     assert Patience(monitor='f1', lower=True).less and not Patience(monitor='f1').less and Patience(monitor='error_rate').less
 
 def test_sparsify_by_patience():
@@ -78,36 +78,36 @@ def test_dense_epochs_of_patience_do_not_count_as_best(tmp_path):
 OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 @pytest.mark.parametrize('opt', OPTS)
 def test_going_back_is_going_back(opt):
-    learn,seen,r = learner(opt_func=OPTS[opt]),{},Remember(1, epoch=1)
+    learn,seen,r = learner(opt_func=OPTS[opt]),{},CheckpointCallback(1, epoch=1)
     def look(l):
         if l.training and l.epoch==1 and l.iter==1: seen.update(w=weights(l.model), s=state(l))
     fit(learn, 3, cbs=[r, Spy('before_batch', look)])
-    assert r.moment.step==4 and not equal(seen['w'], weights(learn.model))
-    rewind_(learn, r.moment)
+    assert r.checkpoint.step==4 and not equal(seen['w'], weights(learn.model))
+    rewind_(learn, r.checkpoint)
     assert equal(seen['w'], weights(learn.model)) and same_state(seen['s'], state(learn))
-    before = {n:t.clone() for n,t in r.moment.model.items()}
+    before = {n:t.clone() for n,t in r.checkpoint.model.items()}
     fit(learn, 1) # training on does not change the moment
-    assert equal(before, r.moment.model)
+    assert equal(before, r.checkpoint.model)
 
 def test_masks_stay_when_the_weights_go_back():
-    learn,r = learner(),Remember()
+    learn,r = learner(),CheckpointCallback()
     fit(learn, 1, cbs=r)
     fit(learn, 2, cbs=SparsifyCallback(.5))
-    rewind_(learn, r.moment)
+    rewind_(learn, r.checkpoint)
     assert zero_filters(learn.model)==[4,6,0]
     w = learn.model[0].weight
     live = w.detach().flatten(1).any(1)
-    assert torch.equal(w[live], r.moment.model['0.weight'][live])
+    assert torch.equal(w[live], r.checkpoint.model['0.weight'][live])
 
 def test_moments_that_cannot_be():
     learn = learner()
-    with pytest.raises(ValueError, match='no optimizer yet'): moment_of(learn)
+    with pytest.raises(ValueError, match='no optimizer yet'): checkpoint_of(learn)
     learn.create_opt()
-    m = moment_of(learn)
+    m = checkpoint_of(learn)
     learn.prune(.5)
     with pytest.raises(ValueError, match=r"'0.weight' has shape \(4, 1, 3, 3\) now and had \(8, 1, 3, 3\)"): rewind_(learn, m)
     for k in (-1, 1.5, True):
-        with pytest.raises(ValueError, match='step is a whole number'): Remember(k)
+        with pytest.raises(ValueError, match='step is a whole number'): CheckpointCallback(k)
 
 # ---- lottery tickets
 

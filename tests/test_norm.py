@@ -188,7 +188,7 @@ w = torch.ones(2, 3)
     (lambda: Criterion('mine', None), "criterion 'mine': element is a function, not None"),
     (lambda: Criterion('mine', torch.abs, finish=2), "criterion 'mine': finish is a function, not 2"),
     (lambda: Criterion('mine', torch.abs, layer='lamp'), "criterion 'mine': layer is a function, not 'lamp'"),
-    (lambda: Criterion('mine', torch.abs, rising=torch.abs), "criterion 'mine': rising is what layer makes of ascending scores, so give layer too"),
+    (lambda: Criterion('mine', torch.abs, monotone=torch.abs), "criterion 'mine': monotone is what layer makes of ascending scores, so give layer too"),
     (lambda: Criterion('mine', torch.abs, pool='avg'), "criterion 'mine': no pool 'avg'; choose from 'sum', 'mean', 'max'"),
     (lambda: Criterion('mine', torch.abs, reads='bias'), "criterion 'mine' reads 'weight', 'norm' or 'readers', not 'bias'"),
     (lambda: register(torch.abs), 'register takes a Criterion, not'),

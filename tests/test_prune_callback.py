@@ -12,11 +12,11 @@ from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from fasterprune.callback.prune_callback import PruneCallback, next_cut
-from fasterprune.callback.base import TrainingCallback, example_batch, forget_best, undisturbed
+from fasterprune.callback.base import TrainingCallback, example_batch, reset_trackers
 from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.sparsify import SparsifyCallback
-from fasterprune.core import VerificationError
+from fasterprune.core import VerificationError, preserve_rng
 from fasterprune.data import small_resnet
 from fasterprune.schedule import agp, iterative, linear, one_shot
 from fasterprune.sparse.sparsifier import Sparsifier
@@ -285,17 +285,17 @@ def test_every_way_out_leaves_no_trace(event, how):
     for m in learn.model.modules(): assert not m._forward_hooks and not m._forward_pre_hooks
     fit(learn, 1)
 
-def test_undisturbed_and_forget_best():
+def test_preserve_rng_and_reset_trackers():
     learn = learner()
     def draws(): return torch.rand(1).item(),random.random(),np.random.rand(),learn.dls.train.rng.random()
     torch.manual_seed(1); random.seed(1); np.random.seed(1); learn.dls.train.rng = random.Random(1)
     want = draws()
     torch.manual_seed(1); random.seed(1); np.random.seed(1); learn.dls.train.rng = random.Random(1)
-    with undisturbed(learn): list(learn.dls.train); draws()
+    with preserve_rng(learn.dls.train, seed=42): list(learn.dls.train); draws()
     assert draws()==want
     cb = EarlyStoppingCallback('accuracy')
     cb.best,cb.wait = .5,3
-    learn.add_cb(cb); forget_best(learn)
+    learn.add_cb(cb); reset_trackers(learn)
     assert cb.best==-float('inf') and cb.wait==0
 
 # ---- refusals

@@ -31,7 +31,7 @@ def followed(c, n, f): # by what should not happen
 
 zeros_after_a_step = gone((KeepZeros, 'after_step'))
 zeros_after_the_best = gone((KeepZeros, 'after_fit'))
-dense_epochs_do_not_count = gone((sparsify, 'forget_best'))
+dense_epochs_do_not_count = gone((sparsify, 'reset_trackers'))
 choices = gone((SparsifyCallback, 'before_train'))
 taken_down = gone((TrainingCallback, 'take_down'))
 def folded(p): p.setattr(apply, 'fold_steps', lambda *a: [])
@@ -39,7 +39,7 @@ zeros_after_an_error = gone((SparsifyCallback, 'interrupted'))
 known_step = gone((KeepZeros, 'before_step')) # whether a step has its zeros
 nothing_on_the_model = followed(KeepZeros, '_pair', lambda self: self.model.register_buffer('kept', torch.zeros(3)))
 can_be_pickled = followed(SparsifyCallback, 'start', lambda self: setattr(self, 'own', Lock()))
-resumed_masks = gone((KeepZeros, 'restore'), (SparsifyCallback, 'restore'))
+resumed_masks = gone((KeepZeros, 'load_state_dict'), (SparsifyCallback, 'load_state_dict'))
 
 def columns(p): p.setattr(SparsifyCallback, 'columns', lambda self: {})
 def off_in_lr_find(p): # and in validation
@@ -52,7 +52,7 @@ def zeros_of_an_earlier_fit(p): p.setattr(KeepZeros, 'after_fit', lambda self: v
 def zeros_that_were_found(p):
     whole = Sparsifier.masks
     p.setattr(Sparsifier, 'masks', lambda self, s, regrow=False: whole(self, s, regrow=True))
-    p.setattr(SparsifyCallback, '_found', property(nothing, nothing), raising=False)
+    p.setattr(SparsifyCallback, '_inherited_masks', property(nothing, nothing), raising=False)
 def heard_of_an_error(p): p.setattr(TrainingCallback, 'learn', property(lambda self: vars(self).get('_learn'), lambda self, l: vars(self).update(_learn=l)))
 def place_in_the_schedule(p):
     whole = SparsifyCallback._update

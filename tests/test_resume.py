@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from fasterprune.callback.prune_callback import PruneCallback
 from fasterprune.callback.keep_zeros import KeepZeros
 from fasterprune.callback.growing import Growth, GrowingCallback
-from fasterprune.callback.lottery import Remember, lottery_ticket
+from fasterprune.callback.lottery import CheckpointCallback, lottery_ticket
 from fasterprune.callback.patience import Patience
 from fasterprune.callback.kernel_progressive import PKPCallback
 from fasterprune.callback.regrow import RegrowCallback
@@ -84,7 +84,7 @@ HOW = {
     'slimming': lambda: [SlimmingCallback(1e-2)],
     'lasso': lambda: [GroupLassoCallback(1e-1)],
     'groups': lambda: [GroupSparsityCallback(1e-2)],
-    'remember': lambda: [Remember(1), SparsifyCallback(.5)],
+    'remember': lambda: [CheckpointCallback(1), SparsifyCallback(.5)],
     'prune': lambda: [PruneCallback(.5, schedule=linear(), every=2)],
     'wait': lambda: [PruneCallback(.5, every=Patience(2, steps=3, min_delta=10., at_once=True))],
     'budget': lambda: [PruneCallback(budget=Budget(macs=.4), criterion='taylor_act', context='global', n_batches=2, schedule=linear(), compensate=True)],
@@ -117,7 +117,7 @@ def same(a, b):
         if isinstance(x, PruneCallback): assert x.history.equals(y.history) and x.reports==y.reports and x.whole==y.whole and len(x.reports)
         if isinstance(x, Average): assert equal(x.average.state_dict(), y.average.state_dict())
         if isinstance(x, SparsifyCallback): assert x.history.equals(y.history) and x.layers.equals(y.layers)
-        if isinstance(x, Remember): assert x.moment.step==y.moment.step and equal(x.moment.model, y.moment.model) and alike(x.moment.opt['state'], y.moment.opt['state'])
+        if isinstance(x, CheckpointCallback): assert x.checkpoint.step==y.checkpoint.step and equal(x.checkpoint.model, y.checkpoint.model) and alike(x.checkpoint.opt['state'], y.checkpoint.opt['state'])
     sa,sb = la.model.state_dict(),lb.model.state_dict()
     assert equal(sa, sb)
     assert la.recorder.losses==lb.recorder.losses and la.recorder.values==lb.recorder.values and la.recorder.lrs==lb.recorder.lrs

@@ -5,7 +5,8 @@ import pytest, torch
 from torch import nn
 from fasterprune.all import *
 from fasterprune.surgery.capture.tracer import random_like
-from fasterprune.surgery.capture.isolation import fixed_seeds, preserved
+from fasterprune.core import seed_rng_
+from fasterprune.surgery.capture.isolation import preserved
 from fasterprune.surgery.checking.verify import relative_error
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -150,7 +151,7 @@ def test_generators_are_put_back():
     def fails():
         try:
             with preserved():
-                fixed_seeds()
+                seed_rng_()
                 raise KeyboardInterrupt
         except KeyboardInterrupt: pass
     assert after(fails)==want

@@ -111,7 +111,7 @@ def test_criteria_score_tiles(c):
     want = dict(l1=lambda: rows.abs().sum(1), l2=lambda: rows.norm(dim=1), linf=lambda: rows.abs().amax(1), mean_abs=lambda: rows.abs().mean(1), rms=lambda: rows.square().mean(1).sqrt(),
                 lamp=lambda: torch.stack([s/sq[sq>=s].sum() for s in sq]), fpgm=lambda: torch.cdist(rows, rows).sum(1))
     s = Sparsifier(nn.Sequential(conv), granularity=block(2, 4), criterion=c)
-    if not criteria[c].selector: got = s.scores()['0']
+    if not criteria[c].selects_set: got = s.scores()['0']
     if c in want: assert got.shape==(2,2,1,1) and torch.allclose(got.flatten(), want[c](), rtol=1e-10)
     if c=='cosine': assert s.masks(.25).keep['0.weight'].expand(w.shape).sum()==w.numel()*3/4
 

@@ -15,7 +15,7 @@ from fasterprune.callback.sparsify import SparsifyCallback
 from fasterprune.core import NoEffectWarning
 from fasterprune.criteria.base import Criterion, criteria, vector_scores
 from fasterprune.criteria.statistic import Statistic
-from fasterprune.criteria.listen import Listener, Place, classes
+from fasterprune.criteria.listen import Listener, Location, classes
 from fasterprune.criteria.batches import loss_of, split_batch
 from fasterprune.criteria.evidence import Evidence, check_needs
 from fasterprune.criteria.runs import gather
@@ -60,7 +60,7 @@ whole = Criterion('whole', channel=_only, stats=(GROUP,))
 def _cluster(v, k): # keeps the first k of the longest
     k = len(v)//2 if k is None else k
     return torch.zeros(len(v)).scatter(0, v.flatten(1).norm(dim=1).topk(k).indices, 1.)
-cluster = Criterion('cluster_', vectors=_cluster, selector=True)
+cluster = Criterion('cluster_', vectors=_cluster, selects_set=True)
 
 def scores(model, c, x, data, loss=F.cross_entropy, **kw):
     gs = [g for g in couple(model, x).groups if g.primary]
@@ -276,7 +276,7 @@ def test_gate_is_scale_and_shift_together():
 def test_a_gradient_for_each_sample():
     m,x,data = make('residual')
     s = Statistic('g2', _g2, at='weight', by='sample')
-    p = Place('weight', 'c.weight')
+    p = Location('weight', 'c.weight')
     got = gather(m, [(s, p)], data, loss_func=F.cross_entropy)['g2',p]
     want = 0
     for d,y in data:
@@ -292,7 +292,7 @@ def curvature(loss, params, i):
     return torch.autograd.grad(sum((a*b).sum() for a,b in zip(g, v)), params)
 def test_derivatives_of_any_order():
     m,x,data = make('tokens'); m = m.double(); d,y = data[0][0].double(),data[0][1]
-    p = Place('weight', 'h.weight')
+    p = Location('weight', 'h.weight')
     def take(b): return dict(s=b.g)
     got = gather(m, [(Statistic('hv', take, at='weight', by=curvature), p)], [(d, y)], loss_func=F.cross_entropy)['hv',p]
     f = lambda w: F.cross_entropy(torch.func.functional_call(m, {'h.weight':w}, d), y)
@@ -302,7 +302,7 @@ def test_derivatives_of_any_order():
 def cool(loss, params, i): return torch.autograd.grad(loss(4.), params)
 def test_temperature_divides_the_outputs():
     m,x,data = make('tokens'); d,y = data[0]
-    p = Place('weight', 'h.weight')
+    p = Location('weight', 'h.weight')
     def take(b): return dict(s=b.g)
     got = gather(m, [(Statistic('t', take, at='weight', by=cool), p)], data[:1], loss_func=F.cross_entropy)['t',p]
     m.zero_grad(); F.cross_entropy(m(d)/4, y).backward(); same(got, m.h.weight.grad)
@@ -311,7 +311,7 @@ def test_flow_is_the_sum_of_all_paths():
     torch.manual_seed(0); m = nn.Sequential(nn.Linear(3,4,bias=False), nn.ReLU(), nn.Linear(4,2,bias=False))
     was = [p.clone() for p in m.parameters()]
     def take(b): return dict(s=b.w*b.g)
-    s = Statistic('flow', take, at='weight', by='flow'); ps = [Place('weight', '0.weight'),Place('weight', '2.weight')]
+    s = Statistic('flow', take, at='weight', by='flow'); ps = [Location('weight', '0.weight'),Location('weight', '2.weight')]
     got = gather(m, [(s, p) for p in ps], x=torch.randn(1,3))
     a,b = m[0].weight.abs().detach().double(),m[2].weight.abs().detach().double()
     same(got['flow',ps[0]], a*b.sum(0)[:,None], 1e-12); same(got['flow',ps[1]], b*a.sum(1), 1e-12)
@@ -321,7 +321,7 @@ def test_linear_flow_passes_norms_and_activations():
     torch.manual_seed(0); m = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4,2)).eval()
     nn.init.uniform_(m[1].weight, -3, 3)
     def take(b): return dict(s=b.g.sum((0,2)))
-    p = Place('input', '3')
+    p = Location('input', '3')
     got = gather(m, [(Statistic('nisp', take, by='linear'), p)], x=torch.randn(1,3))['nisp',p]
     same(got, m[3].weight.abs().sum(0).detach(), 1e-6); assert all('forward' not in vars(k) for k in m)
 
@@ -416,8 +416,8 @@ def test_the_model_is_as_before(kind, by):
     dls = digits_dls(bs=16); ds = [(torch.randn(2,5,5), torch.tensor(i%2)) for i in range(40)]
     dl = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0).train
     was = state(m, dl)
-    at = (Statistic('g2', _g2, at='weight', by=by), Place('weight', 'a.weight'))
-    more = [(TAYLOR, Place('input', 'b'))] if by=='gradient' else []
+    at = (Statistic('g2', _g2, at='weight', by=by), Location('weight', 'a.weight'))
+    more = [(TAYLOR, Location('input', 'b'))] if by=='gradient' else []
     run = lambda: gather(m, [at, *more], dl, loss_func=broken(kind, 2) if kind else F.cross_entropy, n_batches=3)
     if kind is None: run()
     else:
@@ -439,7 +439,7 @@ def test_interrupted_anywhere(where):
     if where in ('model', 'flow'): h = m.c.register_forward_pre_hook(stop)
     if where=='flow': s = Statistic('s', _g2, at='input', by='linear')
     was = state(m, d)
-    with pytest.raises(KeyboardInterrupt): gather(m, [(s, Place('input', 'b'))], d, x=x)
+    with pytest.raises(KeyboardInterrupt): gather(m, [(s, Location('input', 'b'))], d, x=x)
     assert state(m, d)==was
     if h: h.remove()
     assert hooks(m)==0
@@ -464,7 +464,7 @@ def test_inputs_changed_in_place_are_noticed():
         def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Linear(3,4),nn.Linear(4,4),nn.Linear(4,2)
         def forward(self, x): x = self.a(x); y = self.b(x); x.add_(1.); return self.c(y)
     m = Rude()
-    with pytest.raises(RuntimeError, match="input of 'b' is changed in place"): gather(m, [(TAYLOR, Place('input', 'b'))], [(torch.randn(2,3), torch.tensor([0,1]))], loss_func=F.cross_entropy)
+    with pytest.raises(RuntimeError, match="input of 'b' is changed in place"): gather(m, [(TAYLOR, Location('input', 'b'))], [(torch.randn(2,3), torch.tensor([0,1]))], loss_func=F.cross_entropy)
 
 # ---- what is known is not asked again
 
@@ -524,7 +524,7 @@ def test_reduce(how):
 def test_a_selector_gets_how_many_stay():
     asked = []
     def pick(v, k): asked.append((len(v), k)); return torch.arange(len(v)).double()
-    c = Criterion('pick', vectors=pick, selector=True)
+    c = Criterion('pick', vectors=pick, selects_set=True)
     m,x,data = make('residual')
     plan = Pruner(m, x).plan(.4, criterion=c)
     assert set(asked)=={(6,4),(5,3)} and plan.rows()[0][2]==4
@@ -537,7 +537,7 @@ def test_a_selector_decides_exactly():
     keep = next(c.keep for c in Pruner(m, x).plan(.5, criterion=cluster).cuts if c.name=='c')
     assert sorted(keep)==sorted(m.c.weight.detach().flatten(1).norm(dim=1).topk(3).indices.tolist())
     def by_activation(s, k): return s['size']
-    sel = Criterion('by_act', channel=by_activation, stats=(SIZE,), selector=True)
+    sel = Criterion('by_act', channel=by_activation, stats=(SIZE,), selects_set=True)
     assert Pruner(m, x).plan(.5, criterion=sel, data=data).cuts
 
 def test_vectors_of_coupled_units_and_of_layers():
@@ -593,11 +593,11 @@ CASES = [
     (lambda m,x,d: Pruner(m, x).plan(.5, criterion=Criterion('n', channel=nan, stats=(SIZE,)), data=d), "'a': criterion 'n' returned NaN for 4 units"),
     (lambda m,x,d: Pruner(m, x).plan(.5, criterion=Criterion('n', channel=_two, stats=(SIZE,)), data=d), "'a': criterion 'n' returned shape (2,) for 4 units"),
     (lambda m,x,d: Pruner(m, x).plan(.5, criterion=Criterion('n', channel=_no, stats=(SIZE,)), data=d), "'a': too few samples"),
-    (lambda m,x,d: gather(m, [(Statistic('s', _list), Place('input', 'b'))], d), "statistic 's' measured [1]; it must be a dict of tensors"),
-    (lambda m,x,d: gather(m, [(Statistic('s', _by_class, needs=('labels',)), Place('input', 'b'))], [(a, y.float()) for a,y in d]), "statistic 's' needs labels, one class for each sample: a tensor of whole numbers, not float32 of shape"),
-    (lambda m,x,d: gather(m, [(Statistic('s', _by_class, needs=('labels',)), Place('input', 'b'))], [(a,) for a,y in d]), "a tensor of whole numbers, not none"),
-    (lambda m,x,d: gather(m, [(Statistic('s', _wg, at='weight', by=_short), Place('weight', 'b.weight'))], d, loss_func=F.cross_entropy), "_short gave float32 of shape (1,) for 'b.weight'"),
-    (lambda m,x,d: gather(m, [(Statistic('s', _changing), Place('input', 'b'))], d), "statistic 's' measured a4 first and a3 then"),
+    (lambda m,x,d: gather(m, [(Statistic('s', _list), Location('input', 'b'))], d), "statistic 's' measured [1]; it must be a dict of tensors"),
+    (lambda m,x,d: gather(m, [(Statistic('s', _by_class, needs=('labels',)), Location('input', 'b'))], [(a, y.float()) for a,y in d]), "statistic 's' needs labels, one class for each sample: a tensor of whole numbers, not float32 of shape"),
+    (lambda m,x,d: gather(m, [(Statistic('s', _by_class, needs=('labels',)), Location('input', 'b'))], [(a,) for a,y in d]), "a tensor of whole numbers, not none"),
+    (lambda m,x,d: gather(m, [(Statistic('s', _wg, at='weight', by=_short), Location('weight', 'b.weight'))], d, loss_func=F.cross_entropy), "_short gave float32 of shape (1,) for 'b.weight'"),
+    (lambda m,x,d: gather(m, [(Statistic('s', _changing), Location('input', 'b'))], d), "statistic 's' measured a4 first and a3 then"),
     (lambda m,x,d: Sparsifier(m, granularity='weight', criterion=Criterion('f', _weigh, stats=(Statistic('wg', _wg, at='weight', by='flow'),))), 'needs an example input; pass x'),
     (lambda m,x,d: Pruner(m, x).plan(.5, criterion=Criterion('mv', _weigh, stats=(Statistic('wg', _wg, at='weight', by='gradient', needs=('training',)),))), "criterion 'mv' is gathered while a network trains; use SparsifyCallback(..., criterion='mv')"),
     (lambda m,x,d: Statistic('s', _wg, at='output'), "statistic 's': no place 'output'"),
@@ -611,9 +611,9 @@ CASES = [
     (lambda m,x,d: Criterion('el', torch.abs, stats=(GATE,)), "its statistics cannot be at 'norm'"),
     (lambda m,x,d: Criterion('ve', vectors=_only, stats=(SIZE,)), "its statistics cannot be at 'input'"),
     (lambda m,x,d: Criterion('st', torch.abs, stats=('size',)), "stats are Statistics, not 'size'"),
-    (lambda m,x,d: Criterion('se', torch.abs, selector=True), 'a selector compares units'),
+    (lambda m,x,d: Criterion('se', torch.abs, selects_set=True), 'a selector compares units'),
     (lambda m,x,d: Criterion('sn', channel=_only, stats=(SIZE, SIZE)), 'two of its statistics have one name, of size, size'),
-    (lambda m,x,d: Criterion('jo', torch.abs, join=True), 'join puts vectors side by side'),
+    (lambda m,x,d: Criterion('jo', torch.abs, concat_members=True), 'concat_members puts vectors side by side'),
     (lambda m,x,d: Criterion('re', torch.abs, reduce='avg'), "criterion 're': no reduction 'avg'"),
     (lambda m,x,d: Criterion('no', torch.abs, normalizer='avg'), "no normalizer 'avg'"),
     (lambda m,x,d: Criterion('wh', torch.abs, where=('filters',)), "criterion 'wh': no granularity 'filters'"),
@@ -671,7 +671,7 @@ def test_hooks_only_in_the_last_batches_before_a_choice(c):
     n = len(learn.dls.train)
     heard = [i for i,h in enumerate(w.during) if h]
     assert heard==[n-2,n-1,2*n-2,2*n-1] and set(w.between)=={0} and hooks(learn.model)==0 # the last epoch listens to nothing
-    assert cb.masks.sparsity==.5 and cb._batches==[] and cb._ear is None
+    assert cb.masks.sparsity==.5 and cb._batches==[] and cb._listener is None
 
 def test_every_some_batches():
     learn,w = learner(),Watch(); cb = SparsifyCallback(.5, criterion=taylor, n_batches=1, every=3, schedule='agp')
@@ -800,7 +800,7 @@ rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
 from torch import nn
 from fasterprune.criteria.statistic import Statistic
-from fasterprune.criteria.listen import Place
+from fasterprune.criteria.listen import Location
 from fasterprune.criteria.runs import gather
 torch.manual_seed(0)
 net = nn.Linear(3,2)
@@ -808,7 +808,7 @@ data = [(torch.randn(4,3)+i, torch.zeros(4).long()) for i in range(2+0)]
 more = [(torch.randn(2,3)-1, torch.zeros(2).long())]
 def f(b): return dict(sum=b.a.sum((0,2)), max=b.a.amax((0,2)), min=b.a.amin((0,2)), rows=b.a.mean(2), one=b.a[:1].mean(2))
 s = Statistic('s', f, merge=dict(sum='sum', max='max', min='min', rows='cat', one='first'), cap=9)
-p = Place('input', '')
+p = Location('input', '')
 mine = data if rank==0 else more
 got = gather(net, [(s, p)], mine)['s',p]
 alone = [b for d in (data, more) for b in d]
@@ -827,7 +827,7 @@ def test_members_side_by_side():
     m,x,data = make('residual')
     def check(v): shapes.append(tuple(v.shape)); return v.flatten(1).norm(dim=1)
     shapes = []; gs = [g for g in couple(m, x).groups if g.primary]
-    got = group_scores(m, gs, Criterion('c', vectors=check, join=True))
+    got = group_scores(m, gs, Criterion('c', vectors=check, concat_members=True))
     assert shapes==[(6,1,2+54),(5,6,1)]
     same(got['a'], torch.cat([m.a.weight.flatten(1), m.b.weight.flatten(1)], 1).norm(dim=1).detach())
 
@@ -836,7 +836,7 @@ def outer(loss, params, i):
     g, = torch.autograd.grad(f(out), out)
     return torch.autograd.grad(out, params, g)
 def test_outputs_of_a_batch():
-    m,x,data = make('tokens'); d,y = data[0]; p = Place('weight', 'h.weight')
+    m,x,data = make('tokens'); d,y = data[0]; p = Location('weight', 'h.weight')
     def take(b): return dict(s=b.g)
     got = gather(m, [(Statistic('t', take, at='weight', by=outer), p)], data[:1], loss_func=F.cross_entropy)['t',p]
     m.zero_grad(); F.cross_entropy(m(d), y).backward(); same(got, m.h.weight.grad)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.func import functional_call
 from fasterprune.criteria.base import criteria, unit_scores
-from fasterprune.criteria.statistic import Seen
+from fasterprune.criteria.statistic import BatchView
 from fasterprune.criteria.taylor import *
 from fasterprune.criteria.curvature import *
 import laws
@@ -61,7 +61,7 @@ def test_the_trap_filters_before_a_batchnorm_in_training_have_no_scale(train):
 def value(c, *seen): return {s.name:s.value(seen) for s in c.stats}
 def scores(c, *seen): c = criteria[c] if isinstance(c, str) else c; return c.channel(value(c, *seen))
 def weights(c, *seen): c = criteria[c] if isinstance(c, str) else c; return c.element(seen[-1].w.double(), value(c, *seen))
-def split(a, g, k): return [Seen(a=x, g=y, shape=(1, a.shape[2])) for x,y in zip(a.split(k), g.split(k))]
+def split(a, g, k): return [BatchView(a=x, g=y, shape=(1, a.shape[2])) for x,y in zip(a.split(k), g.split(k))]
 
 def naive_act(a, g, c): # a list for each sample: the products at its positions
     return [[a[n,c,s].item()*g[n,c,s].item() for s in range(a.shape[2])] for n in range(a.shape[0])]
@@ -77,18 +77,18 @@ def test_taylor_act_against_a_loop(k):
         assert fisher[c].item() == pytest.approx(sum(sum(q)**2 for q in p)/12, rel=1e-10)
 
 def test_two_samples_that_disagree(): # jacobgil/pytorch-pruning takes the absolute value after the sum over examples
-    see = Seen(a=torch.ones(2, 1, 1), g=torch.tensor([1., -1]).view(2, 1, 1), shape=(1,))
+    see = BatchView(a=torch.ones(2, 1, 1), g=torch.tensor([1., -1]).view(2, 1, 1), shape=(1,))
     assert scores('taylor_act', see).item() == 1 and scores(taylor_act(per_sample=False), see).item() == 0
 
 def test_taylor_act_is_ranked_by_shares_of_the_layers_norm(): assert criteria['taylor_act'].across == 'l2' and taylor_act(False).across == 'l2'
 
 def wg(seed, shape=(3, 2, 2, 2)):
     g = torch.Generator().manual_seed(seed)
-    return Seen(w=torch.randn(shape, generator=g, dtype=torch.float64), g=torch.randn(shape, generator=g, dtype=torch.float64))
+    return BatchView(w=torch.randn(shape, generator=g, dtype=torch.float64), g=torch.randn(shape, generator=g, dtype=torch.float64))
 
 def test_weights_against_loops():
     w = wg(0).w
-    see = [Seen(w=w, g=wg(s).g) for s in (1, 2, 3)]
+    see = [BatchView(w=w, g=wg(s).g) for s in (1, 2, 3)]
     for i in range(w.numel()):
         p = [w.flatten()[i].item()*s.g.flatten()[i].item() for s in see]
         at = lambda n: weights(n, *see).flatten()[i].item()
@@ -99,18 +99,18 @@ def test_weights_against_loops():
         assert at('movement') == pytest.approx(-sum(p), rel=1e-10)
 
 def test_taylor_of_units_sums_squares_and_does_not_square_sums():
-    see = Seen(w=torch.tensor([[1., 1]]), g=torch.tensor([[1., -1]]))
+    see = BatchView(w=torch.tensor([[1., 1]]), g=torch.tensor([[1., -1]]))
     one = lambda n: unit_scores(criteria[n], see.w, (1,), s=value(criteria[n], see)).item()
     assert one('taylor_w') == 2 and one('taylor_abs') == 2
 
 def test_gate_golden():
-    see = [Seen(w=torch.tensor([[2., 1], [1, 0]]), g=torch.tensor([[1., -2], [3, 5]])), Seen(w=torch.tensor([[2., 1], [1, 0]]), g=torch.tensor([[1., 0], [0, 5]]))]
+    see = [BatchView(w=torch.tensor([[2., 1], [1, 0]]), g=torch.tensor([[1., -2], [3, 5]])), BatchView(w=torch.tensor([[2., 1], [1, 0]]), g=torch.tensor([[1., 0], [0, 5]]))]
     assert scores('taylor_gate', *see).tolist() == [2, 4.5] # (0²+2²)/2, (3²+0²)/2
     assert 'norm' in criteria['taylor_gate'].needs
 
 def test_fisher_keeps_all_samples_and_not_the_last(): # Torch-Pruning's GroupHessian overwrites, and its counter stays at 1
     w = torch.ones(3)
-    see = [Seen(w=w, g=torch.tensor(g)) for g in ([3., 0, 1], [0., 4, 1], [0., 0, 1])]
+    see = [BatchView(w=w, g=torch.tensor(g)) for g in ([3., 0, 1], [0., 4, 1], [0., 0, 1])]
     assert weights('fisher_w', *see).tolist() == pytest.approx([1.5, 8/3, .5])
 
 def test_mean_of_squares_is_no_square_of_the_mean():
@@ -119,19 +119,19 @@ def test_mean_of_squares_is_no_square_of_the_mean():
     x = torch.randn(16, 3, 6, 6, dtype=torch.float64)
     losses = conv(x).pow(3).mean((1, 2, 3))
     gs = [torch.autograd.grad(l, conv.weight, retain_graph=True)[0] for l in losses]
-    got = weights('fisher_w', *[Seen(w=conv.weight.detach(), g=g) for g in gs])
+    got = weights('fisher_w', *[BatchView(w=conv.weight.detach(), g=g) for g in gs])
     right, wrong = (conv.weight**2/2*f for f in (torch.stack(gs).square().mean(0), torch.stack(gs).mean(0).square()))
     assert torch.allclose(got, right, rtol=1e-10) and right.sum() > 3*wrong.sum()
 
 def test_group_fisher_sums_readers_before_it_squares():
     p = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    got = scores('group_fisher', Seen(p=p[:5]), Seen(p=p[5:]))
+    got = scores('group_fisher', BatchView(p=p[:5]), BatchView(p=p[5:]))
     for c in range(3): assert got[c].item() == pytest.approx(sum(v*v for v in p[:,c].tolist()), rel=1e-6)
-    assert scores('group_fisher', Seen(p=p-p)).tolist() == [0, 0, 0] and criteria['group_fisher'].stats[0].at == 'group'
+    assert scores('group_fisher', BatchView(p=p-p)).tolist() == [0, 0, 0] and criteria['group_fisher'].stats[0].at == 'group'
 
 def test_movement_is_positive_away_from_zero(): # and weight_change does not ask which way: fasterai's 'movement'
     w, goal, see = torch.tensor([1., 1, -.5, -.5], dtype=torch.float64), torch.tensor([2., .1, -1.5, 0]), []
-    for _ in range(20): see.append(Seen(w=w, g=w-goal)); w = w-.1*(w-goal)
+    for _ in range(20): see.append(BatchView(w=w, g=w-goal)); w = w-.1*(w-goal)
     moved = weights('movement', *see)
     assert (moved > 0).tolist() == [True, False, True, False]
     changed = criteria['weight_change'].element(w, value(criteria['weight_change'], *see))
@@ -141,7 +141,7 @@ def test_movement_is_positive_away_from_zero(): # and weight_change does not ask
 def test_start_is_a_copy():
     w = torch.ones(3)
     st_, = criteria['weight_change'].stats
-    kept = st_.measure(Seen(w=w))
+    kept = st_.measure(BatchView(w=w))
     w.zero_()
     assert kept['w'].tolist() == [1, 1, 1]
 
@@ -152,13 +152,13 @@ ACT = 'taylor_act', 'fisher_act'
 def test_units_may_come_in_any_order(name, seed):
     g = torch.Generator().manual_seed(seed)
     a, p = torch.randn(2, 6, 5, 4, generator=g), torch.randperm(5, generator=g)
-    see = lambda q: Seen(p=a[0,:,q,0]) if name == 'group_fisher' else Seen(w=a[0].transpose(0, 1)[q][:,:2,0], g=a[1].transpose(0, 1)[q][:,:2,0]) if name == 'taylor_gate' else Seen(a=a[0][:,q], g=a[1][:,q], shape=(1, 4))
+    see = lambda q: BatchView(p=a[0,:,q,0]) if name == 'group_fisher' else BatchView(w=a[0].transpose(0, 1)[q][:,:2,0], g=a[1].transpose(0, 1)[q][:,:2,0]) if name == 'taylor_gate' else BatchView(a=a[0][:,q], g=a[1][:,q], shape=(1, 4))
     assert torch.allclose(scores(name, see(torch.arange(5)))[p], scores(name, see(p)), rtol=1e-5)
 
 @pytest.mark.parametrize('name', [*ACT, 'group_fisher'])
 def test_samples_may_come_in_any_order_and_in_any_batches(name):
     a, g = ag(N=8)
-    see = lambda a, g, k: [Seen(a=x, g=y, p=(x*y).sum(2), shape=(1, 9)) for x,y in zip(a.split(k), g.split(k))]
+    see = lambda a, g, k: [BatchView(a=x, g=y, p=(x*y).sum(2), shape=(1, 9)) for x,y in zip(a.split(k), g.split(k))]
     one = scores(name, *see(a, g, 8))
     for k in (1, 3, 8): assert torch.allclose(scores(name, *see(a.flip(0), g.flip(0), k)), one, rtol=1e-10)
 
@@ -168,7 +168,7 @@ def test_samples_may_come_in_any_order_and_in_any_batches(name):
 def test_signs_of_filters_do_not_matter(name, seed):
     s = wg(seed)
     flip = torch.tensor([1., -1, 1]).view(3, 1, 1, 1)
-    assert torch.allclose(weights(name, s), weights(name, Seen(w=s.w*flip, g=s.g*flip)))
+    assert torch.allclose(weights(name, s), weights(name, BatchView(w=s.w*flip, g=s.g*flip)))
 
 def test_scoring_through_a_network_by_hand():
     "taylor_act is what autograd says the loss loses, to first order, when a unit of one sample fades"
@@ -177,7 +177,7 @@ def test_scoring_through_a_network_by_hand():
     x, y = torch.randn(5, 2, 8, 8, dtype=torch.float64), torch.randint(3, (5,))
     h = net[:2](x).detach().requires_grad_()
     g, = torch.autograd.grad(F.cross_entropy(net[2:](h), y, reduction='sum'), h)
-    got = scores('taylor_act', Seen(a=h.detach().flatten(2), g=g.flatten(2), shape=(1, 6, 6)))
+    got = scores('taylor_act', BatchView(a=h.detach().flatten(2), g=g.flatten(2), shape=(1, 6, 6)))
     fade, = torch.autograd.functional.jacobian(lambda m: F.cross_entropy(net[2:](h*m[:,:,None,None]), y, reduction='none'), (torch.ones(5, 4, dtype=torch.float64),))
     each = torch.stack([fade[n,n] for n in range(5)])                       # [sample, unit]
     assert torch.allclose(got, each.abs().mean(0)/36, rtol=1e-9)
@@ -200,7 +200,7 @@ class Run: # what an own run is given
     def outputs(self): return self.net(self.x), self.f
 
 def flat(ts): return torch.cat([t.detach().flatten() for t in ts])
-def found(c, net, x, f, ws, i=0): s, = c.stats; return [{s.name:s.value([Seen(w=w.detach(), g=v.detach())])} for w,v in zip(ws, s.by(Run(net, x, f), ws, i))]
+def found(c, net, x, f, ws, i=0): s, = c.stats; return [{s.name:s.value([BatchView(w=w.detach(), g=v.detach())])} for w,v in zip(ws, s.by(Run(net, x, f), ws, i))]
 
 @pytest.mark.parametrize('act', [nn.ReLU, nn.Tanh, nn.GELU])
 def test_hessian_vector(act):
@@ -311,7 +311,7 @@ def test_synflow_is_the_sum_over_paths():
     R = (own[1]@own[0]@torch.ones(4).double()).sum()
     gs = torch.autograd.grad(R, own)
     for l,(w,g) in enumerate(zip(own, gs)):
-        s = weights('synflow', Seen(w=w.detach(), g=g))
+        s = weights('synflow', BatchView(w=w.detach(), g=g))
         for o in range(w.shape[0]):
             for i in range(w.shape[1]): assert s[o,i].item() == pytest.approx(chain(ws)[l,o,i], rel=1e-10)
         assert s.sum().item() == pytest.approx(R.item())
@@ -393,7 +393,7 @@ def test_gates_in_a_network_are_gates():
         h = F.relu(m.bn(m.stem(x))*gate[:,None,None])
         return m.fc(F.relu(h+m.b(F.relu(m.a(h)))).mean((2, 3)))
     gs = [torch.autograd.grad(F.cross_entropy(run(x[s]), y[s]), gate)[0] for s in (slice(4), slice(4, None))]
-    seen = [Seen(w=torch.stack([m.bn.weight, m.bn.bias], 1).detach(), g=torch.stack(torch.autograd.grad(F.cross_entropy(m(x[s]), y[s]), [m.bn.weight, m.bn.bias]), 1)) for s in (slice(4), slice(4, None))]
+    seen = [BatchView(w=torch.stack([m.bn.weight, m.bn.bias], 1).detach(), g=torch.stack(torch.autograd.grad(F.cross_entropy(m(x[s]), y[s]), [m.bn.weight, m.bn.bias]), 1)) for s in (slice(4), slice(4, None))]
     assert torch.allclose(scores('taylor_gate', *seen), torch.stack(gs).square().mean(0))
 
 def test_group_fisher_in_a_network_is_the_fisher_information_of_one_gate_for_all_readers():
@@ -448,5 +448,5 @@ def test_how_layers_are_compared():
     assert hap_trace(by='weights').across == 'zscore' # what has a sign has no mean to be a multiple of
 
 def test_obd_of_units_is_not_negative():
-    see = Seen(w=torch.ones(2, 2), g=torch.tensor([[1., 3], [-2, 1]]))
+    see = BatchView(w=torch.ones(2, 2), g=torch.tensor([[1., 3], [-2, 1]]))
     assert unit_scores(criteria['obd'], see.w, (1,), s={'h':see.g.double()}).flatten().tolist() == [2, 0]

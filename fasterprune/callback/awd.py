@@ -1,4 +1,4 @@
-"""What surgery has to know of fastai's AWD-LSTM: its state, its weight dropout, and the one width that its layers share
+"""Describe fastai's AWD-LSTM to surgery: its state, its weight dropout, and the one width that its layers share
 
 Docs: https://fasterprune.github.io/fasterprune/callback/awd.html.md"""
 
@@ -23,7 +23,7 @@ def _widths(
     m:AWD_LSTM,
     shape, # Function of a parameter's name in it → the shape that it will have
 )->dict: # Attribute → value
-    "The numbers from which `reset` makes the states"
+    "Return the numbers from which `reset` makes the states"
     units = lambda i: (shape(f'rnns.{i}.weight_hh_l0_raw') or shape(f'rnns.{i}.module.weight_hh_l0'))[1]*m.n_dir
     return dict(n_hid=units(0) if m.n_layers>1 else m.n_hid, emb_sz=units(m.n_layers-1))
 
@@ -33,7 +33,7 @@ def awd_lstm(
     inp:Tensor, # As in the module's own `forward`
     from_embeds:bool=False,
 ):
-    "What `AWD_LSTM` computes from the state that `reset` makes"
+    "Compute what `AWD_LSTM` computes from the state that `reset` makes"
     m.bs = len(inp)
     m.reset()
     start = m.hidden

@@ -14,16 +14,16 @@ import torch
 from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from ..allocation import check_allocation
-from .base import TrainingCallback, example_batch, forget_best
-from .keep_zeros import agreed, keeper_of
+from .base import TrainingCallback, example_batch, reset_trackers
+from .keep_zeros import broadcast_masks, get_keep_zeros
 from .regularise import check_strength
-from .sparsify import findings
+from .sparsify import sparsifier_state
 from ..core import check_fraction, unwrap
 from ..criteria.base import as_criterion
 from ..granularity import as_granularity
 from ..sparse.masks import Masks
 from ..sparse.sparsifier import Sparsifier
-from ..surgery.analysis.scores import sides
+from ..surgery.analysis.scores import ROLE_OF_GRANULARITY
 
 # %% ../../nbs/callback/12_growing.ipynb #00000006
 @torch.no_grad()
@@ -39,7 +39,7 @@ def growing_l2_(
 
 @dataclass(frozen=True)
 class Growth:
-    "A strength that grows in small steps to a ceiling"
+    "Grow a strength in small steps to a ceiling"
     ceiling:float=1. # At the end of the growth
     every:int=5 # Optimizer steps from one increment to the next
 
@@ -51,7 +51,7 @@ class Growth:
         step:int, # From 0
         n:int, # Steps until the ceiling is reached
     )->float:
-        "λ at a step"
+        "Return λ at a step"
         return self.ceiling*min(step//self.every*self.every/max(n//self.every*self.every, 1), 1.)
 
 # %% ../../nbs/callback/12_growing.ipynb #00000009
@@ -61,7 +61,7 @@ class GrowingCallback(TrainingCallback):
     def __init__(self,
         sparsity:float|dict, # Part of the units that goes; or a dict of layer → part
         granularity:str='filter', # What one unit is
-        context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
+        context:str='local', # 'local': an equal share per layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` of weights or a function `(weight)` → scores of its shape
         *, growth:Growth=Growth(), # The ceiling of λ, and the steps between increments
         # λ at which the units are chosen; up to it, it grows for all of them (GReg-2); 0 chooses at once (GReg-1)
@@ -78,8 +78,8 @@ class GrowingCallback(TrainingCallback):
         if not isinstance(growth, Growth):
             raise TypeError(f"growth is a Growth, such as Growth(ceiling=1., every=5), not {growth!r}")
         if self.criterion.stats:
-            raise ValueError(f"criterion {self.criterion.name!r} has to see the model run; growing regularisation "
-                "chooses by weights, such as 'l2'")
+            raise ValueError(f"criterion {self.criterion.name!r} is data-driven; growing regularisation chooses by "
+                "weights alone, such as with 'l2'")
         if not 0<end: raise ValueError(f"end is the part of training in which λ grows, above 0, not {end!r}")
         if pick>=growth.ceiling and pick:
             raise ValueError(f"pick={pick!r} is the λ at which units are chosen, below the ceiling {growth.ceiling!r}")
@@ -88,20 +88,20 @@ class GrowingCallback(TrainingCallback):
 @patch
 def start(self:GrowingCallback):
     "Find the units; GReg-1 chooses them"
-    x = self.x if self.x is not None or self.granularity.like not in sides else example_batch(self.learn)
+    x = self.x if self.x is not None or self.granularity.like not in ROLE_OF_GRANULARITY else example_batch(self.learn)
     self._sparsifier = Sparsifier(unwrap(self.learn.model), x, granularity=self.granularity, context=self.context,
         criterion=self.criterion, only=self.only, ignore=self.ignore).naming(self.sparsity)
     self._sparsifier.check(self.sparsity)
-    self._keeper,self._step,self._held,self.masks,self.strength = keeper_of(self.learn),0,False,None,0.
+    self._keeper,self._step,self._held,self.masks,self.strength = get_keep_zeros(self.learn),0,False,None,0.
     self._all = Masks({n:torch.zeros_like(k) for n,k in self._sparsifier.masks(0.).keep.items()})
     if not self.pick: self._choose()
 
 @patch
-def _choose(self:GrowingCallback): self.masks = agreed(self._sparsifier.masks(self.sparsity))
+def _choose(self:GrowingCallback): self.masks = broadcast_masks(self._sparsifier.masks(self.sparsity))
 
 @patch
 def before_train(self:GrowingCallback):
-    if self._on and not self._held: forget_best(self.learn)
+    if self._on and not self._held: reset_trackers(self.learn)
 
 @patch
 def before_step(self:GrowingCallback):
@@ -124,30 +124,30 @@ def hold_(self:GrowingCallback):
     "Set what was chosen to zero, for good"
     if self.masks is None: self._choose()
     found = self._keeper.masks
-    self._keeper.hold(self.masks if found is None else found & self.masks)
+    self._keeper.set_masks(self.masks if found is None else found & self.masks)
     self._held = True
 
 @patch
-def state(self:GrowingCallback)->dict:
-    "What a training that was killed needs to go on"
-    return dict(masks=self.masks, step=self._step, held=self._held, findings=findings(self._sparsifier))
+def state_dict(self:GrowingCallback)->dict:
+    "Return what a training that was killed needs to go on"
+    return dict(masks=self.masks, step=self._step, held=self._held, sparsifier_state=sparsifier_state(self._sparsifier))
 @patch
-def restore(self:GrowingCallback,
-    state:dict, # Of `state`
+def load_state_dict(self:GrowingCallback,
+    state:dict, # Of `state_dict`
 ):
     "Go on from there"
     self.masks,self._step,self._held = state['masks'],state['step'],state['held']
-    vars(self._sparsifier).update(state['findings'])
+    vars(self._sparsifier).update(state['sparsifier_state'])
 
 @patch
 def columns(self:GrowingCallback)->dict:
-    "λ, and what it does"
+    "Return columns: λ, and what it does"
     return dict(strength=lambda: self.strength, fading=self.measured_fading, sparsity=self._sparsifier.sparsity)
 
 @patch
 @torch.no_grad()
 def measured_fading(self:GrowingCallback)->float:
-    "Norm of the weights that shall go, over that of the others; of the layers that have both"
+    "Measure the norm of the weights that shall go, over that of the others; of the layers that have both"
     if self.masks is None: return 1.
     params,gone,stay = dict(unwrap(self.learn.model).named_parameters()),0.,0.
     for n,k in self.masks.keep.items():

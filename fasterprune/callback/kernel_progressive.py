@@ -22,14 +22,14 @@ def pkp_schedule(
     rounds:tuple, # `Round`s, as from `pkp_rounds`; the last at the target
     end:float=.2, # Part of the training at which the last one comes, above 0
 )->Schedule:
-    "All rounds at equal distances, the first at the beginning of the training"
+    "Place all rounds at equal distances, the first at the beginning of the training"
     last = rounds[-1].sparsity
     return Schedule(_stairs, end=end, name='pkp',
         options=(('shares', tuple(r.sparsity/last if last else 1. for r in rounds)),))
 
 # %% ../../nbs/callback/09_kernel_progressive.ipynb #00000009
 class PKPCallback(SparsifyCallback):
-    "Progressive kernel pruning while a network trains"
+    "Prune kernels progressively while a network trains"
     def __init__(self,
         sparsity:float, # Part of the kernels that is zero in the end
         *, rounds:int=3, # Of each of the two stages
@@ -88,4 +88,4 @@ class Stages:
         self.last = self.pkp.masks(sparsity, stage, within=self.last)
         return self.last
 
-    def part(self, sparsity:float)->float: "A sparsity is the same part of all layers"; return sparsity
+    def part(self, sparsity:float)->float: "Return the sparsity: it is a part of all layers together"; return sparsity

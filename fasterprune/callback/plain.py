@@ -1,4 +1,4 @@
-"""What a training remembers and what it was told, as numbers, words and tensors, in which nothing can be executed
+"""Write what a training has to remember as numbers, words and tensors, in which nothing can be executed
 
 Docs: https://fasterprune.github.io/fasterprune/callback/plain.html.md"""
 
@@ -37,7 +37,7 @@ def as_data(
     v, # Numbers, words, tensors, arrays, dataclasses of this library, and any nest of them
     where:str='', # What it belongs to, for the error
 ): # Of tensors, numbers, words, lists, tuples, sets and dicts
-    "Say a value in plain data"
+    "Write a value as plain data"
     inner = lambda x: as_data(x, where)
     if type(v) in _atoms or isinstance(v, (torch.dtype, torch.device)): return v
     if isinstance(v, Tensor): return v.detach().as_subclass(Tensor)
@@ -72,7 +72,7 @@ def _dict_as_data(v, inner):
 def from_data(
     v, # By `as_data`
 ):
-    "The value that plain data says; refuses what is none"
+    "Read a value from plain data; refuse what is none"
     if isinstance(v, list): return [from_data(x) for x in v]
     if isinstance(v, tuple): return tuple(from_data(x) for x in v)
     if not isinstance(v, dict): return v
@@ -106,17 +106,17 @@ _makers = dict(
 def settings_of(
     cb:Callback,
 )->dict: # Name of a parameter → its value in plain words, lists and dicts that can be compared
-    "What a callback was told when it was made"
+    "Return the arguments that a callback was made with"
     params = list(inspect.signature(type(cb).__init__).parameters)[1:]
     if isinstance(cb, TrainingCallback): return {k:described(v) for k,v in cb.given.items()}
-    known = cb.state() if callable(getattr(cb, 'state', None)) else () # what it says to have changed since
+    known = cb.state_dict() if callable(getattr(type(cb), 'state_dict', None)) else () # what may have changed
     return {k:described(vars(cb)[k]) for k in params if k in vars(cb) and k not in known}
 
 def described(
     v,
     _depth:int=6, # Not deeper than this
 ): # Of numbers, words, lists and dicts
-    "A value in words that are the same in the next process"
+    "Describe a value in words that are the same in the next process"
     inner = lambda x: described(x, _depth-1)
     if isinstance(v, np.generic): v = v.item()
     if v is None or isinstance(v, (bool, int, float, str)): return v
@@ -147,5 +147,5 @@ def differences(
     was:dict, # By `settings_of`
     now:dict, # The same, of another time
 )->list: # (name of a parameter, value then, value now)
-    "What was told otherwise"
+    "List the arguments that differ"
     return [(k, was.get(k), now.get(k)) for k in {**was, **now} if was.get(k)!=now.get(k)]

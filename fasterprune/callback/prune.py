@@ -52,5 +52,5 @@ def _data(learn, dl): return learn.dls.train if dl is True else None if dl is Fa
 def copies_of(
     also, # A module, or several
 ):
-    "Copies of a model as a list, out of what wraps them"
+    "List copies of a model, out of what wraps them"
     return [unwrap(m) for m in ([also] if isinstance(also, nn.Module) else also)]

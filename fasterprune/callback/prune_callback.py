@@ -18,11 +18,11 @@ from torch import nn
 from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from ..allocation import allocate
-from .base import TrainingCallback, check_every, example_batch, forget_best, undisturbed
+from .base import TrainingCallback, check_every, example_batch, reset_trackers
 from .patience import Patience, schedule_for
 from .prune import copies_of, prune # adds learn.prune
 from .sparsify import SparsifyCallback
-from ..core import NoEffectWarning, unwrap
+from ..core import NoEffectWarning, preserve_rng, unwrap
 from ..criteria.batches import check_n_batches
 from ..schedule import iterative
 from ..surgery.cutting.apply import apply_
@@ -45,7 +45,7 @@ def next_cut(
     round_to:int=1, # The number of units that stay in a group is a multiple of this, or all
     sets:dict|None=None, # For 'isomorphic': group name → name of its set
 )->dict: # Group name → fraction of the units that are left
-    "What goes now, so that all cuts together take a part of the whole"
+    "Compute what goes now, so that all cuts together take a part of the whole"
     gone = {n: max(whole.get(n, len(s))-len(s), 0) for n,s in scores.items()}
     keep = allocate(
         {n: torch.cat([s.double(), s.new_full((gone[n],), -torch.inf, dtype=torch.float64)]) for n,s in scores.items()},
@@ -113,9 +113,9 @@ def start(self:PruneCallback):
         raise ValueError('SparsifyCallback counts the units of a model that keeps its shape, and PruneCallback changes '
             'it; train with one after the other')
     model = unwrap(self.learn.model)
-    self._x,self._loss,self._last,self._wait = (
+    self._x,self._loss,self._last,self._tracker = (
         example_batch(self.learn) if self.x is None else self.x,self.learn.loss_func,None,
-        self.every.watch() if isinstance(self.every, Patience) else None)
+        self.every.tracker() if isinstance(self.every, Patience) else None)
     self._log,self.reports = [],[]
     pruner = Pruner(model, self._x, **self.layers)
     c = pruner.couple()
@@ -147,7 +147,7 @@ def _check_met(self:PruneCallback, pruner):
 # %% ../../nbs/callback/06_prune_callback.ipynb #0000000e
 @patch
 def _limits(self:PruneCallback, share)->Budget:
-    "What may be left when this share of the way has been gone"
+    "Compute what may be left when this share of the way has been gone"
     whole = self.whole['costs']
     end = {k: v if isinstance(v, int) and v!=1 or v>1 else v*whole[k] for k,v in self.how.budget.given.items()}
     now = {k: whole[k]-share*(whole[k]-v) for k,v in end.items()}
@@ -203,7 +203,7 @@ def _update(self:PruneCallback, k, n):
     p = self.schedule.progress(k, n)
     want = self._wanted(p)
     if want==self._last and not self.how.dead: return
-    with undisturbed(self.learn), warnings.catch_warnings():
+    with preserve_rng(self.learn.dls.train, seed=42), warnings.catch_warnings():
         warnings.simplefilter('ignore', NoEffectWarning)
         r = self._cut(want)
     self._last = want
@@ -230,10 +230,10 @@ def _count(self:PruneCallback, c, known): # Units of the groups that there were;
 @patch
 def before_train(self:PruneCallback):
     if not self._on: return
-    if self.how.dead or self._last!=self._wanted(1.): forget_best(self.learn)
+    if self.how.dead or self._last!=self._wanted(1.): reset_trackers(self.learn)
     if self.every=='epoch': self._update(self.learn.epoch, self.learn.n_epoch)
-    elif self._wait is not None:
-        if (k := self._wait.next(self.learn)) is not None: self._update(k, self.every.steps+1)
+    elif self._tracker is not None:
+        if (k := self._tracker.next(self.learn)) is not None: self._update(k, self.every.steps+1)
     elif self._at()%self.every==0 or self._last is None: self._update(self._at()//self.every, self._updates())
 
 @patch
@@ -256,29 +256,31 @@ def _updates(self:PruneCallback): return math.ceil(self.learn.n_epoch*len(self.l
 # %% ../../nbs/callback/06_prune_callback.ipynb #00000013
 @patch
 def columns(self:PruneCallback)->dict:
-    "What is left, measured"
+    "Return columns: what is left, measured"
     return dict(removed=self.measured_removed, params=self.measured_params, macs=self.measured_macs)
 @patch
 def measured_removed(self:PruneCallback)->float:
-    "Part of the channels that has gone"
+    "Measure the part of removed channels"
     return 1-sum(self._units.values())/max(sum(self.whole['units'].values()), 1)
 @patch
-def measured_params(self:PruneCallback)->int: "Parameters of the model now"; return n_params(unwrap(self.learn.model))
+def measured_params(self:PruneCallback)->int:
+    "Count the parameters of the model now"
+    return n_params(unwrap(self.learn.model))
 @patch
 def measured_macs(self:PruneCallback)->int:
-    "Multiply-accumulates of the example input after the last cut"
+    "Return the multiply-accumulates of the example input after the last cut"
     return self._macs
 @patch(as_prop=True)
 def history(self:PruneCallback)->pd.DataFrame:
-    "What was requested, and what was measured, at each update that asked for something new"
+    "Tabulate what was requested, and what was measured, at each update that asked for something new"
     return pd.DataFrame(self._log)
 
 # %% ../../nbs/callback/06_prune_callback.ipynb #00000015
 @patch
-def state(self:PruneCallback)->dict:
-    "What it needs to go on as if nothing had happened"
+def state_dict(self:PruneCallback)->dict:
+    "Return what it needs to go on as if nothing had happened"
     return dict(whole=self.whole, units=self._units, last=self._last, x=self._x,
-        wait=self._wait and self._wait.state(), log=list(self._log), reports=list(self.reports))
+        tracker=self._tracker and self._tracker.state_dict(), log=list(self._log), reports=list(self.reports))
 
 @patch
 def cut_again_(self:PruneCallback,
@@ -290,10 +292,10 @@ def cut_again_(self:PruneCallback,
         for m in self._copies(): apply_(m, r.plan, later=True)
 
 @patch
-def restore(self:PruneCallback,
-    state:dict, # Of `state`; the model has been cut again
+def load_state_dict(self:PruneCallback,
+    state:dict, # Of `state_dict`; the model has been cut again
 ):
     "Go on from there"
     self.whole,self._units,self._last,self._x = state['whole'],state['units'],state['last'],state['x']
     self._log,self.reports = list(state['log']),list(state['reports'])
-    if self._wait is not None: self._wait.restore(state['wait'])
+    if self._tracker is not None: self._tracker.load_state_dict(state['tracker'])

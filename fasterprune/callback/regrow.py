@@ -1,4 +1,4 @@
-"""Soft pruning, and sparse networks that change where they are sparse: SET and RigL
+"""Let units come back: soft pruning, and sparse networks that change where they are sparse (SET and RigL)
 
 Docs: https://fasterprune.github.io/fasterprune/callback/regrow.html.md"""
 
@@ -16,7 +16,7 @@ from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from ..allocation import keep_top
 from .base import TrainingCallback
-from .keep_zeros import agreed, keeper_of
+from .keep_zeros import broadcast_masks, get_keep_zeros
 from ..core import check_fraction, n_removed, unknown_name, select_layers, unwrap
 from ..sparse.masks import Masks
 from ..surgery.cutting.optimizer import plain_optimizer
@@ -26,7 +26,7 @@ def erk(
     shapes:dict, # Layer name → shape of its weight
     sparsity:float, # Part of all weights that is zero
 )->dict: # Layer name → its part
-    "Sparsity of each layer by the Erdős–Rényi kernel rule (arXiv 1911.11134)"
+    "Compute the sparsity of each layer by the Erdős–Rényi kernel rule (arXiv 1911.11134)"
     n,raw = {k:math.prod(s) for k,s in shapes.items()},{k:sum(s)/math.prod(s) for k,s in shapes.items()}
     left,dense = (1-check_fraction(sparsity))*sum(n.values()),set()
     while True:
@@ -58,7 +58,7 @@ def drop_fraction(
     t:float, # Part of the time in which weights change places, in [0, 1]
     alpha:float=.3, # At the beginning
 )->float: # 0 at the end
-    "The part of a layer's weights that is dropped, falling as a cosine (arXiv 1911.11134)"
+    "Compute the part of a layer's weights that is dropped, falling as a cosine (arXiv 1911.11134)"
     return alpha/2*(1+math.cos(math.pi*min(max(t, 0.), 1.)))
 
 # %% ../../nbs/callback/08_regrow.ipynb #00000010
@@ -89,7 +89,7 @@ class RegrowCallback(TrainingCallback):
 
 @patch
 def start(self:RegrowCallback):
-    "Draw the places of the first zeros; those that are there already count"
+    "Choose random weights as the first zeros; zeros that are there already count"
     model = unwrap(self.learn.model)
     layers,own = select_layers(model, self.only, self.ignore),{id(p):n for n,p in model.named_parameters()}
     made = next((n for n,m in layers.items() if id(m.weight) not in own), None)
@@ -105,10 +105,10 @@ def start(self:RegrowCallback):
 
 @patch
 def _hold(self:RegrowCallback, keep):
-    new = agreed(Masks(keep, {n.removesuffix('.weight'):(int((~k).sum()), k.numel()) for n,k in keep.items()}))
-    self._keeper = keeper_of(self.learn)
+    new = broadcast_masks(Masks(keep, {n.removesuffix('.weight'):(int((~k).sum()), k.numel()) for n,k in keep.items()}))
+    self._keeper = get_keep_zeros(self.learn)
     others = {n:k for n,k in self._keeper.masks.keep.items() if n not in keep} if self._keeper.masks is not None else {}
-    held = self._keeper.hold(Masks({**others, **new.keep}, new.units))
+    held = self._keeper.set_masks(Masks({**others, **new.keep}, new.units))
     self.masks = Masks({n:held.keep[n] for n in keep}, new.units)
 
 @patch
@@ -136,12 +136,12 @@ def change_(self:RegrowCallback):
     self.changes += 1
 
 @patch
-def state(self:RegrowCallback)->dict:
-    "What a training that was killed needs to go on"
+def state_dict(self:RegrowCallback)->dict:
+    "Return what a training that was killed needs to go on"
     return dict(masks=self.masks, steps=self._steps, rng=self._rng.get_state())
 @patch
-def restore(self:RegrowCallback,
-    state:dict, # Of `state`
+def load_state_dict(self:RegrowCallback,
+    state:dict, # Of `state_dict`
 ):
     "Go on from there"
     self.masks,self._steps = state['masks'],state['steps']
@@ -150,10 +150,10 @@ def restore(self:RegrowCallback,
 @patch
 def stop(self:RegrowCallback): "Let go of the weights"; self._params,self._rng = {},None
 @patch
-def columns(self:RegrowCallback)->dict: "How sparse it is"; return dict(sparsity=self.measured_sparsity)
+def columns(self:RegrowCallback)->dict: "Return a column: the sparsity"; return dict(sparsity=self.measured_sparsity)
 
 @patch
 @torch.no_grad()
 def measured_sparsity(self:RegrowCallback)->float:
-    "Part of the weights that is zero in the model now"
+    "Measure the part of the weights that is zero in the model now"
     return sum(int((p==0).sum()) for p in self._params.values())/max(sum(p.numel() for p in self._params.values()), 1)

@@ -27,7 +27,7 @@ def scales_of(
     model:nn.Module, # Any module
     ignore=(), # Names of normalisations to leave out
 )->dict: # Name of the parameter → scale
-    "The scales of a model's batch, instance and group normalisations"
+    "Find the scales of a model's batch, instance and group normalisations"
     ignore,model = [ignore] if isinstance(ignore, str) else list(ignore),unwrap(model)
     res = {f"{n}.weight".lstrip('.'):m.weight for n,m in model.named_modules()
         if isinstance(m, norm_types) and m.weight is not None}
@@ -57,7 +57,7 @@ def check_strength(
     return float(v)
 
 class SlimmingCallback(TrainingCallback):
-    "L1 on the scales of BatchNorms (Network Slimming, arXiv 1708.06519)"
+    "Penalise the scales of BatchNorms by L1 (Network Slimming, arXiv 1708.06519)"
     order = GradientClip.order+1
     def __init__(self,
         strength:float=1e-4, # λ
@@ -77,7 +77,7 @@ class SlimmingCallback(TrainingCallback):
 
 # %% ../../nbs/callback/11_regularise.ipynb #0000000d
 class Units:
-    "The weights of each coupled unit of a model"
+    "Group the weights of a model by coupled unit"
     def __init__(self,
         model:nn.Module,
         x, # What it is called with
@@ -104,14 +104,14 @@ class Units:
 
     @property
     def stale(self)->bool:
-        "Has the model been cut since?"
+        "Tell whether the model has been cut since"
         return any(p.shape!=s for p,s in self.shapes) or sum(1 for _ in self.model.parameters())!=self.many
 
     def by_weight(self,
         v:dict, # Group → a number for each unit
         of:float=0., # For weights that belong to no unit
     ): # Pairs (parameter, the numbers, broadcast along its dimension)
-        "What each unit's number means for the parameters"
+        "Spread each unit's number over the parameters"
         for g,ms in self.members.items():
             for p,dim,unit in ms:
                 t = torch.where(unit<0, of, v[g].to(p)[unit.clamp(min=0)])
@@ -121,7 +121,7 @@ class Units:
 @patch
 @torch.no_grad()
 def squares(self:Units)->dict: # Group → (n,) sums, in single precision or better
-    "The sum of squares of each unit's weights"
+    "Sum the squares of each unit's weights"
     res = {}
     for g,ms in self.members.items():
         res[g] = ms[0][0].new_zeros(self.n[g], dtype=torch.promote_types(ms[0][0].dtype, torch.float32))
@@ -141,7 +141,7 @@ def _sizes(n, members): # The number of each unit's weights
 def group_lasso(
     units:Units, # Of a model
 )->Tensor:
-    "The penalty itself, without λ: the sum of norms, each times the root of its number of weights"
+    "Compute the penalty without λ: the sum of norms, each times the root of its number of weights"
     n = units.sizes
     return sum((s.sqrt()*n[g].to(s).sqrt()).sum() for g,s in units.squares().items())
 
@@ -150,14 +150,14 @@ def group_lasso_(
     units:Units, # Of a model, changed in place
     step:float, # Learning rate times λ
 ):
-    "The proximal step of the group lasso: shrink each unit's norm, to zero if it is small"
+    "Take the proximal step of the group lasso: shrink each unit's norm, to zero if it is small"
     n,f = units.sizes,{}
     for g,s in units.squares().items(): f[g] = (1-step*n[g].to(s).sqrt()/s.sqrt().clamp(min=1e-30)).clamp(min=0)
     for p,t in units.by_weight(f, 1.): p.mul_(t)
 
 # %% ../../nbs/callback/11_regularise.ipynb #00000013
 class UnitsCallback(TrainingCallback):
-    "Something that is done to the coupled units of a model, also after it was cut"
+    "Act on the coupled units of a model, also after it was cut"
     order,reads = GradientClip.order+1,False
     def start(self):
         "Find the units"
@@ -169,7 +169,7 @@ class UnitsCallback(TrainingCallback):
             empty=empty)
     @property
     def units(self)->Units:
-        "Those of the model as it is now"
+        "Return those of the model as it is now"
         # a channel that is the only one left is no unit any more
         if self._units.stale: self._units = self._find(empty=True)
         return self._units
@@ -189,12 +189,12 @@ class GroupLassoCallback(UnitsCallback):
     ): self.strength,self.only,self.ignore,self.x = check_strength(strength),only,ignore,x
 
     def after_step(self):
-        "The proximal step, at the learning rate of the last group of parameters"
+        "Take the proximal step, at the learning rate of the last group of parameters"
         if self._on: group_lasso_(self.units, self.strength*self.learn.opt.hypers[-1]['lr'])
 
-    def columns(self)->dict: "How many have arrived"; return dict(zero_units=self.measured_zero)
+    def columns(self)->dict: "Return a column: the part of zero units"; return dict(zero_units=self.measured_zero)
     def measured_zero(self)->float:
-        "Part of the units that is zero in the model now"
+        "Measure the part of the units that is zero in the model now"
         s = self.units.squares()
         return sum(int((v==0).sum()) for v in s.values())/max(sum(self.units.n.values()), 1)
 
@@ -203,7 +203,7 @@ def decay_factors(
     norms:dict, # Group → (n,) norms of its units
     alpha:float=4., # Binary logarithm of the largest factor
 )->dict: # Group → (n,) factors in [1, 2**alpha]
-    "How strongly each unit is decayed (arXiv 2301.12900)"
+    "Compute how strongly each unit is decayed (arXiv 2301.12900)"
     part = lambda v: (v.max()-v)/(v.max()-v.min()).clamp(min=1e-12) if len(v) else v
     return {g:2**(alpha*part(v)) for g,v in norms.items()}
 

@@ -23,7 +23,7 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core import unwrap
+from ..core import rng_state, set_rng_state_, unwrap
 from .prune_callback import PruneCallback
 from .plain import as_data, differences, from_data, settings_of
 from .base import check_every, is_training, loaders_of
@@ -33,19 +33,17 @@ from ..sparse.masks import Masks
 def random_state(
     learn:Learner,
 )->dict:
-    "All random numbers that a training draws from"
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    "Return the state of all random generators that a training draws from"
     own = [rng.getstate() if (rng := vars(d).get('rng')) is not None else None for d in _all_loaders(learn)]
-    return dict(torch=torch.get_rng_state(), numpy=np.random.get_state(), python=random.getstate(), cuda=cuda, own=own)
+    return dict(rng_state(), own=own)
 
 def set_random_state_(
     learn:Learner, # Whose data loaders draw numbers of their own
     state:dict, # Of `random_state`
 ):
     "Draw the same numbers from now on"
-    torch.set_rng_state(state['torch'].cpu()); np.random.set_state(state['numpy']); random.setstate(state['python'])
-    if state['cuda'] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    cuda = None if state['cuda'] is None else [s.cpu() for s in state['cuda']]
+    set_rng_state_(dict(state, torch=state['torch'].cpu(), cuda=cuda)) # a file may have been loaded to a GPU
     for d,s in zip(_all_loaders(learn), state['own']):
         if s is not None: d.rng = random.Random(); d.rng.setstate(s)
 
@@ -69,19 +67,19 @@ def _memory(c): # Of an object with attributes
 def memory_of(
     cb:Callback,
 )->dict:
-    "What a callback remembers"
-    return dict(own=cb.state(), plain={k:v for k,v in vars(cb).items()
+    "Return the state of a callback"
+    return dict(own=cb.state_dict(), plain={k:v for k,v in vars(cb).items()
         if v is None or isinstance(v, (Number, str))}) if _knows(cb) else _memory(cb)
 
-def _knows(cb): return all(callable(getattr(type(cb), k, None)) for k in ('state','restore'))
+def _knows(cb): return all(callable(getattr(type(cb), k, None)) for k in ('state_dict','load_state_dict'))
 
 def remember_(
     cb:Callback, # Of the same kind
     memory:dict, # Of `memory_of`
 ):
-    "Give a callback its memory back"
+    "Restore the state of a callback"
     for k,v in memory['plain'].items(): vars(cb)[k] = v
-    if 'own' in memory: cb.restore(memory['own']); return
+    if 'own' in memory: cb.load_state_dict(memory['own']); return
     for k,v in memory['metrics'].items(): vars(vars(cb)[k]).update(v)
     for k,v in memory['states'].items(): getattr(cb, k).load_state_dict(v)
 
@@ -99,7 +97,7 @@ class ResumeCallback(Callback):
 
     @property
     def file(self)->Path:
-        "Where it is written"
+        "Return where it is written"
         return Path(self.learn.path)/self.learn.model_dir/f'{self.fname}.pth'
 
 class _Skip(Callback): # before all others: where something was done already, nothing is done
@@ -115,19 +113,19 @@ def _others(self:ResumeCallback):
 
 @patch
 def _kind(self:ResumeCallback):
-    "What must be the same in the training that goes on"
+    "Return what must be the same in the training that goes on"
     return dict(fit=self.fits, epochs=self.learn.n_epoch, batches=len(self.learn.dls.train),
         processes=max(num_distrib(), 1), callbacks=[type(c).__name__ for c in self._others() if _knows(c)],
         parameters=self._shapes, **{'learning rates':self._rates})
 
 @patch
 def _memories(self:ResumeCallback)->list:
-    "What all callbacks remember"
+    "Return the states of all callbacks"
     return [(type(c).__name__, as_data(memory_of(c), type(c).__name__)) for c in self._others()]
 
 @patch
 def _begun_with(self:ResumeCallback):
-    "Note what this training was begun with, before any of it changes"
+    "Record what this training was begun with, before any of it changes"
     self._shapes = {n:tuple(p.shape) for n,p in unwrap(self.learn.model).named_parameters()}
     self._rates = [float(h['lr']) for h in self.learn.opt.hypers]
     # somebody's own may be called otherwise, or not at all
@@ -166,14 +164,14 @@ def before_train(self:ResumeCallback):
 @patch
 def after_batch(self:ResumeCallback):
     if not self._live or not self.learn.training: return
-    if self._todo is not None: self._arrive(self.learn.iter==self._todo['done'])
+    if self._todo is not None: self._reach_checkpoint(self.learn.iter==self._todo['done'])
     elif self.every!='epoch' and self.learn.train_iter%self.every==0: self.write(self.learn.iter)
 
 @patch
 def after_epoch(self:ResumeCallback):
     if not self._live: return
     if self._todo is None: self.write()
-    else: self._speak(); self._arrive(self.learn.epoch==self._todo['epoch'])
+    else: self._unmute(); self._reach_checkpoint(self.learn.epoch==self._todo['epoch'])
 
 # %% ../../nbs/callback/13_resume.ipynb #000000a1
 FORMAT = 1 # Of the file
@@ -213,7 +211,7 @@ def before_fit(self:ResumeCallback):
     self._check_same(found)
     self._todo = found
     self._put_back()
-    self._hush(only=PruneCallback) # what was cut is cut
+    self._mute(only=PruneCallback) # what was cut is cut
 
 @patch
 def _check_same(self:ResumeCallback, found):
@@ -229,7 +227,7 @@ def _check_same(self:ResumeCallback, found):
 
 def _brief(v): return s if len(s := repr(v))<=120 else f"{s[:117]}..."
 
-def _paired(now, then): # Each callback of now with what one of its class was told then, in order
+def _paired(now, then): # Each callback of now with the arguments of one of its class then, in order
     left = list(then)
     for name,v in now:
         i = next((i for i,(n,_) in enumerate(left) if n==name), None)
@@ -246,7 +244,7 @@ def after_fit(self:ResumeCallback):
 
 @patch
 def _take_down(self:ResumeCallback):
-    self._speak()
+    self._unmute()
     self._live,self._todo = False,None
     self.learn.remove_cb(_Skip)
 
@@ -261,23 +259,23 @@ def _here(self:ResumeCallback): return self._todo['ranks'][rank_distrib()]
 
 @patch
 def _put_back(self:ResumeCallback):
-    "Everything as it was when the file was written"
+    "Restore everything as it was when the file was written"
     l,t,here = self.learn,self._todo,deepcopy(self._here())
     getattr(l.dls, 'n_inp', None) # fastai draws a batch, once, to find out
-    told = self._told(here['callbacks'])
-    for c,m in told:
+    matched = self._match_states(here['callbacks'])
+    for c,m in matched:
         if isinstance(c, PruneCallback): c.cut_again_(m['own'])
     model = unwrap(l.model)
     model.load_state_dict(t['model'])
     l.opt.load_state_dict(deepcopy(t['opt']))
     for n,p in model.named_parameters():
         if n in here['grads']: p.grad = here['grads'][n]
-    for c,m in told: remember_(c, m)
+    for c,m in matched: remember_(c, m)
     set_random_state_(l, here['random'])
     l.train_iter,l.pct_train = t['train_iter'],t['pct_train']
 
 @patch
-def _told(self:ResumeCallback, memories): # Pairs: a callback, and what it remembered
+def _match_states(self:ResumeCallback, memories): # Pairs: a callback, and its state in the file
     res,left = [],list(memories)
     for c in self._others():
         i = next((i for i,(name,_) in enumerate(left) if name==type(c).__name__), None)
@@ -285,10 +283,10 @@ def _told(self:ResumeCallback, memories): # Pairs: a callback, and what it remem
     return res
 
 @patch
-def _arrive(self:ResumeCallback, here):
-    "Go on, if this is where the file was written"
+def _reach_checkpoint(self:ResumeCallback, here):
+    "Resume, if this is where the file was written"
     if not here: return
-    self._speak()
+    self._unmute()
     self._put_back()
     self._todo = None
 
@@ -298,24 +296,24 @@ def _pass_epoch(self:ResumeCallback):
     if t is None or self.learn.epoch>t['epoch'] or self.learn.epoch==t['epoch'] and t['done'] is not None: return
     for c in self.learn.cbs:
         if isinstance(c, ProgressCallback): c('before_epoch') # its bar counts from the first one
-    self._hush()
+    self._mute()
     raise CancelEpochException
 
 @patch
 def _pass_batch(self:ResumeCallback):
     if self._todo is None or not self.learn.training: return
-    self._hush(TrainEvalCallback) # counts batches
+    self._mute(TrainEvalCallback) # counts batches
     raise CancelBatchException
 
 @patch
-def _hush(self:ResumeCallback, but=(), only=Callback):
-    "Let nobody hear what happens"
+def _mute(self:ResumeCallback, but=(), only=Callback):
+    "Switch callbacks off, so that they miss what happens"
     new = [c for c in self._others()
         if isinstance(c, only) and not isinstance(c, but) and not any(c is q for q,_ in self._quiet)]
     self._quiet += [(c, c.run) for c in new]
     for c in new: c.run = False
 
 @patch
-def _speak(self:ResumeCallback):
+def _unmute(self:ResumeCallback):
     for c,run in self._quiet: c.run = run
     self._quiet = []

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from ..core import layer_types, to_double
 from .base import Criterion, criteria, register
-from .statistic import Seen, Statistic
+from .statistic import BatchView, Statistic
 
 # %% ../../nbs/criteria/09_activation.ipynb #00000007
 def zero_share(
@@ -275,7 +275,7 @@ def thinet(
     if isinstance(entries, bool) or not isinstance(entries, int) or entries<1:
         raise ValueError(f"thinet: entries is a whole number of at least 1, not {entries!r}")
     return Criterion('thinet', channel=_thinet,
-                     stats=(Statistic(f'gram of {entries}', partial(_gram, entries=entries)),), selector=True,
+                     stats=(Statistic(f'gram of {entries}', partial(_gram, entries=entries)),), selects_set=True,
                      normalizer=None, family='activation', source='Luo 2017, arXiv 1707.06342',
                      note='what the reader would miss least, together')
 

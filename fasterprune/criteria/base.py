@@ -33,7 +33,7 @@ class Criterion:
     layer: Callable|None = None # (1-D scores of all units of a layer, its name) → 1-D scores
     # (ascending scores, for each the sum of all of the layer that rank at least as high) → what `layer` makes of them,
     # ascending too: a ranking can do without positions
-    rising: Callable|None = None
+    monotone: Callable|None = None
     comparable: bool = False # May scores of different layers be ranked together as they are?
     reads: str = 'weight' # 'weight', or 'norm': the scale of the normalisation behind the layer
     # Does each score depend on its own weight alone? Then large weights are scored piece by piece
@@ -45,14 +45,14 @@ class Criterion:
     vectors: Callable|None = None # Units as vectors `[n, R, T]` → (n,) scores
     channel: Callable|None = None # Statistics of `n` units in one place → (n,) scores
     stats: tuple = () # The `Statistic`s that it reads
-    selector: bool = False # Does its function also take how many stay, and rank these highest?
+    selects_set: bool = False # Does its function also take how many stay, and rank these highest?
     # For a ranking across layers, where the user names none; None: there is no such ranking
     normalizer: str|None = 'mean'
     where: tuple|None = None # Granularities where it is defined; None: all that its function allows
     reduce: str = 'mean' # How the scores of a unit's members combine, where the user does not say
     # Are a unit's vectors in all its members one long vector, compared once, instead of a score for each? For those
     # that choose one of two
-    join: bool = False
+    concat_members: bool = False
 
     @property
     def reads_values(self)->bool:
@@ -61,7 +61,7 @@ class Criterion:
     @property
     def across(self)->str|None:
         "The normaliser of a ranking across layers; None if there is none"
-        return None if self.selector else 'none' if self.comparable else self.normalizer
+        return None if self.selects_set else 'none' if self.comparable else self.normalizer
     @property
     def units_only(self)->bool:
         "Is it defined for whole channels only?"
@@ -86,7 +86,7 @@ reductions = ('mean', 'sum', 'max', 'prod', 'first')
 
 def _check_functions(c):
     said = [k for k in ('element', 'vectors', 'channel') if getattr(c, k) is not None]
-    for k in (*said, *(['element'] if not said else []), 'finish', 'layer', 'rising'):
+    for k in (*said, *(['element'] if not said else []), 'finish', 'layer', 'monotone'):
         f = getattr(c, k)
         if not callable(f) and (f is not None or k == 'element'):
             raise TypeError(f"criterion {c.name!r}: {k} is a function, not {f!r}")
@@ -103,11 +103,12 @@ def _check_functions(c):
                          f"'group', not {sorted(at)}")
     if c.channel is None and (no := at-({'weight','input'} if c.element else {'weight'})):
         raise ValueError(f"criterion {c.name!r} scores weights, so its statistics cannot be at {sorted(no)[0]!r}")
-    if c.rising is not None and c.layer is None:
-        raise ValueError(f"criterion {c.name!r}: rising is what layer makes of ascending scores, so give layer too")
-    if c.join and c.vectors is None:
-        raise ValueError(f"criterion {c.name!r}: join puts vectors side by side, so it is for a function of vectors")
-    if c.selector and c.element is not None:
+    if c.monotone is not None and c.layer is None:
+        raise ValueError(f"criterion {c.name!r}: monotone is what layer makes of ascending scores, so give layer too")
+    if c.concat_members and c.vectors is None:
+        raise ValueError(f"criterion {c.name!r}: concat_members puts vectors side by side, so it is for a function "
+                         "of vectors")
+    if c.selects_set and c.element is not None:
         raise ValueError(f"criterion {c.name!r}: a selector compares units, so it is a function of vectors or of "
                          "channel statistics, not of an element")
 
@@ -252,7 +253,7 @@ def vector_scores(
     n = len(v)
     check_compared(criterion, n)
     must = f"for {n} units; it must return a real score for each of them"
-    f = partial(criterion.vectors, k=k) if criterion.selector else criterion.vectors
+    f = partial(criterion.vectors, k=k) if criterion.selects_set else criterion.vectors
     return to_double(_asked(criterion, f, _copied(criterion, v), (n,), must, s))
 
 def channel_scores(
@@ -262,7 +263,7 @@ def channel_scores(
     k:int|None=None, # For a selector: how many units stay
 )->Tensor: # (n,), double precision
     "Score units by what was seen of them"
-    f = partial(criterion.channel, k=k) if criterion.selector else criterion.channel
+    f = partial(criterion.channel, k=k) if criterion.selects_set else criterion.channel
     must = f"for {n} units; it must return a real score for each of them"
     return to_double(_asked(criterion, f, None, (n,), must, s))
 
@@ -275,7 +276,7 @@ def ranking(
 )->Callable: # 1-D scores → 1-D scores
     "How scores of several layers become one ranking"
     if criterion.across is None:
-        raise ValueError(f"criterion {criterion.name!r} {'chooses sets' if criterion.selector else 'scores units'} "
+        raise ValueError(f"criterion {criterion.name!r} {'chooses sets' if criterion.selects_set else 'scores units'} "
                          f"within one layer, and its scores cannot be ranked across layers, as {asks} asks for; "
                          "use context='local' with a sparsity, or a criterion such as 'l2'")
     return as_normalizer(normalizer or ('none' if alike else criterion.across))

@@ -168,7 +168,8 @@ def redundancy(
     f(torch.eye(2)) # refuses what it would refuse later
     note = (f"1 - {'' if signed else '|'}{measure}{'' if signed else '|'} of the most similar pair, "
             f"{'one of it goes' if mode=='greedy' else mode}")
-    return Criterion(measure, vectors=f, join=True, family='correlation', source='Ayinde 2019, arXiv 1802.07653',
+    return Criterion(measure, vectors=f, concat_members=True, family='correlation',
+                     source='Ayinde 2019, arXiv 1802.07653',
                      note=note)
 
 for m in measures: register(redundancy(m))
@@ -295,7 +296,7 @@ def kmeans(
     "A selector by k-means"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed<0:
         raise ValueError(f"kmeans takes a whole number from 0 on as seed, not {seed!r}")
-    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selector=True, join=True,
+    return Criterion('kmeans', vectors=partial(kmeans_scores, seed=seed), selects_set=True, concat_members=True,
                      family='correlation', source='Lloyd 1982, k-means++ 2007',
                      note='the units nearest to the centres of clusters')
 
@@ -323,7 +324,7 @@ def cluster_scores(
         return _chosen(a, 1-size/size.max(), size)
     return _of_live(v, k, f)
 
-register(Criterion('cluster', vectors=cluster_scores, selector=True, join=True, family='correlation',
+register(Criterion('cluster', vectors=cluster_scores, selects_set=True, concat_members=True, family='correlation',
                    source='Ayinde 2019, arXiv 1802.07653', note='the largest of each cluster of parallel units'));
 
 # %% ../../nbs/criteria/08_correlation.ipynb #0000003d

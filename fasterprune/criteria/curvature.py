@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..core import to_double
 from .base import Criterion, as_found, criteria, register
-from .statistic import Seen, Statistic
+from .statistic import BatchView, Statistic
 
 # %% ../../nbs/criteria/12_curvature.ipynb #00000007
 def hessian_vector(

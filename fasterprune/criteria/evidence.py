@@ -48,7 +48,7 @@ class Evidence:
                              "make it anew, or pass the data itself")
 
     def __call__(self,
-        wanted:list, # (`Statistic`, `Place`)
+        wanted:list, # (`Statistic`, `Location`)
     )->dict: # (name of the statistic, place) → what was found
         "What was found, or is found now"
         new = list({(s.name,p):(s,p) for s,p in wanted if (s.name,p) not in self.found}.values())

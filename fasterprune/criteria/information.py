@@ -224,6 +224,6 @@ def _mrmr(s, k=None): # the same for every k
     z, y = s['mean_by_class']['z'], s['mean_by_class']['y']
     return mrmr_scores(binned_information(z, y), gauss_information(similarity(z.T, centre=True)))
 
-register(Criterion('mrmr', channel=_mrmr, stats=(_samples('mean'),), selector=True, family='information',
+register(Criterion('mrmr', channel=_mrmr, stats=(_samples('mean'),), selects_set=True, family='information',
                    source='Peng 2005, doi 10.1109/TPAMI.2005.159',
                    note='relevant to the label, and not said by others before'));

@@ -36,7 +36,7 @@ register(Criterion('bn_scale', torch.abs, pointwise=True, comparable=True, reads
 # %% ../../nbs/criteria/03_norm.ipynb #00000015
 def _lamp(s, key): return lamp_norm(s)
 
-register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, rising=lamp_rising, comparable=True,
+register(Criterion('lamp', torch.square, pointwise=True, layer=_lamp, monotone=lamp_rising, comparable=True,
                    family='norm', source='Lee 2021, arXiv 2010.07611',
                    note='share of the squares that rank at least as high'));
 

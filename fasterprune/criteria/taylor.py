@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..core import to_double
 from .base import Criterion, criteria, register
-from .statistic import Seen, Statistic
+from .statistic import BatchView, Statistic
 
 # %% ../../nbs/criteria/11_taylor.ipynb #00000009
 def products(

@@ -56,7 +56,7 @@ def importance(
     x, # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments; to find the groups
     criterion='l2', # A name, a `Criterion` or a function
     *, normalizer=None, # Name or function; None: what a ranking over layers uses with this criterion
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
     data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients

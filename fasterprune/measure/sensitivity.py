@@ -87,7 +87,7 @@ def _checked(model, evaluate_fn, ratios): # The fractions, sorted, and the metri
         raise TypeError(f"evaluate_fn returns one number for the model, not {v!r}") from None
 
 def _scores(model, groups, criterion, ratios, evidence, reduce): # Of each fraction; a selector chooses again for each
-    if not criterion.selector:
+    if not criterion.selects_set:
         return dict.fromkeys(ratios, group_scores(model, groups, criterion, evidence=evidence, reduce=reduce))
     stay = {r:{g.name:g.n-n_removed(g.n, r) for g in groups} for r in ratios}
     return {r:group_scores(model, groups, criterion, evidence=evidence, reduce=reduce, keep=stay[r]) for r in ratios}
@@ -111,7 +111,7 @@ def sensitivity(
     *, criterion='l2', # Which units go first: a name, a `Criterion` or a function
     ratios:Iterable[float]=(.1,.2,.3,.4,.5,.6,.7,.8,.9), # Parts of a group to remove
     only:str|list|None=None, # Names of layers whose groups to look at; None is all
-    # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
+    # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`
     data=None,
     n_batches:int|None=8, # How many of them, at most; None is all
     loss_func:Callable|None=None, # `(out, y)` → loss, for a criterion that needs gradients

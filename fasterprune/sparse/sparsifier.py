@@ -24,7 +24,7 @@ from ..granularity import as_granularity
 from .masks import Masks
 from .units import CoupledUnits, LayerUnits
 from ..surgery.planning.selection import PruningWarning
-from ..surgery.analysis.scores import check_where, evidence_for, sides
+from ..surgery.analysis.scores import ROLE_OF_GRANULARITY, check_where, evidence_for
 
 # %% ../../nbs/sparse/04_sparsifier.ipynb #00000005
 class Sparsifier:
@@ -34,13 +34,13 @@ class Sparsifier:
         x=None, # What it is called with; needed to see which layers are coupled
         # What one unit is: a name, such as 'filter', 'kernel', '2:4' or 'head', or a `Granularity`
         *, granularity:str='filter',
-        context:str='local', # 'local': the same part of each layer; 'global': one ranking over all
+        context:str='local', # 'local': an equal share per layer; 'global': one ranking over all
         criterion='l2', # A name, a `Criterion` or a function `(weight)` → scores of its shape
         normalizer=None, # For a global ranking; None is the layer's mean, or nothing where scores can be compared
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
-        # For a criterion that has to see the model run: a `DataLoader`, fastai `DataLoaders` or a list of batches
+        # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches
         # `(x, y)`
         data=None,
         n_batches:int|None=8, # How many of them, at most; None is all
@@ -65,13 +65,13 @@ class Sparsifier:
         self.reduce,self.evidence = reduce,evidence or partial(
             evidence_for, self.criterion, self.model, data, x, n_batches=n_batches, loss_func=loss_func)
         g = self.granularity
-        self.units = (CoupledUnits(self.model, x, g, only, ignore) if g.like in sides
+        self.units = (CoupledUnits(self.model, x, g, only, ignore) if g.like in ROLE_OF_GRANULARITY
             else LayerUnits(self.model, g, only, ignore))
         self.rule = g.rule
         self.units.check(self.criterion)
         # a criterion that cannot score this model says so now
         if not self.criterion.stats: self._scores(self._plain or self.criterion)
-        self.born_zero = {n for n,z in self.zeros().items() if z.all()}
+        self.initially_zero = {n for n,z in self.zeros().items() if z.all()}
 
     @property
     def skipped(self)->dict: "Layer name → why it has no such units"; return self.units.skipped
@@ -120,9 +120,9 @@ def scores(self:Sparsifier,
 @patch(as_prop=True)
 def _plain(self:Sparsifier): # The criterion without its function of a layer, where masks can do without; else None
     c = self.criterion
-    if (c.rising is None or self.units.parts is not None or self.rule is not None
+    if (c.monotone is None or self.units.parts is not None or self.rule is not None
         or self.count!='units' or self.normalizer is not None): return None
-    return replace(c, layer=None, rising=None)
+    return replace(c, layer=None, monotone=None)
 
 @patch
 def _scores(self:Sparsifier, c, keep=None):
@@ -133,7 +133,7 @@ def _scores(self:Sparsifier, c, keep=None):
     return {n: f(v.flatten()).view(v.shape) for n,v in s.items()}
 
 @patch
-def wanted(self:Sparsifier)->list: # (`Statistic`, `Place`)
+def wanted(self:Sparsifier)->list: # (`Statistic`, `Location`)
     "What has to be known before units can be scored"
     return self.units.wanted(self.criterion)
 
@@ -159,11 +159,11 @@ def masks(self:Sparsifier,
     if self.criterion.stats and self.part(sparsity)==0: s = none # nothing to choose: nothing to gather
     else:
         s = self._scores(plain or self.criterion,
-            _counts(allocate(none, sparsity, **how)) if self.criterion.selector else None)
-    gone = {} if regrow else {n:z for n,z in zeros.items() if not (n in self.born_zero and z.all())}
+            _counts(allocate(none, sparsity, **how)) if self.criterion.selects_set else None)
+    gone = {} if regrow else {n:z for n,z in zeros.items() if not (n in self.initially_zero and z.all())}
     s = {n:v.masked_fill(gone[n].to(v.device), -torch.inf) if n in gone and gone[n].any() else v for n,v in s.items()}
     if self.rule is not None: s = self._ruled(s, self.part(sparsity))
-    keep = (allocate_rising(s, sparsity, self.criterion.rising) if plain is not None and self.context=='global'
+    keep = (allocate_rising(s, sparsity, self.criterion.monotone) if plain is not None and self.context=='global'
         else allocate(s, sparsity, **how))
     keep = self.units.balance(keep, s)
     # more than the rule takes had gone already
@@ -215,7 +215,7 @@ def naming(self:Sparsifier,
     if units is self.units: return self
     res = copy(self)
     res.units = units
-    res.born_zero = self.born_zero|{n for n,z in res.zeros().items() if n not in self.totals and z.all()}
+    res.initially_zero = self.initially_zero|{n for n,z in res.zeros().items() if n not in self.totals and z.all()}
     return res
 
 @patch

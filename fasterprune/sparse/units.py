@@ -21,7 +21,7 @@ from ..granularity import (
     Granularity, expand_units, in_tiles, reduce_units, unit_dims, unit_size, unit_tiles, why_not)
 from .heads import head_dim_groups, head_groups
 from ..surgery.planning.selection import fractions_by_group, groups_left, groups_named, is_of, layers_of
-from ..surgery.analysis.scores import group_scores, sides, wanted_of, wanted_of_weights, weight_stats
+from ..surgery.analysis.scores import ROLE_OF_GRANULARITY, group_scores, wanted_of, wanted_of_weights, weight_stats
 from ..surgery.coupling.couple import couple
 from ..surgery.coupling.groups import Group, Member
 from ..surgery.capture.isolation import state_of
@@ -121,7 +121,7 @@ def check(self:LayerUnits,
 
 @patch
 def wanted(self:LayerUnits, criterion)->list:
-    "Pairs (`Statistic`, `Place`): what a criterion has to know"
+    "Pairs (`Statistic`, `Location`): what a criterion has to know"
     return wanted_of_weights(criterion, self.model, list(self.weights.values()))
 
 @patch
@@ -189,7 +189,7 @@ class CoupledUnits:
         if x is None:
             raise ValueError(f"granularity {granularity.name!r} is for whole channels, which run through several "
                 "layers; pass an example input x, as in Sparsifier(model, x), so that they can be found")
-        self.model,self.granularity,self.role = model,granularity,sides[granularity.like]
+        self.model,self.granularity,self.role = model,granularity,ROLE_OF_GRANULARITY[granularity.like]
         c = couple(model, x)
         self.pins = c.pins() # (layer, positions that stay, of how many, reason)
         heads = dict(head=head_groups, head_dim=head_dim_groups).get(granularity.name)
@@ -311,7 +311,7 @@ def check(self:CoupledUnits, criterion): "Nothing to refuse before there are sco
 
 @patch
 def wanted(self:CoupledUnits, criterion)->list:
-    "Pairs (`Statistic`, `Place`): what a criterion has to know"
+    "Pairs (`Statistic`, `Location`): what a criterion has to know"
     return wanted_of(criterion, self.model, self.groups, granularity=self.granularity.like)
 
 @patch

@@ -6,18 +6,18 @@ Docs: https://fasterprune.github.io/fasterprune/surgery/01_capture/isolation.htm
 
 # %% ../../../nbs/surgery/01_capture/03_isolation.ipynb #00000002
 from __future__ import annotations
-import collections, contextlib, functools, gc, random, types, weakref
+import collections, contextlib, functools, gc, types, weakref
 from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn, overrides, Tensor
 from torch.utils import _python_dispatch
-from ...core import modules_of
+from ...core import modules_of, rng_state, set_rng_state_
 from .adapters import ADAPTERS
 
 # %% auto #0
 __all__ = ['state_of', 'StructuralCopy', 'slots_of', 'made_in_python', 'structural_copy', 'cloned', 'drop_subclass', 'TorchState',
-           'preserved', 'put_back_', 'collector_paused', 'fixed_seeds', 'plain_operators_', 'no_fastpath', 'adapted']
+           'preserved', 'put_back_', 'collector_paused', 'plain_operators_', 'no_fastpath', 'adapted']
 
 # %% ../../../nbs/surgery/01_capture/03_isolation.ipynb #0000000b
 def state_of(model:nn.Module)->dict[str,Tensor]:
@@ -209,8 +209,7 @@ class TorchState:
         self.grad,self.fastpath = torch.is_grad_enabled(),torch.backends.mha.get_fastpath_enabled()
         self.sdp = [(put, get()) for get,put in _sdp]
         self.modes = torch._C._len_torch_dispatch_stack(),torch._C._len_torch_function_stack()
-        self.python,self.numpy,self.torch = random.getstate(),np.random.get_state(),torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self.rng = rng_state()
         self.wrap = vars(Tensor).get('as_subclass')
 
     def restore_(self):
@@ -220,10 +219,7 @@ class TorchState:
         torch.set_grad_enabled(self.grad)
         torch.backends.mha.set_fastpath_enabled(self.fastpath)
         for put,was in self.sdp: put(was)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
+        set_rng_state_(self.rng)
         if self.wrap is not None: Tensor.as_subclass = self.wrap
         elif 'as_subclass' in vars(Tensor): del Tensor.as_subclass
 
@@ -268,14 +264,6 @@ def _no_autocast():
         for kind in ('cpu', 'cuda'):
             if torch.is_autocast_enabled(kind): stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-def fixed_seeds():
-    "Seed PyTorch, Python and NumPy, so that code that draws random numbers draws the same ones in each run"
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
-        for g in torch.cuda.default_generators: g.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
 
 def plain_operators_():
     "Let modules run in plain operators, without gradients or subclasses of `Tensor`; within `preserved`"

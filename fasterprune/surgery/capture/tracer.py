@@ -21,10 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import recurrent # registers adapters
 from .fake import Shapes
-from ...core import as_call, modules_of, PruningError
+from ...core import PruningError, as_call, modules_of, seed_rng_
 from .adapters import adapted_class
 from .caches import caches_kept
-from .isolation import drop_subclass, cloned, fixed_seeds, plain_operators_, preserved, state_of, structural_copy
+from .isolation import drop_subclass, cloned, plain_operators_, preserved, state_of, structural_copy
 from .trace import Call, Node, Ref, Trace, tensors_in
 
 # %% auto #0
@@ -287,7 +287,7 @@ def record(
         if change is not None: change(copy)
         rec.begin(state, (args, kwargs))
         plain_operators_()
-        fixed_seeds()
+        seed_rng_()
         for m in rec.modes: modes.enter_context(m)
         if rec.again:
             copy(*args, **kwargs)

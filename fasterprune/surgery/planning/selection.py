@@ -23,7 +23,7 @@ from ...criteria.base import Criterion, as_criterion, ranking, reductions
 from ...criteria.normalize import as_normalizer
 from ...criteria.evidence import Evidence
 from .budget import Budget, within
-from ..analysis.scores import isomorphic_sets, check_where, evidence_for, group_scores, sides
+from ..analysis.scores import isomorphic_sets, check_where, evidence_for, group_scores, ROLE_OF_GRANULARITY
 from ..analysis.cost import unit_costs
 from ..coupling.groups import Group
 from ..coupling.couple import Coupling
@@ -51,7 +51,7 @@ class Selection:
     dead:bool=False # Does only go what is dead, whatever the sparsity says?
 
     def __post_init__(self):
-        if self.granularity not in sides:
+        if self.granularity not in ROLE_OF_GRANULARITY:
             raise ValueError(
                 f"channels are pruned by granularity 'filter' or 'shared_kernel', not {self.granularity!r}; "
                 'others can be set to zero with a Sparsifier')
@@ -73,7 +73,7 @@ class Selection:
         if self.normalizer is not None: as_normalizer(self.normalizer)
         if self.reduce is not None and self.reduce not in reductions:
             raise ValueError(f"reduce: {unknown_name('reduction', self.reduce, reductions)}")
-        if self.per is not None and self.criterion.selector:
+        if self.per is not None and self.criterion.selects_set:
             raise ValueError(
                 f"criterion {self.criterion.name!r} chooses sets, and its ranks cannot be divided by costs; "
                 'use per=None')
@@ -218,10 +218,12 @@ def shares_of(
 )->list|None: # For each group that is named (its labels, fraction); None where none is
     "Find what the names of a choice mean"
     if not isinstance(how.sparsity, dict): return None
-    def find(name): gs,block = groups_of(c, name, sides[how.granularity]); return [g.name for g in gs],block
+    def find(name):
+        gs,block = groups_of(c, name, ROLE_OF_GRANULARITY[how.granularity])
+        return [g.name for g in gs],block
     return [
         (c.by_name[g].labels, v)
-        for g,v in fractions_by_group(how.sparsity, find, f"{sides[how.granularity]}s").items()]
+        for g,v in fractions_by_group(how.sparsity, find, f"{ROLE_OF_GRANULARITY[how.granularity]}s").items()]
 
 def _by_group(c, shares): # Group → part, for those that there are by now
     return {g.name:v for g in c.groups for labels,v in shares if np.isin(g.labels, c.labels.find(labels)).any()}
@@ -274,7 +276,7 @@ def choose(
     parts,classes = {g.name:g.equal_units for g in groups},{g.name:g.classes for g in groups}
     keep = {n:int(k.sum()) for n,k in allocate(
         {g.name:torch.zeros(g.n) for g in groups}, share, parts=parts, classes=classes, **how.caps,
-    ).items()} if how.criterion.selector else None
+    ).items()} if how.criterion.selects_set else None
     scores,sets = (
         scores_for(model, c, groups, how, pooled, keep),
         isomorphic_sets(model, groups) if how.context=='isomorphic' else None)

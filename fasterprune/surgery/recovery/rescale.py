@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from ...core import NoEffectWarning, layer_types, to_double
 from ...criteria.activation import contributions, drawn_entries, thinet_rescale
-from ...criteria.listen import Place
+from ...criteria.listen import Location
 from ...criteria.statistic import Statistic
 from ...criteria.runs import gather
 from ..cutting.apply import edits_of
@@ -43,7 +43,7 @@ def _alone(c): # Layers that run once, with a weight that nobody else has: modul
 def losing(
     c:Coupling,
     gone:np.ndarray, # By label: what will be removed
-)->list: # (`Place` of its input, bool by unit: does it stay?)
+)->list: # (`Location` of its input, bool by unit: does it stay?)
     "Find the layers that lose a part of their input, and can make up for it"
     reads,res = {r.node:r for r in c.labels.reads},[]
     for name,i in _alone(c):
@@ -56,7 +56,7 @@ def losing(
         most = max(index.shape[1] for _,index in parts)
         index = np.concatenate([
             np.pad(index, ((0,0),(0,most-index.shape[1])), constant_values=-1) for _,index in parts])
-        res.append((Place('input', name, index, np.concatenate([u for u,_ in parts])), stays[index[:,0]]))
+        res.append((Location('input', name, index, np.concatenate([u for u,_ in parts])), stays[index[:,0]]))
     return res
 
 # %% ../../../nbs/surgery/07_recovery/02_rescale.ipynb #0000000a
