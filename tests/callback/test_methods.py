@@ -63,7 +63,7 @@ def test_patience_has_an_end(n, end, at): # a loss that never rests: the last st
     assert list(cb.history.epoch)==at and zero_filters(learn.model)==[4,6,0]
 
 def test_steps_of_patience_are_equal_unless_a_schedule_says_otherwise():
-    steps = lambda **kw: [h['requested'] for h in _run(SparsifyCallback(.6, every=Patience(9, steps=3), **kw))._log]
+    steps = lambda **kw: list(_run(SparsifyCallback(.6, every=Patience(9, steps=3), **kw)).history.requested)
     _run = lambda cb: (fit(learner(), 3, cbs=cb), cb)[1]
     assert steps()==pytest.approx([.6/4*2-.1, .4, .6]) and steps(schedule='agp')==pytest.approx([.6*(1-(2/3)**3), .6*(1-(1/3)**3), .6])
 
@@ -246,7 +246,10 @@ def test_regrow_keeps_the_number_of_weights(grow):
 def test_regrow_grows_where_the_gradient_is_largest():
     got = []
     cb = RegrowCallback(.5, every=3, only='9')
-    def before(l): got.append((l.model[9].weight.detach().clone(), l.model[9].weight.grad.clone(), cb.masks.keep['9.weight'].clone())) if cb._steps%3==2 and not got else None
+    def before(l):
+        if cb.state()['steps']%3!=2 or got: return
+        w = l.model[9].weight
+        got.append((w.detach().clone(), w.grad.clone(), cb.masks.keep['9.weight'].clone()))
     fit(learner(), 2, cbs=[cb, Spy('before_step', before, order=cb.order-1), Spy('after_step', lambda l: got.append(cb.masks.keep['9.weight'].clone()) if len(got)==1 and cb.changes else None)])
     (w,g,keep),new = got[:2]
     k = int(drop_fraction(2/6/.75)*60+1e-9)

@@ -1,5 +1,6 @@
 "The command: what it prints, what it writes, what it refuses, and that every option does something"
 import re, subprocess, sys
+from functools import partial
 import pytest, torch
 from PIL import Image
 from fasterprune.measure.latency import compare_latency
@@ -14,7 +15,7 @@ command = [sys.executable, '-m', 'fasterprune']
 def quick():
     "Latencies are not what is tested here"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('fasterprune.demo.job._latencies', lambda models, x: compare_latency(models, x, repeats=2, warmup=1))
+        m.setattr('fasterprune.demo.job.compare_latency', partial(compare_latency, repeats=2, warmup=1))
         yield
 
 @pytest.fixture(scope='module')

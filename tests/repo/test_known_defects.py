@@ -114,10 +114,11 @@ def test_scale_of_a_layer_does_not_decide_a_global_ranking():
 def test_every_listed_name_exists_and_works(): # theirs list a criterion that does not exist
     for c,v in criteria.items():
         if v.needs: continue # tests/criteria/test_criteria_matrix.py gives them data
-        for ctx in contexts[:1 if v.across is None else 2]: Sparsifier(net(), X, criterion=c, context=ctx).masks(.5)
-    for n in normalizers: Sparsifier(net(), X, context='global', normalizer=n).masks(.5)
-    for s in schedules: SparsifyCallback(.5, schedule=s)
-    for g in granularities: SparsifyCallback(.5, g)
+        for ctx in contexts[:1 if v.across is None else 2]:
+            assert Sparsifier(net(), X, criterion=c, context=ctx).masks(.5).sparsity==.5, (c, ctx)
+    for n in normalizers: assert Sparsifier(net(), X, context='global', normalizer=n).masks(.5).sparsity==.5, n
+    for s in schedules: assert SparsifyCallback(.5, schedule=s).schedule==schedules[s]()
+    for g in granularities: assert SparsifyCallback(.5, g).granularity is granularities[g]
 
 @pytest.mark.parametrize('f', [lambda w: w, lambda w: w.mul_(0), lambda w: (w.data.zero_(), w.abs())[1], lambda w: torch.relu_(w)])
 def test_scoring_never_changes_a_weight(f):
