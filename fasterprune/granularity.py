@@ -37,13 +37,15 @@ class Granularity:
     how: str = '' # How surgery removes such units, or where; '' is not at all: they stay as zeros
 
     def __post_init__(self):
-        tiles,vars(self)['like'] = dict(self.tiles),self.like or self.name
+        tiles = dict(self.tiles)
+        object.__setattr__(self, 'like', self.like or self.name)
         for a,n in tiles.items():
             if a not in ('o', 'i') or a in (self.axes or ''):
                 raise ValueError(f"granularity {self.name!r}: tiles are of the axes 'o' and 'i', "
                                  f"as far as they are not inside a unit, not of {a!r}")
             check_whole(n, f'granularity {self.name!r}: tiles[{a!r}]')
-        vars(self)['tiles'] = tuple(sorted((a,n) for a,n in tiles.items() if n>1)) # a value, as the others are
+        # a value, as the others are
+        object.__setattr__(self, 'tiles', tuple(sorted((a,n) for a,n in tiles.items() if n>1)))
 
     def dims(self,
         kind:str, # A key of `layer_axes`, such as 'Conv2d'

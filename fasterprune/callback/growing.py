@@ -17,7 +17,6 @@ from ..allocation import check_allocation
 from .base import TrainingCallback, example_batch, reset_trackers
 from .keep_zeros import broadcast_masks, get_keep_zeros
 from .regularise import check_strength
-from .sparsify import sparsifier_state
 from ..core import check_fraction, unwrap
 from ..criteria.base import as_criterion
 from ..granularity import as_granularity
@@ -130,14 +129,14 @@ def hold_(self:GrowingCallback):
 @patch
 def state_dict(self:GrowingCallback)->dict:
     "Return what a training that was killed needs to go on"
-    return dict(masks=self.masks, step=self._step, held=self._held, sparsifier_state=sparsifier_state(self._sparsifier))
+    return dict(masks=self.masks, step=self._step, held=self._held, sparsifier=self._sparsifier.state_dict())
 @patch
 def load_state_dict(self:GrowingCallback,
     state:dict, # Of `state_dict`
 ):
     "Go on from there"
     self.masks,self._step,self._held = state['masks'],state['step'],state['held']
-    vars(self._sparsifier).update(state['sparsifier_state'])
+    self._sparsifier.load_state_dict(state['sparsifier'])
 
 @patch
 def columns(self:GrowingCallback)->dict:

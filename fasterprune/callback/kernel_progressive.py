@@ -10,6 +10,7 @@ __all__ = ['pkp_schedule', 'PKPCallback', 'Stages']
 # %% ../../nbs/callback/09_kernel_progressive.ipynb #00000003
 from fastcore.basics import patch
 from ..core import unwrap
+from ..options import given, takes
 from .base import example_batch, is_training
 from .sparsify import SparsifyCallback
 from ..schedule import Schedule
@@ -30,30 +31,22 @@ def pkp_schedule(
 # %% ../../nbs/callback/09_kernel_progressive.ipynb #00000009
 class PKPCallback(SparsifyCallback):
     "Prune kernels progressively while a network trains"
+    @takes(PKP, but=('model',))
     def __init__(self,
         sparsity:float, # Part of the kernels that is zero in the end
         *, rounds:int=3, # Of each of the two stages
         moderate:float=1/3, # Part of the sparsity that is reached in the first stage; 0 leaves it out
         schedule='agp', # Of the rounds within a stage
         end:float=.2, # Part of the training at which the last round comes, above 0
-        mode:str='norm', # Rank kernels by their 'norm', or by what they are to both their channels: 'smioc'
-        p:int=1, # The norm: 1 or 2
-        # Layers of low level: the first part of them; or, from 2, those before the image is so many times smaller
-        protect_until:float|int=.5,
-        protect_out:bool=False, # Must each filter keep a kernel, too?
-        # Where a channel has lost all kernels that write it: are its biases and BatchNorms masked, too?
-        silence:bool=False,
-        count:str='units', # What the sparsity is a part of: 'units' (kernels), 'params' or 'macs'
-        only=None, # Names, prefixes or types of the layers to take; None is all convolutions
-        ignore=None, # Names, prefixes or types of the layers to leave out
         x=None, # What the model is called with; None takes two items of a training batch
+        **options,
     ):
+        self.options, = given(options, PKP, of='PKPCallback', but=('model',))
         self.rounds = pkp_rounds(sparsity, rounds, moderate=moderate, schedule=schedule)
-        self.options = dict(mode=mode, p=p, protect_until=protect_until, protect_out=protect_out,
-            silence=silence, count=count)
+        layers = {n:self.options.pop(n, None) for n in ('only', 'ignore')}
         check_options(**self.options)
-        super().__init__(sparsity, 'kernel', 'global', schedule=pkp_schedule(self.rounds, end), every=1,
-            only=only, ignore=ignore, x=x)
+        schedule = pkp_schedule(self.rounds, end)
+        super().__init__(sparsity, 'kernel', 'global', schedule=schedule, every=1, x=x, **layers)
 
 # %% ../../nbs/callback/09_kernel_progressive.ipynb #0000000b
 @patch

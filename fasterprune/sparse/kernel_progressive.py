@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..allocation import allocate
 from ..core import NoEffectWarning, as_call, check_fraction, n_removed, unknown_name, select_layers, to_double, unwrap
 from ..axes import kind_of
+from ..options import takes
 from ..schedule import as_schedule
 from ..surgery.capture.tracer import capture
 from ..surgery.analysis.cost import macs_of
@@ -144,6 +145,7 @@ def low_level(
 # %% ../../nbs/sparse/05_kernel_progressive.ipynb #0000001f
 class PKP:
     "Choose kernels of a model's convolutions in two stages, and set them to zero"
+    @takes()
     def __init__(self,
         model:nn.Module, # Any module
         x, # What it is called with; only shapes matter

@@ -21,6 +21,7 @@ from ..criteria import norm, correlation, activation, information, taylor, curva
 from ..criteria.base import as_criterion, ranking, reductions
 from ..criteria.normalize import as_normalizer
 from ..granularity import as_granularity
+from ..options import takes
 from .masks import Masks
 from .units import CoupledUnits, LayerUnits
 from ..surgery.planning.selection import PruningWarning
@@ -29,6 +30,7 @@ from ..surgery.analysis.scores import ROLE_OF_GRANULARITY, check_where, evidence
 # %% ../../nbs/sparse/04_sparsifier.ipynb #00000005
 class Sparsifier:
     "Choose units of a model and set them to zero"
+    @takes()
     def __init__(self,
         model:nn.Module, # Any module
         x=None, # What it is called with; needed to see which layers are coupled
@@ -40,10 +42,10 @@ class Sparsifier:
         only=None, # Names, prefixes or types of the layers to take; None is all
         ignore=None, # Names, prefixes or types of the layers to leave out
         count:str='units', # What the sparsity is a part of: 'units' or 'params'
-        # For data-driven criteria: a `DataLoader`, fastai `DataLoaders` or a list of batches
-        # `(x, y)`
+        # For a data-driven criterion: a `DataLoader`, fastai `DataLoaders` or a list of batches `(x, y)`, or `Evidence`
+        # about the model
         data=None,
-        n_batches:int|None=8, # How many of them, at most; None is all
+        n_batches:int|None=8, # Batches of these data, at most; None is all
         loss_func=None, # `(out, y)` → loss, for a criterion that needs gradients
         # How the scores of a channel's layers combine: 'mean', 'sum', 'max', 'prod' or 'first'; None: as the criterion
         # says, mostly the mean
@@ -141,6 +143,20 @@ def wanted(self:Sparsifier)->list: # (`Statistic`, `Location`)
 def costs(self:Sparsifier)->dict: # Layer or group name → parameters of one unit
     "What one unit is worth in parameters"
     return self.units.costs
+
+# %% ../../nbs/sparse/04_sparsifier.ipynb #5e1ec705
+@patch
+def state_dict(self:Sparsifier)->dict:
+    "Return what was found out about the weights, once, and cannot be found again in others"
+    own = {} if self.rule is self.granularity.rule else dict(rule=self.rule)
+    return dict(initially_zero=self.initially_zero, **own)
+
+@patch
+def load_state_dict(self:Sparsifier,
+    state:dict, # By `state_dict`, of a `Sparsifier` with the same options
+):
+    "Go on with what another one found out"
+    self.initially_zero,self.rule = state['initially_zero'],state.get('rule', self.rule)
 
 # %% ../../nbs/sparse/04_sparsifier.ipynb #0000000b
 @patch

@@ -55,6 +55,7 @@ class Pruner:
           check_reference  the law, at the example, at each witness, in training mode   checking.verify
         Report             what was measured                                            report
     """
+    @takes()
     def __init__(self,
         model:nn.Module, # Any module that runs
         # What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments;

@@ -28,7 +28,7 @@ def test_registries_are_shown_as_tables():
 SIGNATURES = {
     'SparsifyCallback': 'sparsity granularity context criterion schedule * every regrow normalizer only ignore count x n_batches reduce',
     'PruneCallback': 'sparsity * budget criterion granularity context normalizer min_keep max_ratio round_to per reduce n_batches recalibrate compensate rescale verify only ignore exact_norms schedule every x also whole',
-    'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * rounds moderate schedule end mode p protect_until protect_out silence count only ignore x',
+    'PKP': 'model x * mode p protect_until protect_out silence count only ignore', 'PKPCallback': 'sparsity * mode p protect_until protect_out silence count only ignore rounds moderate schedule end x',
     'lottery_ticket': 'learn sparsity n_epoch lr * fraction rewind epoch step granularity context criterion only ignore fit cbs', 'rewind_': 'learn checkpoint * optimizer',
     'Sparsifier': 'model x * granularity context criterion normalizer only ignore count data n_batches loss_func reduce evidence',
     'Pruner': 'model x * only ignore examples exact_norms',
@@ -67,6 +67,7 @@ def functions(o): # the functions of an object of the surface: itself, or its co
             if own(f) and (k=='__init__' and not dataclasses.is_dataclass(o) or k=='__call__' or not k.startswith('_')) : yield f"{o.__name__}.{k}",f
     elif inspect.isfunction(o): yield o.__name__,o
 
+HELPFUL = ('Sparsifier.__init__', 'SparsifyCallback.__init__', 'Pruner.__init__', 'PKP.__init__') # help() shows the text of each option
 OWN_NAMES = {('adapter','attrs')} # keywords that are names of the user's, not options
 EVENTS = {'before_fit','before_train','before_batch','before_backward','after_backward','before_step','after_step','after_batch','after_train','after_epoch','after_fit'} # their names say when, and what is in the class
 DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k)) if n.split('.')[-1] not in EVENTS]+[('Learner.prune', Learner.prune)]
@@ -75,7 +76,7 @@ DOCUMENTED = [(n,f) for k in sorted(PUBLIC) for n,f in functions(getattr(fp, k))
 def test_documented(name, f):
     if not name.endswith(('__init__', '__call__')) : assert f.__doc__ and '\n' not in f.__doc__.strip().split('\n\n')[0], f"{name} needs a docstring that begins with one line"
     docs = docments(f)
-    if hasattr(f, '__delwrap__'): assert all(f"  {n}: " in f.__doc__ for n in docs if n not in ('self', 'return')), f"help({name}) shows no text for some parameter"
+    if hasattr(f, '__delwrap__') or name in HELPFUL: assert all(f"  {n}: " in f.__doc__ for n in docs if n not in ('self', 'return')), f"help({name}) shows no text for some parameter"
     for p in inspect.signature(f).parameters.values():
         if p.name in ('self', 'cls') or (name,p.name) in OWN_NAMES: continue
         said = docs.get(p.name)

@@ -20,8 +20,8 @@ from .labels import distinct
 from .rules import OpCall, step
 from .witness import Others, Witness, capture_witnesses, inputs_of, joined, resized, runs_alike, varying
 from .shuffle import connected, flow_of, key_of
-from .domain import CouplingDomain
-from .groups import layer_of, make_groups
+from .domain import CouplingDomain, Reader
+from .groups import make_groups
 
 # %% ../../../nbs/surgery/02_coupling/06_couple.ipynb #00000006
 def _walked(model, trace, varying, tied=(), straight=(), loose=False): # The labels after all operators of all runs
@@ -158,6 +158,17 @@ class Coupling:
         self.refresh()
         return len(self.groups)<before
 
+    def keep_divisors(self,
+        divisors:list, # Objects with the attributes of a `Divisor`, of norms that shall keep theirs; none before
+    ):
+        "Let what norms average over be read, with the divisor that there was, and no longer mixed"
+        l,self.exact = self.labels,tuple(divisors)
+        for d in self.exact:
+            e = next(e for e in l.mixed if e[0] is d.axis and e[2]==d.node)
+            l.reads.append(Reader(d.node, d.data, d.dim, e[5], d.axis, None, e[5].n//d.axis.n))
+            l.mixed.remove(e)
+        if self.exact: self.refresh()
+
     def values(self,
         x, # What the model is called with
     ): # The same nest
@@ -205,12 +216,12 @@ def pins(self:Coupling)->list[tuple]:
         if not stay.any(): continue
         why = d.why[rows[stay].max(1)]
         reason = d.reasons[np.bincount(why).argmax()] or 'joined to a dimension that cannot change'
-        res[layer_of(d, a) or layer] = (int(stay.sum()), a.n, reason)
+        res[d.layer_of(a) or layer] = (int(stay.sum()), a.n, reason)
     fine = np.zeros(d.size, bool)
     for g in self.groups: fine[g.labels] = g.primary
     chosen = {layer for a,layer,_ in d.writes if fine[d.rows(a)].any()}
     for a,layer,_ in d.writes: # all that can go there is coarse
-        rows,name = d.rows(a),layer_of(d, a) or layer
+        rows,name = d.rows(a),d.layer_of(a) or layer
         if name in res or layer in chosen or d.pinned[rows].all(): continue
         g = min((g for g in self.groups if np.isin(rows, g.labels).any()), key=lambda g: -g.n)
         res[name] = (

@@ -43,7 +43,7 @@ class CouplingDomain(Labels):
         loose:bool=False, # May each group of a grouped convolution lose other positions, as many as the others?
     ):
         super().__init__()
-        self.loose = loose
+        self.loose,self._layers = loose,None # _layers: axis of a parameter, by identity → its layer
         # equal_parts: (node, what, axes) that lose equally many positions;
         # equal_part_labels: (what, labels of each) where that says something
         self.model,self.trace,self.tied,self.equal_parts,self.equal_part_labels = model,trace,set(tied),[],[]
@@ -109,6 +109,12 @@ class CouplingDomain(Labels):
         for a in axes:
             self.rows(a) # a weight that is met for the first time: the pin keeps its reason
             self.pin_axis(a, f"{s} computes a norm of all of it; remove {what} from the layer first")
+    def layer_of(self, a:Axis)->str|None:
+        "Name the layer whose parameter has this axis"
+        if self._layers is None:
+            named = reversed(self.trace.names.items())
+            self._layers = {id(b):n.rpartition('.')[0] or n for i,n in named for b in self.env[i]}
+        return self._layers.get(id(a))
     def is_used(self, ref): "Tell whether an operator or the caller takes it"; return ref in self.taken
     def is_param(self, ref): "Tell whether it does not depend on the input"; return ref.id not in self.dep
     def written(self, s, a:Axis, connect=True)->Axis:

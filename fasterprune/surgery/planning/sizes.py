@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..capture.trace import Call, Ref
-from ..coupling.domain import Reader
 from ..coupling.couple import Coupling
 from ..coupling.labels import Axis, Kept
 from ..coupling.rules import tensors_of
@@ -562,8 +561,7 @@ def keep_divisors(
     every:bool=True, # Norms, means and variances that can be; else those only that have been exact before
 )->Coupling: # The same
     "Let statistics over channels be sums with the divisor that they had"
-    l,c.exact = c.labels,()
-    runs = {}
+    l,runs,keep = c.labels,{},[]
     for w in c.walked:
         for k in w.trace.calls: runs[k.module,k.place] = runs.get((k.module,k.place), 0)+1
     for (module,place),found in _divisors(c).items():
@@ -571,12 +569,9 @@ def keep_divisors(
         if not (every or before): continue
         cuts = [_cut(l, es, before and before[0]) for _,es in found]
         if None in cuts or len(cuts)<runs[module,place] or not _alike(l, [e[0] for e in cuts]): continue
-        for (call,_),e in zip(found, cuts):
-            a,_,node,ref,dim,axis = e
-            c.exact += (Divisor(call, node, ref, dim, a, before[1] if before else a.n),)
-            l.reads.append(Reader(node, ref, dim, axis, a, None, axis.n//a.n))
-            l.mixed.remove(e)
-    if c.exact: c.refresh()
+        keep += [Divisor(call, node, ref, dim, a, before[1] if before else a.n)
+            for (call,_),(a,_,node,ref,dim,_) in zip(found, cuts)]
+    c.keep_divisors(keep)
     return c
 
 def _alike(l, axes): # Do these lose the same positions?
