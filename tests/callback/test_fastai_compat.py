@@ -802,7 +802,7 @@ def held_by(*cbs): # bytes of all tensors that callbacks hold beside the model's
         elif isinstance(v, dict): [look(i, depth+1) for i in v.values()]
         elif isinstance(v, (list,tuple)): [look(i, depth+1) for i in v]
         elif type(v).__name__=='Masks': look(v.keep, depth+1)
-    for c in cbs: look({k:v for k,v in vars(c).items() if k not in ('_room',)})
+    for c in cbs: look({k:v for k,v in vars(c).items() if k not in ('_scratch',)})
     return sum(seen.values())
 
 @pytest.mark.parametrize('granularity', ['weight', 'column', 'kernel', 'filter', 'shared_row'])

@@ -247,7 +247,7 @@ def test_regrow_grows_where_the_gradient_is_largest():
     got = []
     cb = RegrowCallback(.5, every=3, only='9')
     def before(l):
-        if cb.state()['steps']%3!=2 or got: return
+        if cb.state_dict()['steps']%3!=2 or got: return
         w = l.model[9].weight
         got.append((w.detach().clone(), w.grad.clone(), cb.masks.keep['9.weight'].clone()))
     fit(learner(), 2, cbs=[cb, Spy('before_step', before, order=cb.order-1), Spy('after_step', lambda l: got.append(cb.masks.keep['9.weight'].clone()) if len(got)==1 and cb.changes else None)])

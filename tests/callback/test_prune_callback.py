@@ -62,7 +62,7 @@ def test_each_epoch_has_exactly_what_the_schedule_says(s):
     names = list(learn.recorder.metric_names)
     assert names==['epoch','train_loss','valid_loss','accuracy','removed','params','macs','time'] and len(learn.metrics)==1
     assert [v[3] for v in learn.recorder.values]==[1-sum(w)/20 for w in seen] and learn.recorder.values[-1][4]==sum(p.numel() for p in learn.model.parameters())
-    again = Pruner(learn.model, cb.state()['x']).prune(0.) # a fresh capture says the same
+    again = Pruner(learn.model, cb.state_dict()['x']).prune(0.) # a fresh capture says the same
     assert learn.recorder.values[-1][5]==cb.history.macs.iloc[-1]==again.macs[0]
 
 def test_sparsity_zero_is_no_callback():
@@ -74,7 +74,7 @@ def test_global_counts_and_caps(context):
     cb = PruneCallback(.6, context=context, schedule=linear(), max_ratio=.75)
     learn = fit(learner(partial(small_resnet, width=8)), 4, cbs=cb)
     n = sum(cb.whole['units'].values())
-    now = {g.name:g.n for g in Pruner(learn.model, cb.state()['x']).couple().groups if g.primary}
+    now = {g.name:g.n for g in Pruner(learn.model, cb.state_dict()['x']).couple().groups if g.primary}
     gone = n-sum(now.values())
     assert int(.6*n+1e-9)-(3 if context=='isomorphic' else 0)<=gone<=.6*n+1e-9 # three sets of one shape, each rounded down
     assert all(now[g]>=k-int(.75*k+1e-9) for g,k in cb.whole['units'].items())
@@ -86,7 +86,7 @@ def test_heads_that_become_wider_than_deep_do_not_confuse_the_counts(): # from 8
     model = timm.models.VisionTransformer(img_size=16, patch_size=8, in_chans=1, embed_dim=32, depth=1, num_heads=4, num_classes=10)
     cb = PruneCallback(.75, schedule=linear())
     fit(learner(lambda: model, dls=small_dls(32, size=16)), 4, 1e-3, cbs=cb)
-    left,whole = cb.state()['units'],cb.whole['units']
+    left,whole = cb.state_dict()['units'],cb.whole['units']
     assert list(cb.history.removed)==[0., .25, .5, .75]
     assert {n:left[n]/k for n,k in whole.items()}==dict.fromkeys(whole, .25)
 

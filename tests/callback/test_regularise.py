@@ -197,7 +197,7 @@ def test_steps_that_only_accumulate_add_nothing(make):
     fit(learn, 2, cbs=[GradientAccumulation(10**6), cb])
     other = fit(learner(), 2, cbs=GradientAccumulation(10**6))
     if not isinstance(cb, GrowingCallback): assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), other.model.parameters()))
-    else: assert cb.state()['step']==0
+    else: assert cb.state_dict()['step']==0
 
 @pytest.mark.parametrize('f,text', [
     (lambda: SlimmingCallback(-1), 'strength is a number, at least 0, not -1'), (lambda: SlimmingCallback(True), 'not True'), (lambda: GroupLassoCallback(float('inf')), 'not inf'),
