@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from ..core import VerificationError, as_call, modules_of
 from .capture.tracer import random_like
 from .cutting.apply import Snapshot, unwrap_for, carry_out_, check_plan, fold_, remove_, steps_of
-from fasterprune.surgery.recovery.compensate import (Compensation, added, exact_constants, examples, model_outputs,
-    relative_l2, removed_means)
+from .recovery.compensate import (
+    Compensation, added, exact_constants, examples, model_outputs, relative_l2, removed_means)
 from .coupling.couple import Coupling
 from .capture.isolation import state_of
 from .analysis.constants import observe
