@@ -8,7 +8,7 @@ from collections import Counter, deque
 from copy import deepcopy
 from pathlib import Path
 import pytest, torch
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from torch import nn
 from fasterprune.surgery.coupling.couple import couple
 from fasterprune.surgery.pruner import Pruner
@@ -203,10 +203,12 @@ SHARES = {'heads':.08, 'head dims':.12, 'multihead':.05, 'MLP':.15, 'norms':.25,
 def many(n, **kw):
     "Both laws on `n` graphs, of which a large share is cut where it matters"
     tally = Counter()
-    @settings(**{**calm, 'max_examples':n, **kw})
+    # a seed of its own: without it the graphs, and with them the shares, would be others after each edit of this text
+    @seed(0)
+    @settings(**{**calm, 'derandomize':False, 'max_examples':n, **kw})
     @given(mixed_graphs, st.sampled_from([.25, .5, .9]), st.sampled_from(WAYS), st.booleans(), st.integers(0, 9))
-    def check(graph, fraction, way, readers, seed):
-        res = hold(graph, fraction, way, readers, seed)
+    def check(graph, fraction, way, readers, weights):
+        res = hold(graph, fraction, way, readers, weights)
         tally['asked'] += 1
         if res is None: return
         r,r2,cuts = res
