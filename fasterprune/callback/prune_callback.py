@@ -9,7 +9,6 @@ __all__ = ['next_cut', 'PruneCallback']
 
 # %% ../../nbs/callback/06_prune_callback.ipynb #00000003
 import math, warnings
-from dataclasses import replace
 from itertools import islice
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from ..surgery.planning.budget import Budget
 from ..surgery.planning.selection import calibration, scores_for, selection, shares_of
 from ..surgery.transaction import cut_options
 from ..options import given, takes
-from ..surgery.analysis.scores import isomorphic_sets, evidence_for
+from ..surgery.analysis.scores import isomorphic_sets
 from ..surgery.analysis.cost import Costs, kinds, n_params
 from ..surgery.pruner import Pruner
 
@@ -171,9 +170,8 @@ def _fractions(self:PruneCallback, want, data)->dict:
     groups = [g for g in c.groups if g.name in self.whole['units'] and (not isinstance(want, dict) or g.name in want)]
     if h.context=='local': scores = {g.name:torch.zeros(g.n) for g in groups}
     else:
-        seen = evidence_for(h.criterion, pruner.model, data, self._x,
-            n_batches=self.n_batches, loss_func=self._loss) if h.criterion.stats else None
-        scores = scores_for(pruner.model, c, groups, replace(h, evidence=seen))
+        seen = calibration(data, self.n_batches, self._loss)
+        scores = scores_for(pruner.model, c, groups, seen.with_evidence(pruner.model, h, self._x))
     return next_cut(scores, self.whole['units'], want, context=h.context, min_keep=h.min_keep, max_ratio=h.max_ratio,
         round_to=h.round_to, sets=isomorphic_sets(pruner.model, groups) if h.context=='isomorphic' else None)
 

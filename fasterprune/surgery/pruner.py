@@ -119,7 +119,7 @@ def _chosen(self:Pruner, how):
 # %% ../../nbs/surgery/10_pruner.ipynb #00000009
 def _selected(p, of, sparsity, options, *more): # How units are chosen, and the values of further options
     own,seen,*rest = given(options, selection, calibration, *more, of=of)
-    how = calibration(**seen).evidence_of(p.model, selection(sparsity, **own), p.x)
+    how = calibration(**seen).with_evidence(p.model, selection(sparsity, **own), p.x)
     return how,*(f(**o) for f,o in zip(more, rest))
 
 def _check_values(model, how, options=None): # a network that is too large for this machine can be planned, and no more

@@ -115,7 +115,7 @@ def pin(self:Labels,
     reason:str, # For people; a plan prints it
 ):
     "Pin labels: they never go"
-    roots = self.expand(np.asarray(labels, np.int64).reshape(-1,1))
+    roots = self._expand(np.asarray(labels, np.int64).reshape(-1,1)) # a new array, which nobody asks for again
     roots = roots[(roots>0) & ~self.pinned[roots]]
     if not len(roots): return
     if reason not in self.number: self.number[reason] = len(self.reasons); self.reasons.append(reason)

@@ -359,11 +359,12 @@ def _loads(code): # Attributes that code looks up → does it look them up on it
 # Modules of which code asks whether they train: not PyTorch's, nor norms and dropouts whose own code says no sizes;
 # none where code asks another module
 def _that_ask(model):
-    kinds = {type(m):[c for c in _codes(type(m))] for _,m in modules_of(model)}
+    modules = modules_of(model)
+    kinds = {k:_codes(k) for k in {type(m) for _,m in modules}}
     if not all(_loads(c).get('training', True) for cs in kinds.values() for c in cs): return ()
     plain = {k for k,cs in kinds.items() if k.__module__.startswith('torch.')
         or issubclass(k, _by_training) and not any(set(_loads(c))&set(size_calls) for c in cs)}
-    return tuple(n for n,m in modules_of(model) if type(m) not in plain)
+    return tuple(n for n,m in modules if type(m) not in plain)
 
 _by_training = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 

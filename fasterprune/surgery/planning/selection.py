@@ -125,7 +125,7 @@ class Calibration:
     n_batches:int|None=8
     loss_func:object=None
 
-    def evidence_of(self,
+    def with_evidence(self,
         model:nn.Module,
         how:Selection,
         x, # What the model is called with
